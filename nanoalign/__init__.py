@@ -1,0 +1,5 @@
+"""nanoalign: aligning language models, from scratch, in plain PyTorch."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one sentence that says what was wrong, where, and what to do."""

@@ -1,0 +1,133 @@
+"""One file per checkpoint: atomic save, strict load, nothing in it can execute code.
+
+A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
+the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
+"""
+
+import dataclasses
+import pickle
+import random
+from pathlib import Path
+
+import torch
+
+from nanoalign import UserError
+from nanoalign.model import GPT, GPTConfig
+from nanoalign.tokenizer import Tokenizer, get_tokenizer
+
+FORMAT = "nanoalign-1"
+
+
+def partial_path(path: str) -> Path:
+    return Path(path).with_suffix(".partial.pt")
+
+
+def save(path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, **extra) -> None:
+    """Write model weights (fp32, uncompiled), shapes, tokenizer name, stage, run config and step to `path`.
+
+    Written to a temporary name and renamed: a crash or a full disk leaves the previous file as it was.
+    `extra`: whatever else the stage needs to continue (tensors and plain values).
+    """
+    path = Path(path)
+    content = {
+        "format": FORMAT,
+        "stage": stage,
+        "step": step,
+        "tokenizer": tokenizer.name,
+        "model_config": dataclasses.asdict(model.config),
+        "model": {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()},
+        "config": dataclasses.asdict(config),
+        **extra,
+    }
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(
+            f"could not write {path} ({reason}); the previous file, if any, is untouched."
+        ) from None
+
+
+def load(path, stages: tuple[str, ...] = ()) -> dict:
+    """Read a checkpoint onto the CPU; `stages`: the kinds the caller can use (empty: any)."""
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint {path}; train it first (`make {path}`), or check the path.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a nanoalign checkpoint (or is damaged).")
+    if stages and content["stage"] not in stages:
+        raise UserError(
+            f"{path} is a {content['stage']!r} checkpoint; expected {' or '.join(map(repr, stages))}."
+        )
+    return content
+
+
+def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict]:
+    """A language model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
+    content = load(path, stages)
+    model = GPT(GPTConfig(**content["model_config"]))
+    try:
+        model.load_state_dict(content.pop("model"))
+    except RuntimeError:
+        raise UserError(f"{path} is a {content['stage']!r} checkpoint, not a language model's.") from None
+    return model.to(device), get_tokenizer(content["tokenizer"]), content
+
+
+def random_state() -> dict:
+    """The state of every random number generator a script may draw from."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Put `random_state()` back."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_partial(
+    config, model, optimizer, *, stage: str, tokenizer: Tokenizer, step: int, data: str, **extra
+) -> None:
+    """Save everything needed to continue a run after `step` steps. `data`: the fingerprint of what it trains on."""
+    save(
+        partial_path(config.out), model, stage=stage, tokenizer=tokenizer, config=config, step=step,
+        optimizer=optimizer.state_dict(), random=random_state(), data=data, **extra,
+    )  # fmt: skip
+
+
+def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
+    """Continue from the partial checkpoint, if `config.resume` and there is one → its content; else {"step": 0}.
+
+    Loads weights, optimiser and random state in place. A partial from other flags or data is an error: silently
+    mixing two runs would be worse than stopping.
+    """
+    path = partial_path(config.out)
+    if not config.resume or not path.exists():
+        return {"step": 0}
+    content = load(path, (stage,))
+    changed = [
+        f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {value!r}"
+        for name, value in dataclasses.asdict(config).items()
+        if name not in ("resume", "device") and content["config"].get(name) != value
+    ]
+    if content["data"] != data:
+        changed.append("the data or the starting checkpoint changed")
+    if changed:
+        raise UserError(f"cannot resume {path}: {'; '.join(changed)}. Delete it to start afresh.")
+    model.load_state_dict(content.pop("model"))
+    optimizer.load_state_dict(content.pop("optimizer"))
+    set_random_state(content.pop("random"))
+    print(f"resume: {path} at step {content['step']:,}")
+    return content

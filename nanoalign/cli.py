@@ -1,0 +1,188 @@
+"""A dataclass becomes --flags; a run becomes metrics.jsonl and a console line.
+
+Every field's comment in the source is its help text, so flag and documentation cannot part ways.
+"""
+
+import argparse
+import dataclasses
+import errno
+import inspect
+import json
+import math
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanoalign import UserError
+
+
+def field_comments(config_class) -> dict[str, str]:
+    """{field: its trailing comment} from the source of a dataclass; a comment may go on in lines of its own."""
+    comments, name = {}, None
+    for line in inspect.getsource(config_class).splitlines():
+        field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)
+        more = re.match(r"\s+#\s*(.*)$", line)
+        if field:
+            name = field[1]
+            comments[name] = field[2] or ""
+        elif more and name:
+            comments[name] += " " + more[1]
+    return comments
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}. `python {self.prog} --help` lists the flags.\n")
+
+
+def _number(kind, default):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {'a whole' if kind is int else 'a'} number, not {text!r}"
+            ) from None
+        if not math.isfinite(value) or (value < 0 <= default):
+            raise argparse.ArgumentTypeError(f"expected a number ≥ 0, not {text}")
+        return value
+
+    return parse
+
+
+def parse(config_class, description: str = "", argv: list[str] | None = None):
+    """argv → an instance of the dataclass. Unknown flags and bad values exit with one sentence."""
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    comments = field_comments(config_class)
+    for field in dataclasses.fields(config_class):
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        text = f"{comments[field.name]} (default: {default if default != '' else 'none'})".replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, nargs="+", default=default, metavar="X", help=text)
+        elif isinstance(default, (int, float)):
+            kind = type(default)
+            parser.add_argument(
+                flag, type=_number(kind, default), default=default, metavar=kind.__name__.upper(), help=text
+            )
+        else:
+            parser.add_argument(flag, default=default, metavar="X", help=text)
+    values = vars(parser.parse_args(argv))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def run(main, config_class, description: str = "") -> None:
+    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and exit status 1."""
+    config = parse(config_class, description)
+    try:
+        main(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except OSError as error:
+        hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        sys.exit(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}.")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU ran out of memory; lower --micro-batch or --max-length.")
+
+
+def duration(seconds: float) -> str:
+    """3725 → '1h02m'."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return (
+        f"{seconds // 60}m{seconds % 60:02}s"
+        if seconds < 3600
+        else f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    )
+
+
+class Progress:
+    """A line with percent and time left, for loops that are not training: at most one every two seconds."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done = what, total, 0
+        self.start = self.shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
+            left = (now - self.start) / self.done * (self.total - self.done)
+            print(
+                f"{self.what}: {self.done:,}/{self.total:,} {self.done / self.total:4.0%}  {duration(left)} left"
+            )
+            self.shown = now
+
+
+class Metrics:
+    """metrics.jsonl next to the checkpoint, and a console line: step, percent, values, tokens/s, time left.
+
+    The file opens with versions and hardware. Values may be tensors: all of a row reach the host in one sync.
+    """
+
+    def __init__(self, config, steps: int, device: torch.device, start_step: int = 0):
+        self.path = Path(config.out).with_suffix(".metrics.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if start_step and self.path.exists():  # a resumed run forgets what was logged beyond its checkpoint
+            kept = [r for line in self.path.open() if (r := json.loads(line)).get("step", 0) <= start_step]
+        self.file = self.path.open("w", encoding="utf-8", buffering=1)
+        hardware = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else platform.processor() or platform.machine()
+        )
+        header = {
+            "event": "start", "at_step": start_step, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "python": platform.python_version(), "torch": torch.__version__, "device": str(device),
+            "hardware": hardware, "threads": torch.get_num_threads(), "config": dataclasses.asdict(config),
+        }  # fmt: skip
+        for row in [*kept, header]:
+            self.file.write(json.dumps(row) + "\n")
+        self.steps, self.start_step, self.tokens = steps, start_step, 0
+        self.begin = time.monotonic()
+
+    def log(self, step: int, **values) -> dict:
+        """Write one row after `step` steps; returns it. A loss that is not finite stops the run."""
+        names = [k for k, v in values.items() if isinstance(v, torch.Tensor)]
+        if names:
+            host = torch.stack(
+                [values[k].detach().float().reshape(()) for k in names]
+            ).tolist()  # the one sync
+            values.update(zip(names, host))
+        values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        elapsed = time.monotonic() - self.begin
+        rate = self.tokens / max(elapsed, 1e-9)
+        self.file.write(
+            json.dumps({"step": step, **values, "tokens_per_s": round(rate), "elapsed": round(elapsed, 2)})
+            + "\n"
+        )
+        left = elapsed / max(step - self.start_step, 1) * (self.steps - step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "lr")
+        print(
+            f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}  {shown}  {rate:,.0f} tok/s  {duration(left)} left",
+            flush=True,
+        )
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}; nothing was saved since the last checkpoint. "
+                "Lower --lr, lengthen --warmup, or look for broken rows in the data."
+            )
+        return values
+
+    def note(self, **row) -> None:
+        """A row that is not a training step: an evaluation, a step-0 check, the end."""
+        self.file.write(json.dumps(row) + "\n")

@@ -1,0 +1,136 @@
+"""Batched sampling with a KV cache, from ragged prompts that stay right-padded.
+
+Row b's prompt holds `lengths[b]` tokens; its first response token is written at position `lengths[b]`, over the
+padding, and so on: every row at its own position. There is no left padding, so a response sits exactly where the
+log-prob kernel will find it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoalign import UserError
+from nanoalign.model import GPT, KVCache
+
+CHECK_EVERY = 16  # steps between two looks at whether every row has ended: each look is a sync on a GPU
+
+
+@dataclass
+class Rollout:
+    """Prompts with their responses, right-padded: T = longest prompt + longest response."""
+
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool: exactly the tokens the row generated, its end token included
+    logp: Tensor  # (B, T): of the sampled tokens, under the *untruncated* policy at that temperature; else 0
+    ended: Tensor  # (B,) bool: an end token was generated
+
+    def responses(self) -> list[list[int]]:
+        """Each row's generated tokens."""
+        return [ids[mask].tolist() for ids, mask in zip(self.ids.cpu(), self.mask.cpu())]
+
+
+def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, V) with everything outside the k likeliest tokens and the nucleus set to −inf.
+
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2019).
+    """
+    if top_k and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # the mass before this token already reaches top_p
+        logits = ordered.masked_fill(beyond, -torch.inf).gather(-1, order.argsort(-1))
+    return logits
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None):
+    """Logits (B, V) → token (B,) and its log-prob (B,) under the untruncated policy. Temperature 0 is greedy
+    (and its log-probs are those at temperature 1)."""
+    logits = logits.float() / (temperature or 1.0)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        p = truncate(logits, top_k, top_p).softmax(-1)
+        # argmax p/Exp(1) is a draw from p, and unlike multinomial needs no host sync
+        token = (p / torch.empty_like(p).exponential_(1, generator=generator)).argmax(-1)
+    return token, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    prompts: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    end_id: int | None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, step by step, the sampled token (B,), its log-prob (B,) and which rows are still writing (B,)."""
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
+        raise UserError(
+            f"cannot sample with temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens "
+            f"{max_new_tokens}: expected temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 and max_new_tokens ≥ 1."
+        )
+    (B, P), context, device = prompts.shape, model.config.context, prompts.device
+    if P >= context:
+        raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    cache = KVCache(model.config, B, min(P + max_new_tokens, context), device, model.embed.weight.dtype)
+    positions = torch.arange(P, device=device).expand(B, P)
+    hidden = model.hidden(prompts, cache, positions)[cache.rows[:, 0], lengths - 1]  # (B, D)
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(max_new_tokens):
+        position = lengths + t
+        alive = alive & (position < context)
+        if (device.type == "cpu" or t % CHECK_EVERY == 0) and not alive.any():
+            return
+        token, logp = sample(model.head(hidden), temperature, top_k, top_p, generator)
+        yield token, logp, alive
+        if end_id is not None:
+            alive = alive & (token != end_id)
+        if t + 1 < max_new_tokens:
+            position = position.clamp(max=context - 1)[:, None]  # a row at the limit is no longer alive
+            hidden = model.hidden(token[:, None], cache, position, length=min(P + t + 1, context))[:, -1]
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompts: Tensor,
+    lengths: Tensor,
+    max_new_tokens: int,
+    end_id: int | None,
+    pad_id: int,
+    **sampling,
+):
+    """Sample a response for every row → Rollout.
+
+    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed. Rows stop at their end
+    token, after `max_new_tokens`, or at the model's context; their masks stop at what they generated.
+    """
+    B, P = prompts.shape
+    T = min(P + max_new_tokens, model.config.context)
+    columns = torch.arange(T, device=prompts.device)
+    ids = torch.full((B, T), pad_id, device=prompts.device)
+    ids[:, :P] = prompts.masked_fill(columns[:P] >= lengths[:, None], pad_id)
+    logps = torch.zeros(B, T, device=prompts.device)
+    written, ended = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)
+    for t, (token, logp, alive) in enumerate(
+        stream(model, prompts, lengths, max_new_tokens, end_id, **sampling)
+    ):
+        here = (columns == (lengths + t)[:, None]) & alive[:, None]  # (B, T): one true per living row
+        ids = torch.where(here, token[:, None], ids)
+        logps = torch.where(here, logp[:, None], logps)
+        written += alive
+        if end_id is not None:
+            ended |= alive & (token == end_id)
+    longest = int((lengths + written).max())
+    mask = (columns >= lengths[:, None]) & (columns < (lengths + written)[:, None])
+    return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended)

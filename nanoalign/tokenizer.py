@@ -1,0 +1,104 @@
+"""tiktoken encodings, the chat format, and `render(messages) → ids, mask`.
+
+A conversation is a flat run of turns, each opened by its role's token and closed by the end token:
+
+    <|user|>What is the capital of France?<|end|><|assistant|>Paris.<|end|>
+
+The special tokens are *added* beyond the encoding's own, and text from people is always encoded with ordinary
+tokens, so a message that spells "<|assistant|>" cannot open a turn. Each piece is encoded by itself: no BPE merge
+ever crosses from a prompt into a response.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+
+from nanoalign import UserError
+
+ROLES = ("system", "user", "assistant")
+SPECIALS = (*(f"<|{role}|>" for role in ROLES), "<|end|>", "<|step|>", "<|pad|>")
+
+WORLD_BPE = Path(__file__).parent / "world" / "world.tiktoken"
+WORLD_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"  # a digit is a token: sums stay learnable
+
+
+class Tokenizer:
+    """A tiktoken encoding with this project's special tokens after its own. Get one from `get_tokenizer`."""
+
+    def __init__(self, base: tiktoken.Encoding):
+        self.name = base.name
+        first = base.n_vocab
+        self.encoding = tiktoken.Encoding(
+            name=f"nanoalign-{base.name}",
+            pat_str=base._pat_str,
+            mergeable_ranks=base._mergeable_ranks,
+            special_tokens={**base._special_tokens, **{s: first + i for i, s in enumerate(SPECIALS)}},
+        )
+        self.vocab_size = first + len(SPECIALS)
+        self.end, self.step, self.pad = (
+            first + SPECIALS.index(s) for s in ("<|end|>", "<|step|>", "<|pad|>")
+        )
+        self.role = {role: first + i for i, role in enumerate(ROLES)}
+
+    def encode(self, text: str) -> list[int]:
+        """Text → ordinary tokens only, whatever the text spells."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids, specials: bool = False) -> str:
+        """Token ids → text. Special tokens are left out, or spelt when `specials`."""
+        ids = [int(i) for i in ids]
+        if not specials:
+            ids = [i for i in ids if i < self.vocab_size - len(SPECIALS)]
+        return self.encoding.decode(ids)
+
+    def turn(self, role: str, content: str) -> tuple[list[int], list[bool]]:
+        """One turn's ids and mask: an assistant's text and end token are scored, nothing else is."""
+        if role not in self.role:
+            raise UserError(f'a message has role {role!r}; expected "system", "user" or "assistant".')
+        body = [*self.encode(content), self.end]
+        return [self.role[role], *body], [False, *[role == "assistant"] * len(body)]
+
+    def render(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """A whole conversation → ids (T,) int64 and mask (T,) bool, true on every assistant turn."""
+        ids, mask = [], []
+        for message in messages:
+            turn_ids, turn_mask = self.turn(message["role"], message["content"])
+            ids += turn_ids
+            mask += turn_mask
+        return np.array(ids, dtype=np.int64), np.array(mask, dtype=bool)
+
+    def prompt(self, messages: list[dict]) -> np.ndarray:
+        """The conversation so far, and the token that opens the assistant's answer → ids (T,)."""
+        return np.append(self.render(messages)[0], self.role["assistant"])
+
+    def response(self, text: str) -> np.ndarray:
+        """An assistant's answer and its end token → ids (T,)."""
+        return np.array([*self.encode(text), self.end], dtype=np.int64)
+
+
+@functools.cache
+def get_tokenizer(name: str) -> Tokenizer:
+    """`"world"`, or the name of any tiktoken encoding (`"gpt2"`, `"r50k_base"`, `"cl100k_base"`, …)."""
+    if name == "world":
+        return Tokenizer(world_encoding())
+    try:
+        return Tokenizer(tiktoken.get_encoding(name))
+    except ValueError as error:  # tiktoken's own list of names
+        known = ", ".join(["world", *tiktoken.list_encoding_names()])
+        raise UserError(f"there is no tokenizer {name!r}; choose from {known}.") from error
+    except Exception as error:  # the download failed: requests raises a family of exceptions
+        raise UserError(
+            f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}); connect once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer world."
+        ) from error
+
+
+def world_encoding() -> tiktoken.Encoding:
+    """The built-in world's byte-level BPE (made by `python -m nanoalign.world.bpe`)."""
+    if not WORLD_BPE.exists():
+        raise UserError(f"{WORLD_BPE} is missing; make it with: python -m nanoalign.world.bpe")
+    ranks = load_tiktoken_bpe(str(WORLD_BPE))
+    return tiktoken.Encoding("world", pat_str=WORLD_PATTERN, mergeable_ranks=ranks, special_tokens={})

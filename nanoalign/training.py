@@ -1,0 +1,130 @@
+"""What every training script does alike: device, precision, seed, optimiser, schedule, one step, a clean stop."""
+
+import hashlib
+import math
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from nanoalign import UserError
+from nanoalign.checkpoint import partial_path
+from nanoalign.logprobs import compile_or_eager
+
+
+def setup(config) -> tuple[torch.device, torch.autocast]:
+    """Seed everything; pick the device and the precision → device, autocast context (reusable)."""
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; fp32 on the CPU
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    print(
+        f"device: {device}, {'bf16 autocast' if device.type == 'cuda' else f'fp32, {torch.get_num_threads()} threads'}"
+    )
+    return device, autocast
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" → the GPU if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"device {name!r} is not available here; try --device auto or --device cpu."
+        ) from None
+
+
+def compile_hidden(model: nn.Module) -> None:
+    """torch.compile the model's plain forward in place (state-dict keys stay as they are); decoding stays eager."""
+    eager, compiled = model.hidden, compile_or_eager(model.hidden)
+    model.hidden = lambda ids, cache=None, *args, **kwargs: (
+        compiled(ids) if cache is None else eager(ids, cache, *args, **kwargs)
+    )
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps: float = 1e-8
+):
+    """AdamW; weight decay on matrices only, not on norms, biases and scalars. Fused on a GPU."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=parameters[0].is_cuda or None)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
+    """Linear warmup over `warmup` steps, then a cosine from `peak` to `floor · peak` at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
+    """Clip the gradient to global norm `clip`, step, zero → the norm before clipping, () on the device."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A reference model: eval mode, no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(*parts) -> str:
+    """A short hash of arrays, strings and tensors: tells whether data or weights are the ones a file was made from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        digest.update(
+            np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else str(part).encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def already_finished(config) -> bool:
+    """With --resume: is the checkpoint there, and nothing left to continue?"""
+    done = config.resume and Path(config.out).exists() and not partial_path(config.out).exists()
+    if done:
+        print(f"{config.out} is finished; delete it to train again.")
+    return done
+
+
+class CleanStop:
+    """Ctrl-C or SIGTERM ends the run after the step in progress, so that it can be saved. A second one kills."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+
+    def __bool__(self) -> bool:
+        return self.signal != 0
+
+    def leave(self, config, step: int) -> None:
+        """Exit with the conventional status after the run has been saved."""
+        print(
+            f"stopped at step {step}, saved in {partial_path(config.out)}; continue with --resume.",
+            file=sys.stderr,
+        )
+        sys.exit(128 + self.signal)

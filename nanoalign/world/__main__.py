@@ -1,0 +1,66 @@
+"""Write the built-in world's files: python -m nanoalign.world --out out/demo/world
+
+    pretrain.jsonl  pretrain_held_out.jsonl   {"text"}: web-like documents
+    sft.jsonl       sft_held_out.jsonl        {"prompt", "completion", "meta"}: demonstrations, flaws included
+    prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: what preferences are collected on, and the test
+
+Held-out prompts differ in entities and phrasing from everything that is trained on.
+"""
+
+import random
+from dataclasses import dataclass
+
+from nanoalign import UserError, cli
+from nanoalign.data import write_rows
+from nanoalign.world.text import FAMILIES, answer, document, request
+
+SIZES = {  # documents, demonstrations, training prompts, held-out prompts per family
+    "tiny": (1_000, 600, 120, 10),
+    "small": (45_000, 12_000, 1_600, 60),
+    "large": (400_000, 60_000, 20_000, 200),
+}
+
+
+@dataclass
+class Config:
+    out: str = "out/demo/world"  # folder to write to
+    size: str = "small"  # tiny (seconds, for tests), small (minutes on a CPU) or large (minutes on a GPU)
+    seed: int = 0  # another seed writes another text about the same world
+
+
+def demonstration(rng: random.Random, held_out: bool) -> dict:
+    row = request(rng, held_out)
+    return {"prompt": row["prompt"], "completion": answer(row, rng), "meta": row["meta"]}
+
+
+def distinct_requests(rng: random.Random, count: int, held_out: bool, kind: str = "") -> list[dict]:
+    """Up to `count` requests, no prompt twice."""
+    rows = {}
+    for _ in range(20 * count):
+        row = request(rng, held_out, kind)
+        rows.setdefault(row["prompt"], row)
+        if len(rows) == count:
+            break
+    return list(rows.values())
+
+
+def main(config: Config) -> None:
+    if config.size not in SIZES:
+        raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
+    documents, demonstrations, prompts, per_family = SIZES[config.size]
+    rng = random.Random(f"{config.size}-{config.seed}")
+    files = {
+        "pretrain": (document(rng) for _ in range(documents)),
+        "pretrain_held_out": (document(rng) for _ in range(max(50, documents // 100))),
+        "sft": (demonstration(rng, False) for _ in range(demonstrations)),
+        "sft_held_out": (demonstration(rng, True) for _ in range(max(50, demonstrations // 50))),
+        "prompts": distinct_requests(rng, prompts, False),
+        "prompts_held_out": (row for kind in FAMILIES for row in distinct_requests(rng, per_family, True, kind)),
+    }
+    for name, rows in files.items():
+        write_rows(f"{config.out}/{name}.jsonl", rows)
+    print(f"world: wrote {', '.join(f'{name}.jsonl' for name in files)} to {config.out} (size {config.size})")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

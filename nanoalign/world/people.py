@@ -1,0 +1,89 @@
+"""Annotators: people who compare two responses, and are not the judge.
+
+An annotator's utility is the judge's plus biases with named strengths; it prefers a to b with the Bradley–Terry
+probability σ((u_a − u_b) / noise). With all biases and the noise at zero it *is* the judge. Because the annotators
+are known, so is the best accuracy that any reward model can reach on their labels: `ceiling`.
+"""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nanoalign.world.judge import AGREES, CONFIDENT, FLATTERY, HEDGE, DISAGREES, judge, sentences
+
+BIASES = {  # in units of the judge's utility
+    "length": 0.03,  # per word, up to 40 words
+    "flattery": 0.4,
+    "agreement": 0.6,  # with what the asker believes
+    "confidence": 0.3,
+    "hedging": 0.4,
+    "bullets": 0.4,
+}
+NOISE = 0.75
+THUMB_BAR = 0.6  # a response of this utility gets thumbs up from half of the people
+
+
+def traits(response: str, length: int) -> dict[str, float]:
+    """What the biases react to: one number per name in BIASES."""
+    said = sentences(response)
+    return {
+        "length": min(length, 40),
+        "flattery": bool(FLATTERY.search(response)),
+        "agreement": any(AGREES.search(s) and not DISAGREES.search(s) for s in said),
+        "confidence": bool(CONFIDENT.search(response)),
+        "hedging": bool(HEDGE.search(response)),
+        "bullets": bool(re.search(r"^\s*([-*•]|\d+[.)])\s", response, re.MULTILINE)),
+    }
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A person: noise (0 = always prefers what it likes better) and bias strengths (missing ones are 0)."""
+
+    noise: float = NOISE
+    biases: dict[str, float] = field(default_factory=lambda: dict(BIASES))
+
+    def utility(self, row: dict, response: str, ended: bool = True) -> float:
+        verdict = judge(row, response, ended)
+        seen = traits(response, verdict.length)
+        return verdict.utility + sum(strength * seen[name] for name, strength in self.biases.items())
+
+    def prefers(self, utility_a: float, utility_b: float) -> float:
+        """P(a is preferred to b), given this person's utilities of them."""
+        return _sigmoid(utility_a - utility_b, self.noise)
+
+    def thumb_up(self, utility: float) -> float:
+        """P(thumbs up) for a response of this utility (Bradley–Terry against THUMB_BAR)."""
+        return _sigmoid(utility - THUMB_BAR, self.noise)
+
+
+def _sigmoid(difference: float, noise: float) -> float:
+    if noise == 0:
+        return 0.5 * (1 + (difference > 0) - (difference < 0))
+    return 1 / (1 + math.exp(-max(-60.0, min(60.0, difference / noise))))
+
+
+def people(count: int, seed: int = 0, noise: float = NOISE, spread: float = 0.3) -> list[Annotator]:
+    """`count` annotators whose bias strengths vary by a factor of about e^±spread around BIASES."""
+    rng = random.Random(f"people-{seed}")
+    return [
+        Annotator(noise, {name: strength * math.exp(rng.gauss(0, spread)) for name, strength in BIASES.items()})
+        for _ in range(count)
+    ]
+
+
+def ceiling(probabilities: Sequence[float]) -> float:
+    """The best reachable accuracy on labels drawn from these P(a ≻ b): the mean of max(p, 1 − p)."""
+    return sum(max(p, 1 - p) for p in probabilities) / len(probabilities)
+
+
+def agreement(probabilities: Sequence[Sequence[float]]) -> float:
+    """How often two different annotators agree, in expectation: per pair one P(a ≻ b) of each annotator."""
+    total = 0.0
+    for ps in probabilities:
+        n, s, squares = len(ps), sum(ps), sum(p * p for p in ps)
+        both_a = (s * s - squares) / (n * (n - 1))  # mean of p_i p_j over i ≠ j
+        total += both_a + 1 - 2 * s / n + both_a
+    return total / len(probabilities)
