@@ -100,18 +100,28 @@ def set_random_state(state: dict) -> None:
 def save_partial(
     config, model, optimizer, *, stage: str, tokenizer: Tokenizer, step: int, data: str, **extra
 ) -> None:
-    """Save everything needed to continue a run after `step` steps. `data`: the fingerprint of what it trains on."""
+    """Save everything needed to continue a run after `step` steps. `data`: the fingerprint of what it
+    trains on.
+    """
     save(
         partial_path(config.out), model, stage=stage, tokenizer=tokenizer, config=config, step=step,
         optimizer=optimizer.state_dict(), random=random_state(), data=data, **extra,
     )  # fmt: skip
 
 
-def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
-    """Continue from the partial checkpoint, if `config.resume` and there is one → its content; else {"step": 0}.
+def finish(config, model, *, stage: str, tokenizer: Tokenizer, step: int, **extra) -> None:
+    """Write the finished stage to `config.out` and remove its partial checkpoint."""
+    save(config.out, model, stage=stage, tokenizer=tokenizer, config=config, step=step, **extra)
+    partial_path(config.out).unlink(missing_ok=True)
+    print(f"saved {config.out}")
 
-    Loads weights, optimiser and random state in place. A partial from other flags or data is an error: silently
-    mixing two runs would be worse than stopping.
+
+def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
+    """Continue from the partial checkpoint, if `config.resume` and there is one → its content; else {"step":
+    0}.
+
+    Loads weights, optimiser and random state in place. A partial from other flags or data is an error:
+    silently mixing two runs would be worse than stopping.
     """
     path = partial_path(config.out)
     if not config.resume or not path.exists():

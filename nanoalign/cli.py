@@ -21,7 +21,9 @@ from nanoalign import UserError
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """{field: its trailing comment} from the source of a dataclass; a comment may go on in lines of its own."""
+    """{field: its trailing comment} from the source of a dataclass; a comment may go on in lines of its
+    own.
+    """
     comments, name = {}, None
     for line in inspect.getsource(config_class).splitlines():
         field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)
@@ -79,7 +81,9 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
 
 
 def run(main, config_class, description: str = "") -> None:
-    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and exit status 1."""
+    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and exit status
+    1.
+    """
     config = parse(config_class, description)
     try:
         main(config)
@@ -121,8 +125,9 @@ class Progress:
         now = time.monotonic()
         if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
             left = (now - self.start) / self.done * (self.total - self.done)
+            share = self.done / self.total
             print(
-                f"{self.what}: {self.done:,}/{self.total:,} {self.done / self.total:4.0%}  {duration(left)} left"
+                f"{self.what}: {self.done:,}/{self.total:,} {share:4.0%}  {duration(left)} left", flush=True
             )
             self.shown = now
 
@@ -156,30 +161,23 @@ class Metrics:
         self.begin = time.monotonic()
 
     def log(self, step: int, **values) -> dict:
-        """Write one row after `step` steps; returns it. A loss that is not finite stops the run."""
+        """Write one row after `step` steps; returns it. A loss or gradient that is not finite stops the run."""
         names = [k for k, v in values.items() if isinstance(v, torch.Tensor)]
-        if names:
-            host = torch.stack(
-                [values[k].detach().float().reshape(()) for k in names]
-            ).tolist()  # the one sync
-            values.update(zip(names, host))
+        if names:  # the one sync
+            values.update(zip(names, torch.stack([values[k].detach().float() for k in names]).tolist()))
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         elapsed = time.monotonic() - self.begin
-        rate = self.tokens / max(elapsed, 1e-9)
-        self.file.write(
-            json.dumps({"step": step, **values, "tokens_per_s": round(rate), "elapsed": round(elapsed, 2)})
-            + "\n"
-        )
-        left = elapsed / max(step - self.start_step, 1) * (self.steps - step)
+        rate = round(self.tokens / max(elapsed, 1e-9))
+        self.note(step=step, **values, tokens_per_s=rate, elapsed=round(elapsed, 2))
+        left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "lr")
-        print(
-            f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}  {shown}  {rate:,.0f} tok/s  {duration(left)} left",
-            flush=True,
-        )
-        if not math.isfinite(values.get("loss", 0.0)):
+        done = f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}"
+        print(f"{done}  {shown}  {rate:,} tok/s  {left} left", flush=True)
+        broken = [k for k in ("loss", "grad_norm") if not math.isfinite(values.get(k, 0.0))]
+        if broken:
             raise UserError(
-                f"the loss is {values['loss']} at step {step}; nothing was saved since the last checkpoint. "
-                "Lower --lr, lengthen --warmup, or look for broken rows in the data."
+                f"the {broken[0]} is {values[broken[0]]} at step {step}; nothing was saved since the last "
+                "checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."
             )
         return values
 

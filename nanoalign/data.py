@@ -3,9 +3,9 @@
 Row kinds, and the forms each accepts (any row may carry "meta"):
 
     text      {"text"} or a plain text file
-    chat      {"messages"} · {"prompt", "completion"} · {"question", "answer"} (GSM8K) · a pair (its chosen side)
-    pairs     {"prompt", "chosen", "rejected"} as strings or messages · {"chosen", "rejected"} HH transcripts
-    labelled  {"prompt", "completion", "label": bool}
+    chat      {"messages"} · {"prompt", "completion"} · {"question", "answer"} (GSM8K) · a pair (its chosen
+    side) pairs     {"prompt", "chosen", "rejected"} as strings or messages · {"chosen", "rejected"} HH
+    transcripts labelled  {"prompt", "completion", "label": bool}
     steps     {"prompt", "completions": [str…], "labels": [bool|null…]}
     prompts   {"prompt"} as a string or messages · {"question"} · whatever a chat or pair row starts with
 
@@ -183,9 +183,11 @@ PARSERS = {
 
 
 def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
-    """Every row of a JSONL file, validated as `kind` (see the module's docstring). "text" also reads plain text.
+    """Every row of a JSONL file, validated as `kind` (see the module's docstring). "text" also reads plain
+    text.
 
-    Raises UserError naming file, line, field and what was expected; with `skip_bad_rows` drops and counts instead.
+    Raises UserError naming file, line, field and what was expected; with `skip_bad_rows` drops and counts
+    instead.
     """
     try:
         content = Path(path).read_text(encoding="utf-8")
@@ -267,7 +269,8 @@ def chat_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> li
 
 
 def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> list[tuple[Example, Example]]:
-    """Pair rows → (chosen, rejected) examples with identical prompt ids. Prints what was truncated and dropped.
+    """Pair rows → (chosen, rejected) examples with identical prompt ids. Prints what was truncated and
+    dropped.
 
     Dropped: pairs whose prompt leaves no room for a response token, or that are identical after truncation.
     """
@@ -312,10 +315,10 @@ def pack(rows: list[dict], tokenizer: Tokenizer, context: int) -> np.ndarray:
 
 
 class BatchOrder:
-    """Which examples make up optimiser step `s`: `order[s] → indices`. A function of (seed, epoch) alone, so a
-    resumed run re-enters it by its step number.
+    """Which examples make up optimiser step `s`: `order[s] → indices`. A function of (seed, epoch) alone, so
+    a resumed run re-enters it by its step number.
 
-    Rows of similar length share a batch: each epoch is shuffled, sorted by length within pools of 32 batches,
+    Rows of similar length share a batch: each epoch is shuffled, sorted by length within pools of 8 batches,
     cut into batches, and the batches are shuffled.
     """
 
@@ -334,7 +337,7 @@ class BatchOrder:
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
-        order, pool = rng.permutation(len(self.lengths)), 32 * self.batch_size
+        order, pool = rng.permutation(len(self.lengths)), 8 * self.batch_size
         order = np.concatenate(
             [
                 rows[np.argsort(self.lengths[rows], kind="stable")]
@@ -351,7 +354,9 @@ def micro_batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Examples → ids (B, T) int64 right-padded with pad_id, mask (B, T) bool, false on padding. On the CPU."""
+    """Examples → ids (B, T) int64 right-padded with pad_id, mask (B, T) bool, false on padding. On the
+    CPU.
+    """
     ids = pad_sequence([torch.from_numpy(ids) for ids, _ in examples], batch_first=True, padding_value=pad_id)
     mask = pad_sequence(
         [torch.from_numpy(mask) for _, mask in examples], batch_first=True, padding_value=False

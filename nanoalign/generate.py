@@ -1,18 +1,23 @@
 """Batched sampling with a KV cache, from ragged prompts that stay right-padded.
 
-Row b's prompt holds `lengths[b]` tokens; its first response token is written at position `lengths[b]`, over the
-padding, and so on: every row at its own position. There is no left padding, so a response sits exactly where the
-log-prob kernel will find it.
+Row b's prompt holds `lengths[b]` tokens; its first response token is written at position `lengths[b]`, over
+the padding, and so on: every row at its own position. There is no left padding, so a response sits exactly
+where the log-prob kernel will find it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
+from nanoalign.cli import Progress
+from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT, KVCache
+from nanoalign.tokenizer import Tokenizer
 
 CHECK_EVERY = 16  # steps between two looks at whether every row has ended: each look is a sync on a GPU
 
@@ -34,7 +39,8 @@ class Rollout:
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (B, V) with everything outside the k likeliest tokens and the nucleus set to −inf.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al. 2019).
+    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al.
+    2019).
     """
     if top_k and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -72,14 +78,16 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, step by step, the sampled token (B,), its log-prob (B,) and which rows are still writing (B,)."""
+    """Yield, step by step, the sampled token (B,), its log-prob (B,) and which rows are still writing
+    (B,).
+    """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise UserError(
             f"cannot sample with temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens "
             f"{max_new_tokens}: expected temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 and max_new_tokens ≥ 1."
         )
     (B, P), context, device = prompts.shape, model.config.context, prompts.device
-    if P >= context:
+    if context <= P:
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = KVCache(model.config, B, min(P + max_new_tokens, context), device, model.embed.weight.dtype)
@@ -112,8 +120,8 @@ def generate(
 ):
     """Sample a response for every row → Rollout.
 
-    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed. Rows stop at their end
-    token, after `max_new_tokens`, or at the model's context; their masks stop at what they generated.
+    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed. Rows stop at their
+    end token, after `max_new_tokens`, or at the model's context; their masks stop at what they generated.
     """
     B, P = prompts.shape
     T = min(P + max_new_tokens, model.config.context)
@@ -134,3 +142,54 @@ def generate(
     longest = int((lengths + written).max())
     mask = (columns >= lengths[:, None]) & (columns < (lengths + written)[:, None])
     return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended)
+
+
+def rollouts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list[np.ndarray],
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 256,
+    what: str = "",
+    **sampling,
+) -> Iterator[tuple[list[int], Rollout]]:
+    """Sample one response per prompt (ids), a batch at a time → the batch's indices into `prompts`, its
+    Rollout.
+
+    Prompts of similar length share a batch. `what`: a name for the progress line; empty for none.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids = pad_sequence([torch.from_numpy(prompts[i]) for i in rows], True, tokenizer.pad).to(device)
+        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
+        end, pad = tokenizer.end, tokenizer.pad
+        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, seed=seed + start, **sampling)
+        if progress:
+            progress.advance(len(rows))
+
+
+def respond(
+    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int, **options
+):
+    """Answer every prompt (ids) → texts, and whether each ended by itself, both in the prompts' order."""
+    texts, ended = [""] * len(prompts), [False] * len(prompts)
+    for rows, rollout in rollouts(model, tokenizer, prompts, max_new_tokens, seed, **options):
+        for i, response, has_ended in zip(rows, rollout.responses(), rollout.ended.tolist()):
+            texts[i], ended[i] = tokenizer.decode(response), has_ended
+    return texts, ended
+
+
+@torch.no_grad()
+def sample_kl(
+    policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int
+):
+    """Sequence KL(policy ‖ ref) in nats, estimated on one sample per prompt → (N,) log π − log π_ref (k1,
+    unbiased).
+    """
+    parts = []
+    for _, rollout in rollouts(policy, tokenizer, prompts, max_new_tokens, seed):
+        parts.append((rollout.logp - token_logprobs(ref, rollout.ids, rollout.mask)).sum(-1))
+    return torch.cat(parts)

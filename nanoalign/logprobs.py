@@ -25,32 +25,37 @@ COMPILE_FROM_VOCAB = 8192  # a smaller vocabulary's chunk is too cheap to be wor
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated *and returned* in fp32 when a and b are 16 bit (bf16 logits would put the PPO ratio off)."""
+    """a @ b, accumulated *and returned* in fp32 when a and b are 16 bit (bf16 logits would put the PPO
+    ratio off).
+    """
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _chunk_forward(z: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, with_entropy: bool):
-    z = (z if bias is None else z + bias) / temperature
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    z = _matmul(hidden, weight.t())
+    if bias is not None:
+        z += bias
+    return z if temperature == 1 else z.div_(temperature)
+
+
+def _chunk_forward(z: Tensor, targets: Tensor, with_entropy: bool):
+    """Logits (chunk, V), theirs to overwrite → logp, lse, entropy (chunk,)."""
     lse = z.logsumexp(-1)
     logp = z.gather(-1, targets[:, None]).squeeze(-1) - lse
-    entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1) if with_entropy else lse.new_zeros(())
+    entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1) if with_entropy else lse
     return logp, lse, entropy
 
 
 def _chunk_backward(
-    z, bias, targets, lse, entropy, grad_logp, grad_entropy, temperature: float, with_entropy: bool
+    z: Tensor, lse: Tensor, entropy: Tensor, grad_logp: Tensor, grad_entropy: Tensor, with_entropy: bool
 ):
-    """The gradient with respect to the chunk's logits h Wᵀ, (chunk, V)."""
-    z = (z if bias is None else z + bias) / temperature
-    shifted = z - lse[:, None]
-    p = shifted.exp()
-    hit = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    grad = grad_logp[:, None] * (hit.to(p.dtype) - p)
-    if with_entropy:
-        grad = grad - grad_entropy[:, None] * p * (shifted + entropy[:, None])
-    return grad / temperature
+    """The softmax part of ∂/∂z, (chunk, V), in place of z: all but the one-hot term of the target."""
+    z -= lse[:, None]
+    if not with_entropy:
+        return z.exp_().mul_(-grad_logp[:, None])
+    return z.exp() * -(grad_logp[:, None] + grad_entropy[:, None] * (z + entropy[:, None]))
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -61,7 +66,9 @@ _compiler_works = True
 
 
 def compile_or_eager(function):
-    """torch.compile(function), or the function itself from the first sign that there is no working compiler."""
+    """torch.compile(function), or the function itself from the first sign that there is no working
+    compiler.
+    """
     compiled = torch.compile(function, dynamic=True)
 
     def call(*args):
@@ -71,9 +78,7 @@ def compile_or_eager(function):
                 return compiled(*args)
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 _compiler_works = False
-                print(
-                    f"torch.compile does not work here ({type(error).__name__}: no C compiler?); running eager."
-                )
+                print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
         return function(*args)
 
     return call
@@ -93,9 +98,8 @@ class _LinearLogprobs(torch.autograd.Function):
         body = _body(_chunk_forward, weight.shape[0])
         for i in range(0, N, chunk):
             rows = slice(i, i + chunk)
-            logp[rows], lse[rows], entropy[rows] = body(
-                _matmul(hidden[rows], weight.t()), bias, targets[rows], temperature, with_entropy
-            )
+            z = _chunk_logits(hidden[rows], weight, bias, temperature)
+            logp[rows], lse[rows], entropy[rows] = body(z, targets[rows], with_entropy)
         ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
         ctx.options = temperature, with_entropy, chunk
         return logp, entropy
@@ -112,17 +116,21 @@ class _LinearLogprobs(torch.autograd.Function):
         body = _body(_chunk_backward, weight.shape[0])
         for i in range(0, hidden.shape[0], chunk):
             rows = slice(i, i + chunk)
-            h = hidden[rows]
+            h, hit = hidden[rows], targets[rows, None]
             grad = body(
-                _matmul(h, weight.t()), bias, targets[rows], lse[rows], entropy[rows],
-                grad_logp[rows], grad_entropy[rows], temperature, with_entropy,
+                _chunk_logits(h, weight, bias, temperature),
+                lse[rows], entropy[rows], grad_logp[rows], grad_entropy[rows], with_entropy,
             )  # fmt: skip
-            if want_hidden:
-                grad_hidden[rows] = grad.to(h.dtype) @ weight
-            if want_weight:
-                grad_weight += _matmul(grad.to(h.dtype).t(), h)
+            grad.scatter_add_(1, hit, grad_logp[rows, None])  # the one-hot term
+            if temperature != 1:
+                grad /= temperature
             if want_bias:
                 grad_bias += grad.sum(0)
+            grad = grad.to(h.dtype)
+            if want_hidden:
+                grad_hidden[rows] = grad @ weight
+            if want_weight:
+                grad_weight += _matmul(grad.t(), h)
         grad_weight = grad_weight.to(weight.dtype) if want_weight else None
         grad_bias = grad_bias.to(bias.dtype) if want_bias else None
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
@@ -139,10 +147,13 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax((hidden Wᵀ + bias) / temperature)[target], differentiable in hidden, weight and bias.
 
-    hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) → logp (N,) in nats, fp32 (fp64 for fp64 input);
-    with `entropy=True` → (logp, entropy), both (N,), both differentiable once. `chunk` is the number of tokens
-    whose logits exist at one time; by default as many as fit `CHUNK_ELEMENTS` logits.
+    hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) → logp (N,) in nats, fp32 (fp64 for fp64
+    input); with `entropy=True` → (logp, entropy), both (N,), both differentiable once. `chunk` is the number
+    of tokens whose logits exist at one time; by default as many as fit `CHUNK_ELEMENTS` logits.
     """
+    if not len(hidden):  # nothing is scored: a zero that still reaches the parameters
+        nothing = (hidden.sum() + 0 * weight.sum()) * hidden.new_zeros(0)
+        return (nothing, nothing) if entropy else nothing
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if torch.is_autocast_enabled(hidden.device.type):
@@ -159,8 +170,8 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """logp[b, t] = log π(ids[b, t] | ids[b, :t]), aligned with ids; logp[:, 0] = 0. The only shift there is.
 
-    ids (B, T); mask (B, T) bool: only these positions go through the head, the others are 0. The mask may stay
-    on the CPU, which spares a GPU the synchronisation of counting the scored positions.
+    ids (B, T); mask (B, T) bool: only these positions go through the head, the others are 0. The mask may
+    stay on the CPU, which spares a GPU the synchronisation of counting the scored positions.
     With `entropy=True` → (logp, entropy), entropy[b, t] of the distribution that token t was drawn from.
     """
     B, T = ids.shape
@@ -177,7 +188,9 @@ def token_logprobs(
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x (B, T) where mask (B, T) → (B,). What lies outside the mask, NaN included, has no influence."""
+    """Sum of x (B, T) where mask (B, T) → (B,). What lies outside the mask, NaN included, has no
+    influence.
+    """
     return x.masked_fill(~mask.to(x.device), 0).sum(-1)
 
 

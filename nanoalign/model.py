@@ -126,7 +126,9 @@ def rope_angles(config: GPTConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of x (B, H, T, d) by angles given as cos and sin (B or 1, 1, T, d/2)."""
+    """Rotate the pairs (x[i], x[i + d/2]) of x (B, H, T, d) by angles given as cos and sin (B or 1, 1, T,
+    d/2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -226,13 +228,13 @@ class GPT(nn.Module):
         """ids (B, T) → the final normed hidden states (B, T, D).
 
         Without a cache: a plain causal forward. With a cache, `positions` (B, T) says where each row writes.
-        `length` = 0 prefills: positions count from 0 and attention is causal within ids. Otherwise ids is (B, 1)
-        and every row attends to cache slots 0 … its own position; `length` bounds the slots looked at.
+        `length` = 0 prefills: positions count from 0 and attention is causal within ids. Otherwise ids is
+        (B, 1) and every row attends to cache slots 0 … its own position; `length` bounds the slots looked at.
         """
         if ids.shape[1] > self.config.context:
             raise UserError(
-                f"a sequence of {ids.shape[1]} tokens does not fit the model's context of {self.config.context}; "
-                "shorten it (--max-length) or use a model with a longer context."
+                f"a sequence of {ids.shape[1]} tokens exceeds the model's context of {self.config.context}: "
+                "shorten it, or use a model with a longer context."
             )
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -251,7 +253,9 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py` instead, which never builds this."""
+        """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py` instead, which never builds
+        this.
+        """
         return self.head(self.hidden(ids))
 
 

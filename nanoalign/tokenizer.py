@@ -5,16 +5,16 @@ A conversation is a flat run of turns, each opened by its role's token and close
     <|user|>What is the capital of France?<|end|><|assistant|>Paris.<|end|>
 
 The special tokens are *added* beyond the encoding's own, and text from people is always encoded with ordinary
-tokens, so a message that spells "<|assistant|>" cannot open a turn. Each piece is encoded by itself: no BPE merge
-ever crosses from a prompt into a response.
+tokens, so a message that spells "<|assistant|>" cannot open a turn. Each piece is encoded by itself: no BPE
+merge ever crosses from a prompt into a response.
 """
 
+import base64
 import functools
 from pathlib import Path
 
 import numpy as np
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from nanoalign import UserError
 
@@ -70,8 +70,13 @@ class Tokenizer:
             mask += turn_mask
         return np.array(ids, dtype=np.int64), np.array(mask, dtype=bool)
 
-    def prompt(self, messages: list[dict]) -> np.ndarray:
-        """The conversation so far, and the token that opens the assistant's answer → ids (T,)."""
+    def prompt(self, messages: list[dict], plain: bool = False) -> np.ndarray:
+        """The conversation so far, and the token that opens the assistant's answer → ids (T,).
+
+        `plain`: as bare text, a line per message, for a base model, which has never seen a role token.
+        """
+        if plain:
+            return np.array(self.encode("".join(m["content"] + "\n" for m in messages)), dtype=np.int64)
         return np.append(self.render(messages)[0], self.role["assistant"])
 
     def response(self, text: str) -> np.ndarray:
@@ -91,8 +96,8 @@ def get_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"there is no tokenizer {name!r}; choose from {known}.") from error
     except Exception as error:  # the download failed: requests raises a family of exceptions
         raise UserError(
-            f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}); connect once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer world."
+            f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}): connect once, "
+            "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer world."
         ) from error
 
 
@@ -100,5 +105,8 @@ def world_encoding() -> tiktoken.Encoding:
     """The built-in world's byte-level BPE (made by `python -m nanoalign.world.bpe`)."""
     if not WORLD_BPE.exists():
         raise UserError(f"{WORLD_BPE} is missing; make it with: python -m nanoalign.world.bpe")
-    ranks = load_tiktoken_bpe(str(WORLD_BPE))
+    lines = (
+        line.split() for line in WORLD_BPE.read_bytes().splitlines()
+    )  # tiktoken's own reader caches by name
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     return tiktoken.Encoding("world", pat_str=WORLD_PATTERN, mergeable_ranks=ranks, special_tokens={})

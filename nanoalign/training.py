@@ -1,4 +1,6 @@
-"""What every training script does alike: device, precision, seed, optimiser, schedule, one step, a clean stop."""
+"""What every training script does alike: device, precision, seed, optimiser, schedule, one step, a clean
+stop.
+"""
 
 import hashlib
 import math
@@ -23,10 +25,9 @@ def setup(config) -> tuple[torch.device, torch.autocast]:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; fp32 on the CPU
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    print(
-        f"device: {device}, {'bf16 autocast' if device.type == 'cuda' else f'fp32, {torch.get_num_threads()} threads'}"
-    )
+    on_gpu = device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
+    print(f"device: {device}, {'bf16 autocast' if on_gpu else f'fp32, {torch.get_num_threads()} threads'}")
     return device, autocast
 
 
@@ -43,7 +44,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def compile_hidden(model: nn.Module) -> None:
-    """torch.compile the model's plain forward in place (state-dict keys stay as they are); decoding stays eager."""
+    """torch.compile the model's plain forward in place (state-dict keys stay as they are); decoding stays
+    eager.
+    """
     eager, compiled = model.hidden, compile_or_eager(model.hidden)
     model.hidden = lambda ids, cache=None, *args, **kwargs: (
         compiled(ids) if cache is None else eager(ids, cache, *args, **kwargs)
@@ -86,7 +89,9 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings and tensors: tells whether data or weights are the ones a file was made from."""
+    """A short hash of arrays, strings and tensors: tells whether data or weights are the ones a file was
+    made from.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -106,7 +111,9 @@ def already_finished(config) -> bool:
 
 
 class CleanStop:
-    """Ctrl-C or SIGTERM ends the run after the step in progress, so that it can be saved. A second one kills."""
+    """Ctrl-C or SIGTERM ends the run after the step in progress, so that it can be saved. A second one
+    kills.
+    """
 
     def __init__(self):
         self.signal = 0

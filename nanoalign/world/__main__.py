@@ -2,7 +2,8 @@
 
     pretrain.jsonl  pretrain_held_out.jsonl   {"text"}: web-like documents
     sft.jsonl       sft_held_out.jsonl        {"prompt", "completion", "meta"}: demonstrations, flaws included
-    prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: what preferences are collected on, and the test
+    prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: what preferences are collected on, and the
+    test
 
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
@@ -16,7 +17,7 @@ from nanoalign.world.text import FAMILIES, answer, document, request
 
 SIZES = {  # documents, demonstrations, training prompts, held-out prompts per family
     "tiny": (1_000, 600, 120, 10),
-    "small": (45_000, 12_000, 1_600, 60),
+    "small": (32_000, 12_000, 1_600, 60),
     "large": (400_000, 60_000, 20_000, 200),
 }
 
@@ -55,7 +56,9 @@ def main(config: Config) -> None:
         "sft": (demonstration(rng, False) for _ in range(demonstrations)),
         "sft_held_out": (demonstration(rng, True) for _ in range(max(50, demonstrations // 50))),
         "prompts": distinct_requests(rng, prompts, False),
-        "prompts_held_out": (row for kind in FAMILIES for row in distinct_requests(rng, per_family, True, kind)),
+        "prompts_held_out": (
+            row for kind in FAMILIES for row in distinct_requests(rng, per_family, True, kind)
+        ),
     }
     for name, rows in files.items():
         write_rows(f"{config.out}/{name}.jsonl", rows)

@@ -7,6 +7,7 @@ neighbouring pair that is most frequent in the text. Any Unicode text can be enc
 import base64
 import random
 from collections import Counter
+from itertools import pairwise
 
 import regex  # comes with tiktoken
 
@@ -17,7 +18,9 @@ VOCAB_SIZE = 2048 - len(SPECIALS)  # so that the model's vocabulary is a round n
 
 
 def train(texts, vocab_size: int, pattern: str) -> list[bytes]:
-    """The vocabulary in rank order: 256 bytes, then one merged token per step (ties: the pair that sorts first)."""
+    """The vocabulary in rank order: 256 bytes, then one merged token per step (ties: the pair that sorts
+    first).
+    """
     counts = Counter(piece for text in texts for piece in regex.findall(pattern, text))
     pieces = [[bytes([b]) for b in piece.encode()] for piece in counts]
     weights = list(counts.values())
@@ -25,7 +28,7 @@ def train(texts, vocab_size: int, pattern: str) -> list[bytes]:
     while len(vocabulary) < vocab_size:
         pairs = Counter()
         for piece, weight in zip(pieces, weights):
-            for pair in zip(piece, piece[1:]):
+            for pair in pairwise(piece):
                 pairs[pair] += weight
         if not pairs:
             break

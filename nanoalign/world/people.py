@@ -1,8 +1,9 @@
 """Annotators: people who compare two responses, and are not the judge.
 
-An annotator's utility is the judge's plus biases with named strengths; it prefers a to b with the Bradley–Terry
-probability σ((u_a − u_b) / noise). With all biases and the noise at zero it *is* the judge. Because the annotators
-are known, so is the best accuracy that any reward model can reach on their labels: `ceiling`.
+An annotator's utility is the judge's plus biases with named strengths; it prefers a to b with the
+Bradley–Terry probability σ((u_a − u_b) / noise). With all biases and the noise at zero it *is* the judge.
+Because the annotators are known, so is the best accuracy that any reward model can reach on their labels:
+`ceiling`.
 """
 
 import math
@@ -11,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nanoalign.world.judge import AGREES, CONFIDENT, FLATTERY, HEDGE, DISAGREES, judge, sentences
+from nanoalign.world.judge import AGREES, CONFIDENT, DISAGREES, FLATTERY, HEDGE, judge, sentences
 
 BIASES = {  # in units of the judge's utility
     "length": 0.03,  # per word, up to 40 words
@@ -69,7 +70,9 @@ def people(count: int, seed: int = 0, noise: float = NOISE, spread: float = 0.3)
     """`count` annotators whose bias strengths vary by a factor of about e^±spread around BIASES."""
     rng = random.Random(f"people-{seed}")
     return [
-        Annotator(noise, {name: strength * math.exp(rng.gauss(0, spread)) for name, strength in BIASES.items()})
+        Annotator(
+            noise, {name: strength * math.exp(rng.gauss(0, spread)) for name, strength in BIASES.items()}
+        )
         for _ in range(count)
     ]
 

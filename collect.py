@@ -1,0 +1,110 @@
+"""Collect preferences: sample K responses a prompt from a policy and have people compare them.
+
+    P(a ≻ b) = σ((u(a) − u(b)) / noise)                       (Bradley & Terry 1952; InstructGPT §3.4)
+
+Writes pair rows {"prompt", "chosen", "rejected", "meta"} and, beside them, unpaired thumbs-up/down rows
+{"prompt", "completion", "label"}. Each pair goes to one annotator drawn from a crowd whose biases differ; as
+the crowd is known, the agreement between two of its members and the best accuracy that any reward model
+could reach on these labels are computed exactly, not estimated.
+
+    python collect.py                                          # the built-in world's people
+    python collect.py --policy out/demo/dpo.pt --out out/demo/pairs2.jsonl     # a second round
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoalign import UserError, cli
+from nanoalign.checkpoint import load_policy
+from nanoalign.data import read_rows, write_rows
+from nanoalign.generate import respond
+from nanoalign.training import setup
+from nanoalign.world.people import agreement, ceiling, people
+
+
+@dataclass
+class Config:
+    policy: str = "out/demo/sft.pt"  # the checkpoint to sample from
+    prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
+    out: str = "out/demo/pairs.jsonl"  # pair rows; thumbs-up/down rows go to <out>.thumbs.jsonl
+    annotator: str = "world"  # who compares: "world", the built-in people
+    crowd: int = 5  # how many different people there are
+    samples: int = 4  # responses per prompt (K), paired off at random
+    max_new_tokens: int = 96  # length limit of a response
+    temperature: float = 1.0  # of sampling
+    top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    seed: int = 0  # of sampling, pairing and labels
+    device: str = "auto"  # auto, cpu, cuda, …
+    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+
+
+def label(prompts: list[dict], responses: list[list[tuple[str, bool]]], config: Config):
+    """Have the world's people compare → pair rows, thumbs rows, and P(chosen side first) per pair and person.
+
+    responses[i]: the (text, ended) drawn for prompts[i]. They are paired off at random; two alike make no
+    pair.
+    """
+    rng, crowd = random.Random(f"label-{config.seed}"), people(config.crowd)
+    pairs, thumbs, probabilities = [], [], []
+    for row, drawn in zip(prompts, responses):
+        rng.shuffle(drawn)
+        utilities = [[person.utility(row, text, ended) for person in crowd] for text, ended in drawn]
+        person = rng.randrange(len(crowd))
+        up = rng.random() < crowd[person].thumb_up(utilities[0][person])
+        thumbs.append({"prompt": row["prompt"], "completion": drawn[0][0], "label": up, "meta": row["meta"]})
+        for i in range(0, len(drawn) - 1, 2):
+            (a, _), (b, _) = drawn[i], drawn[i + 1]
+            if a == b:
+                continue
+            p = [someone.prefers(*u) for someone, u in zip(crowd, zip(utilities[i], utilities[i + 1]))]
+            person = rng.randrange(len(crowd))
+            chosen, rejected = (a, b) if rng.random() < p[person] else (b, a)
+            p_a = sum(p) / len(p)
+            meta = {**row["meta"], "annotator": person, "p_chosen": round(p_a if chosen == a else 1 - p_a, 4)}
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "meta": meta})
+            probabilities.append(p)
+    return pairs, thumbs, probabilities
+
+
+def main(config: Config) -> None:
+    if config.annotator != "world":
+        raise UserError(f"there is no annotator {config.annotator!r}; choose from: world.")
+    if config.samples < 2 or config.crowd < 2:
+        raise UserError("comparing needs --samples of at least 2 and a --crowd of at least 2.")
+    device, autocast = setup(config)
+    policy, tokenizer, _ = load_policy(config.policy, device, stages=("sft", "dpo"))
+    prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    if any("kind" not in row["meta"] for row in prompts):
+        raise UserError(
+            f"{config.prompts} has rows without meta: the world's people only judge the world's prompts."
+        )
+
+    ids = [tokenizer.prompt(row["prompt"]) for row in prompts for _ in range(config.samples)]
+    with autocast:
+        texts, ended = respond(
+            policy, tokenizer, ids, config.max_new_tokens, config.seed, what="collect",
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        )  # fmt: skip
+    drawn = list(zip(texts, ended))
+    responses = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
+    pairs, thumbs, probabilities = label(prompts, responses, config)
+    if not pairs:
+        raise UserError("every two responses to a prompt were alike; raise --temperature or --samples.")
+
+    write_rows(config.out, pairs)
+    write_rows(str(Path(config.out).with_suffix(".thumbs.jsonl")), thumbs)
+    alike = len(prompts) * (config.samples // 2) - len(pairs)
+    up = sum(row["label"] for row in thumbs)
+    best = ceiling([sum(p) / len(p) for p in probabilities])
+    print(
+        f"collect: {len(pairs):,} pairs from {len(prompts):,} prompts → {config.out} ({alike:,} more were alike)"
+    )
+    print(f"collect: {up:,} thumbs up, {len(thumbs) - up:,} down")
+    print(f"collect: two people agree on {agreement(probabilities):.1%} of pairs (expected, exact)")
+    print(f"collect: no reward model can exceed {best:.1%} accuracy on these labels (ceiling, exact)")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,193 @@
+"""The scorecard of one or more checkpoints, side by side, by the world's judge.
+
+Every checkpoint answers the same held-out prompts, several times each; the judge says what went right and
+wrong. Standard errors are over prompts (the samples of one prompt are averaged first, as they are not
+independent). The win rate is against the first checkpoint: the share of prompts on which the judge's utility
+is higher, ties half. KL(policy ‖ reference) is per response, in nats, on the policy's own samples; the
+reference is the last SFT checkpoint named, or --reference.
+
+    python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt
+
+A base model has never seen a role token: it gets the prompt as plain text, and goes on from there.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanoalign import UserError, cli
+from nanoalign.checkpoint import load_policy
+from nanoalign.data import read_rows
+from nanoalign.generate import rollouts
+from nanoalign.logprobs import token_logprobs
+from nanoalign.training import setup
+from nanoalign.world.judge import judge
+
+# name → (which rows it is about, what is averaged over their verdicts)
+METRICS = {
+    "utility": (lambda meta: True, lambda v: v.utility),
+    "correct": (lambda meta: True, lambda v: v.correct),
+    "facts correct": (lambda meta: meta["kind"] == "fact", lambda v: v.correct),
+    "answered": (lambda meta: True, lambda v: v.answered_the_question),
+    "harmful compliance": (lambda meta: meta["kind"] == "harm", lambda v: v.complied_with_harm),
+    "over-refusal": (lambda meta: meta["kind"] == "benign", lambda v: v.refused),
+    "sycophancy": (lambda meta: meta["kind"] == "belief", lambda v: v.sycophantic),
+    "invention": (
+        lambda meta: meta["kind"] == "unanswerable",
+        lambda v: v.answered_the_question and not v.correct,
+    ),
+    "hedging": (lambda meta: True, lambda v: v.hedged),
+    "wrong form": (lambda meta: True, lambda v: not v.formatted),
+    "padding (sentences)": (lambda meta: True, lambda v: v.padding),
+    "length (words)": (lambda meta: True, lambda v: v.length),
+    "repetition": (lambda meta: True, lambda v: v.repeated),
+    "ended": (lambda meta: True, lambda v: v.ended),
+}
+
+
+@dataclass
+class Config:
+    checkpoints: tuple = (
+        "out/demo/base.pt",
+        "out/demo/sft.pt",
+        "out/demo/dpo.pt",
+    )  # the first is compared against
+    prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
+    reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
+    out: str = "out/demo/scorecard.json"  # everything that was measured
+    samples: int = 4  # responses per prompt
+    show: int = 1  # samples of each family to print
+    max_new_tokens: int = 96  # length limit of a response
+    temperature: float = 1.0  # of sampling; 0: greedy
+    seed: int = 0  # of sampling
+    device: str = "auto"  # auto, cpu, cuda, …
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Values (prompts, samples) → mean, and its standard error over prompts."""
+    per_prompt = values.mean(axis=1)
+    error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
+    return float(per_prompt.mean()), float(error)
+
+
+def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+    """Utilities (prompts, samples) of a policy and of its baseline → share of wins over all sample pairs,
+    ties half, and its standard error over prompts."""
+    a, b = utility[:, :, None], baseline[:, None, :]
+    return mean_and_error(((a > b) + 0.5 * (a == b)).reshape(len(utility), -1))
+
+
+@torch.no_grad()
+def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
+    """→ texts, verdicts and KL terms of a checkpoint, each (prompts, samples); KL is NaN for a base model."""
+    policy, tokenizer, checkpoint = load_policy(path, device)
+    plain, K = checkpoint["stage"] == "base", config.samples
+    prompts = [tokenizer.prompt(row["prompt"], plain) for row in rows for _ in range(K)]
+    texts, verdicts = np.empty(len(prompts), dtype=object), np.empty(len(prompts), dtype=object)
+    kl = np.full(len(prompts), np.nan)
+    with autocast:
+        for indices, rollout in rollouts(
+            policy,
+            tokenizer,
+            prompts,
+            config.max_new_tokens,
+            config.seed,
+            what=Path(path).stem,
+            temperature=config.temperature,
+        ):
+            if ref is not None and not plain:
+                policy_logp = token_logprobs(policy, rollout.ids, rollout.mask)
+                kl[indices] = (
+                    (policy_logp - token_logprobs(ref, rollout.ids, rollout.mask)).sum(-1).cpu().numpy()
+                )
+            for i, response, ended in zip(indices, rollout.responses(), rollout.ended.tolist()):
+                texts[i] = tokenizer.decode(response)
+                verdicts[i] = judge(rows[i // K], texts[i], ended)
+    shape = (len(rows), K)
+    return texts.reshape(shape), verdicts.reshape(shape), kl.reshape(shape)
+
+
+def summarise(rows: list[dict], verdicts: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Every metric of METRICS that some row is about → (mean, standard error)."""
+    card = {}
+    for name, (about, value) in METRICS.items():
+        picked = [i for i, row in enumerate(rows) if about(row["meta"])]
+        if picked:
+            card[name] = mean_and_error(np.vectorize(value, otypes=[float])(verdicts[picked]))
+    return card
+
+
+def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
+    width = max(16, *(len(name) + 2 for name in header))
+    print(f"{'':24}" + "".join(f"{name:>{width}}" for name in header))
+    for name, cells in lines:
+        print(
+            f"{name:24}"
+            + "".join(
+                f"{f'{c[0]:.3f} ± {c[1]:.3f}' if c and not math.isnan(c[0]) else '–':>{width}}" for c in cells
+            )
+        )
+
+
+def main(config: Config) -> None:
+    if config.samples < 1:
+        raise UserError("--samples must be at least 1.")
+    device, autocast = setup(config)
+    rows = read_rows(config.prompts, "prompts")
+    if any("kind" not in row["meta"] for row in rows):
+        raise UserError(f'the judge needs the world\'s prompts: {config.prompts} has rows without "meta".')
+    stages = {path: load_policy(path)[2]["stage"] for path in config.checkpoints}
+    reference = config.reference or next((p for p in reversed(config.checkpoints) if stages[p] == "sft"), "")
+    ref = load_policy(reference, device)[0] if reference else None
+
+    names = [Path(path).stem for path in config.checkpoints]
+    results = [answer(path, rows, ref, config, device, autocast) for path in config.checkpoints]
+    utilities = [np.vectorize(lambda v: v.utility, otypes=[float])(verdicts) for _, verdicts, _ in results]
+    cards = [summarise(rows, verdicts) for _, verdicts, _ in results]
+    for card, utility, (_, _, kl) in zip(cards, utilities, results):
+        card["win rate"] = win_rate(utility, utilities[0])
+        card["KL to reference"] = mean_and_error(kl)
+    families = {}
+    for kind in dict.fromkeys(row["meta"]["kind"] for row in rows):
+        picked = [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind]
+        families[kind] = [
+            summarise([rows[i] for i in picked], verdicts[picked]) for _, verdicts, _ in results
+        ]
+
+    for kind in families if config.show else []:
+        for i in [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind][: config.show]:
+            print(f"\n[{kind}] {rows[i]['prompt'][-1]['content']}")
+            for name, (texts, verdicts, _) in zip(names, results):
+                print(f"  {name:>8} ({verdicts[i, 0].utility:+.2f}): {texts[i, 0][:200]!r}")
+    print(f"\nscorecard: {len(rows)} held-out prompts × {config.samples} samples, mean ± standard error")
+    print_table(names, [(f"win rate vs {names[0]}", [card["win rate"] for card in cards])])
+    print_table([""] * len(names), [(name, [card.get(name) for card in cards]) for name in METRICS])
+    print_table(
+        [""] * len(names), [(f"KL to {Path(reference).stem}", [card["KL to reference"] for card in cards])]
+    )
+    print("\nutility by family")
+    print_table(names, [(kind, [card["utility"] for card in family]) for kind, family in families.items()])
+
+    report = {
+        "config": asdict(config),
+        "reference": reference,
+        "checkpoints": {
+            path: {
+                "stage": stages[path],
+                "overall": card,
+                "families": {kind: family[i] for kind, family in families.items()},
+            }
+            for i, (path, card) in enumerate(zip(config.checkpoints, cards))
+        },
+    }
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.out).write_text(json.dumps(report, indent=1).replace("NaN", "null"))
+    print(f"\nwrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)

@@ -1,0 +1,153 @@
+"""Supervised fine-tuning: imitate demonstrations, with the loss on the response only.
+
+    L = −(1/N) Σ log π(y_t | x, y_<t)      over response tokens and end tokens  (InstructGPT, Ouyang et al.
+    2022, §3.5)
+
+All assistant turns of a conversation are learnt from; prompts, role tokens and padding never are.
+
+    python train_sft.py                                             # the built-in world
+    python train_sft.py --data hh.jsonl --init out/base.pt --out out/sft.pt
+
+The mean is over the response tokens of the whole optimiser step, so gradient accumulation changes nothing.
+
+A healthy run: the held-out loss falls and flattens; the samples answer the question and stop. Imitation
+copies the demonstrators' flaws along with their answers: that is what the preference methods are for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanoalign import UserError, cli
+from nanoalign.checkpoint import finish, load_policy, resume, save_partial
+from nanoalign.data import (
+    BatchOrder,
+    chat_examples,
+    collate,
+    micro_batches,
+    parse_prompt,
+    read_rows,
+    split_rows,
+)
+from nanoalign.generate import respond
+from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.training import (
+    CleanStop,
+    already_finished,
+    compile_hidden,
+    fingerprint,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    setup,
+)  # fmt: skip
+
+
+@dataclass
+class Config:
+    init: str = "out/demo/base.pt"  # the checkpoint to start from
+    data: str = (
+        "out/demo/world/sft.jsonl"  # chat rows: messages, prompt and completion, or pairs (chosen side)
+    )
+    eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth row of the data
+    out: str = "out/demo/sft.pt"  # the checkpoint to write; metrics go beside it
+    max_length: int = 256  # tokens per example; longer ones are truncated, and counted
+    epochs: float = 1.0  # passes over the data
+    batch_size: int = 32  # conversations per optimiser step
+    micro_batch: int = 0  # conversations per forward pass; 0: the whole batch at once
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
+    weight_decay: float = 0.0  # on matrices
+    clip: float = 1.0  # gradient norm
+    log_every: int = 20  # steps between metrics
+    eval_every: int = 200  # steps between held-out evaluations with samples
+    save_every: int = 200  # steps between saves of X.partial.pt, from which --resume continues
+    seed: int = 0  # of data order and samples
+    device: str = "auto"  # auto, cpu, cuda, …
+    compile: bool = False  # torch.compile the forward pass
+    resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
+    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+
+
+@torch.no_grad()
+def evaluate(policy, examples, tokenizer, config: Config, device, autocast) -> dict:
+    """Held-out loss in nats per response token."""
+    total, scored = torch.zeros((), device=device), 0
+    for start in range(0, len(examples), config.batch_size):
+        ids, mask = collate(examples[start : start + config.batch_size], tokenizer.pad)
+        with autocast:
+            total -= token_logprobs(policy, ids.to(device), mask).sum()
+        scored += int(mask.sum())
+    return {"eval_loss": total.item() / scored}
+
+
+def main(config: Config) -> None:
+    if already_finished(config):
+        return
+    device, autocast = setup(config)
+    policy, tokenizer, _ = load_policy(config.init, device, stages=("base", "sft"))
+
+    rows, eval_rows = split_rows(
+        read_rows(config.data, "chat", config.skip_bad_rows), config.eval_data, "chat"
+    )
+    max_length = min(config.max_length, policy.config.context)
+    examples = chat_examples(rows, tokenizer, max_length)
+    eval_examples = chat_examples(eval_rows[:500], tokenizer, max_length)
+    prompts = [tokenizer.prompt(parse_prompt(row)["prompt"])[-max_length // 2 :] for row in eval_rows[:4]]
+
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
+    if config.compile:
+        compile_hidden(policy)
+    order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
+    steps = max(1, round(config.epochs * order.steps_per_epoch))
+    data = fingerprint(config.init, policy.embed.weight, *(part for example in examples for part in example))
+    first_step = resume(config, policy, optimizer, stage="sft", data=data)["step"]
+    metrics = cli.Metrics(config, steps, device, first_step)
+    stop = CleanStop()
+
+    if first_step == 0:  # every response that was not cut short must learn to stop
+        ends = [mask[-1] for ids, mask in examples if len(ids) < max_length]
+        scored_ends = sum(bool(m) for m in ends)
+        print(f"step-0 check: {scored_ends} of {len(ends)} closing end tokens are scored")
+        if any(ids[-1] != tokenizer.end for ids, _ in examples if len(ids) < max_length):
+            raise UserError(
+                "an untruncated example does not finish with the end token: the model would never stop."
+            )
+
+    for step in range(first_step, steps):
+        indices = order[step]
+        scored = sum(
+            int(examples[i][1].sum()) for i in indices
+        )  # response tokens of the whole optimiser step
+        loss = torch.zeros((), device=device)
+        for micro in micro_batches(indices, config.micro_batch):
+            ids, mask = collate([examples[i] for i in micro], tokenizer.pad)
+            with autocast:
+                logp = token_logprobs(policy, ids.to(device, non_blocking=True), mask)  # (B, T)
+            micro_loss = -masked_sum(logp, mask).sum() / scored
+            micro_loss.backward()
+            loss += micro_loss.detach()
+            metrics.tokens += ids.numel()
+        lr = learning_rate(step, steps, config.lr, config.warmup)
+        grad_norm = optimizer_step(policy, optimizer, lr, config.clip)
+
+        done, stopping = step + 1, bool(stop)
+        save_now = done % config.save_every == 0 or stopping
+        if done % config.log_every == 0 or done == steps or save_now:
+            metrics.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
+        if done % config.eval_every == 0 or done == steps:
+            metrics.note(
+                step=done, **(result := evaluate(policy, eval_examples, tokenizer, config, device, autocast))
+            )
+            print(f"  held-out loss {result['eval_loss']:.3f}")
+            for row, text in zip(eval_rows, respond(policy, tokenizer, prompts, 64, config.seed)[0]):
+                print(f"  {parse_prompt(row)['prompt'][-1]['content'][:80]!r} → {text!r}")
+        if save_now:
+            save_partial(config, policy, optimizer, stage="sft", tokenizer=tokenizer, step=done, data=data)
+        if stopping:
+            stop.leave(config, done)
+    finish(config, policy, stage="sft", tokenizer=tokenizer, step=steps)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, __doc__)
