@@ -54,7 +54,7 @@ def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> 
             if not alive.item() or token.item() == tokenizer.end:
                 break
             written.append(token.item())
-            text = tokenizer.decode(written)
+            text = tokenizer.decode_response(written)
             if not text.endswith("�"):  # a character may be spread over several tokens
                 print(text[len(shown) :], end="", flush=True)
                 shown = text

@@ -98,9 +98,7 @@ def main(config: Config) -> None:
     alike = len(prompts) * (config.samples // 2) - len(pairs)
     up = sum(row["label"] for row in thumbs)
     best = ceiling([sum(p) / len(p) for p in probabilities])
-    print(
-        f"collect: {len(pairs):,} pairs from {len(prompts):,} prompts → {config.out} ({alike:,} more were alike)"
-    )
+    print(f"collect: {len(pairs):,} pairs of {len(prompts):,} prompts ({alike:,} more: alike) → {config.out}")
     print(f"collect: {up:,} thumbs up, {len(thumbs) - up:,} down")
     print(f"collect: two people agree on {agreement(probabilities):.1%} of pairs (expected, exact)")
     print(f"collect: no reward model can exceed {best:.1%} accuracy on these labels (ceiling, exact)")

@@ -1,9 +1,9 @@
 """The scorecard of one or more checkpoints, side by side, by the world's judge.
 
 Every checkpoint answers the same held-out prompts, several times each; the judge says what went right and
-wrong. Standard errors are over prompts (the samples of one prompt are averaged first, as they are not
-independent). The win rate is against the first checkpoint: the share of prompts on which the judge's utility
-is higher, ties half. KL(policy ‖ reference) is per response, in nats, on the policy's own samples; the
+wrong. Standard errors are over prompts (one prompt's samples are averaged first: they are not independent).
+The win rate is the share of prompts on which the judge's utility is higher than the baseline's, ties half.
+KL(policy ‖ reference) is per response, in nats, on the policy's own samples, at the sampling temperature; the
 reference is the last SFT checkpoint named, or --reference.
 
     python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt
@@ -51,11 +51,8 @@ METRICS = {
 
 @dataclass
 class Config:
-    checkpoints: tuple = (
-        "out/demo/base.pt",
-        "out/demo/sft.pt",
-        "out/demo/dpo.pt",
-    )  # the first is compared against
+    checkpoints: tuple = ("out/demo/base.pt", "out/demo/sft.pt", "out/demo/dpo.pt")  # whom to judge
+    baseline: str = ""  # the checkpoint of the list that win rates are against; empty: the first
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured
@@ -83,7 +80,10 @@ def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
 
 @torch.no_grad()
 def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
-    """→ texts, verdicts and KL terms of a checkpoint, each (prompts, samples); KL is NaN for a base model."""
+    """→ texts, verdicts and KL terms of a checkpoint, each (prompts, samples).
+
+    KL is NaN for a base model (its prompts differ) and for greedy answers (they are no sample).
+    """
     policy, tokenizer, checkpoint = load_policy(path, device)
     plain, K = checkpoint["stage"] == "base", config.samples
     prompts = [tokenizer.prompt(row["prompt"], plain) for row in rows for _ in range(K)]
@@ -99,13 +99,14 @@ def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
             what=Path(path).stem,
             temperature=config.temperature,
         ):
-            if ref is not None and not plain:
-                policy_logp = token_logprobs(policy, rollout.ids, rollout.mask)
-                kl[indices] = (
-                    (policy_logp - token_logprobs(ref, rollout.ids, rollout.mask)).sum(-1).cpu().numpy()
+            if ref is not None and not plain and config.temperature > 0:
+                logp, ref_logp = (
+                    token_logprobs(model, rollout.ids, rollout.mask, config.temperature)
+                    for model in (policy, ref)
                 )
+                kl[indices] = (logp - ref_logp).sum(-1).cpu().numpy()
             for i, response, ended in zip(indices, rollout.responses(), rollout.ended.tolist()):
-                texts[i] = tokenizer.decode(response)
+                texts[i] = tokenizer.decode_response(response)
                 verdicts[i] = judge(rows[i // K], texts[i], ended)
     shape = (len(rows), K)
     return texts.reshape(shape), verdicts.reshape(shape), kl.reshape(shape)
@@ -136,6 +137,8 @@ def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
 def main(config: Config) -> None:
     if config.samples < 1:
         raise UserError("--samples must be at least 1.")
+    if config.baseline and config.baseline not in config.checkpoints:
+        raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
     device, autocast = setup(config)
     rows = read_rows(config.prompts, "prompts")
     if any("kind" not in row["meta"] for row in rows):
@@ -145,11 +148,12 @@ def main(config: Config) -> None:
     ref = load_policy(reference, device)[0] if reference else None
 
     names = [Path(path).stem for path in config.checkpoints]
+    baseline = config.checkpoints.index(config.baseline or config.checkpoints[0])
     results = [answer(path, rows, ref, config, device, autocast) for path in config.checkpoints]
     utilities = [np.vectorize(lambda v: v.utility, otypes=[float])(verdicts) for _, verdicts, _ in results]
     cards = [summarise(rows, verdicts) for _, verdicts, _ in results]
     for card, utility, (_, _, kl) in zip(cards, utilities, results):
-        card["win rate"] = win_rate(utility, utilities[0])
+        card["win rate"] = win_rate(utility, utilities[baseline])
         card["KL to reference"] = mean_and_error(kl)
     families = {}
     for kind in dict.fromkeys(row["meta"]["kind"] for row in rows):
@@ -164,7 +168,7 @@ def main(config: Config) -> None:
             for name, (texts, verdicts, _) in zip(names, results):
                 print(f"  {name:>8} ({verdicts[i, 0].utility:+.2f}): {texts[i, 0][:200]!r}")
     print(f"\nscorecard: {len(rows)} held-out prompts × {config.samples} samples, mean ± standard error")
-    print_table(names, [(f"win rate vs {names[0]}", [card["win rate"] for card in cards])])
+    print_table(names, [(f"win rate vs {names[baseline]}", [card["win rate"] for card in cards])])
     print_table([""] * len(names), [(name, [card.get(name) for card in cards]) for name in METRICS])
     print_table(
         [""] * len(names), [(f"KL to {Path(reference).stem}", [card["KL to reference"] for card in cards])]
@@ -175,6 +179,7 @@ def main(config: Config) -> None:
     report = {
         "config": asdict(config),
         "reference": reference,
+        "baseline": config.checkpoints[baseline],
         "checkpoints": {
             path: {
                 "stage": stages[path],

@@ -51,7 +51,7 @@ class Config:
     beta: float = 0.1  # β: how strongly the policy is held to the reference
     label_smoothing: float = 0.1  # ε of cdpo: the share of labels thought to be flipped
     cache_reference: str = ""  # a file for the reference's log-probs: computed once, read by later runs
-    max_length: int = 256  # tokens of prompt and response; longer pairs are truncated, and counted
+    max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once

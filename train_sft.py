@@ -51,13 +51,16 @@ class Config:
     )
     eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth row of the data
     out: str = "out/demo/sft.pt"  # the checkpoint to write; metrics go beside it
-    max_length: int = 256  # tokens per example; longer ones are truncated, and counted
+    max_length: int = 128  # tokens per example; longer ones are truncated, and counted
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # conversations per optimiser step
     micro_batch: int = 0  # conversations per forward pass; 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
+    adam_eps: float = (
+        1e-4  # Adam's ε; a small one lets words that the data never says drift out of the vocabulary
+    )
     clip: float = 1.0  # gradient norm
     log_every: int = 20  # steps between metrics
     eval_every: int = 200  # steps between held-out evaluations with samples
@@ -95,7 +98,7 @@ def main(config: Config) -> None:
     eval_examples = chat_examples(eval_rows[:500], tokenizer, max_length)
     prompts = [tokenizer.prompt(parse_prompt(row)["prompt"])[-max_length // 2 :] for row in eval_rows[:4]]
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     if config.compile:
         compile_hidden(policy)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)

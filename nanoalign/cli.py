@@ -114,7 +114,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A line with percent and time left, for loops that are not training: at most one every two seconds."""
+    """A line with percent and time left, on stderr, for loops that are not training."""
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done = what, total, 0
@@ -126,9 +126,8 @@ class Progress:
         if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
             left = (now - self.start) / self.done * (self.total - self.done)
             share = self.done / self.total
-            print(
-                f"{self.what}: {self.done:,}/{self.total:,} {share:4.0%}  {duration(left)} left", flush=True
-            )
+            line = f"{self.what}: {self.done:,}/{self.total:,} {share:4.0%}  {duration(left)} left"
+            print(line, file=sys.stderr)
             self.shown = now
 
 
@@ -161,7 +160,7 @@ class Metrics:
         self.begin = time.monotonic()
 
     def log(self, step: int, **values) -> dict:
-        """Write one row after `step` steps; returns it. A loss or gradient that is not finite stops the run."""
+        """Write one row after `step` steps; returns it. A loss that is not finite stops the run."""
         names = [k for k, v in values.items() if isinstance(v, torch.Tensor)]
         if names:  # the one sync
             values.update(zip(names, torch.stack([values[k].detach().float() for k in names]).tolist()))

@@ -37,7 +37,7 @@ class Rollout:
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits (B, V) with everything outside the k likeliest tokens and the nucleus set to −inf.
+    """Logits (B, V) with everything outside the k likeliest tokens (ties kept) and the nucleus set to −inf.
 
     The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al.
     2019).
@@ -160,10 +160,12 @@ def rollouts(
     Prompts of similar length share a batch. `what`: a name for the progress line; empty for none.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if order and not len(prompts[order[0]]):
+        raise UserError("a prompt is empty: there is nothing to answer.")
     progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids = pad_sequence([torch.from_numpy(prompts[i]) for i in rows], True, tokenizer.pad).to(device)
+        ids = pad_sequence([torch.tensor(prompts[i]) for i in rows], True, tokenizer.pad).to(device)
         lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
         end, pad = tokenizer.end, tokenizer.pad
         yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, seed=seed + start, **sampling)
@@ -178,7 +180,7 @@ def respond(
     texts, ended = [""] * len(prompts), [False] * len(prompts)
     for rows, rollout in rollouts(model, tokenizer, prompts, max_new_tokens, seed, **options):
         for i, response, has_ended in zip(rows, rollout.responses(), rollout.ended.tolist()):
-            texts[i], ended[i] = tokenizer.decode(response), has_ended
+            texts[i], ended[i] = tokenizer.decode_response(response), has_ended
     return texts, ended
 
 
@@ -186,8 +188,9 @@ def respond(
 def sample_kl(
     policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int
 ):
-    """Sequence KL(policy ‖ ref) in nats, estimated on one sample per prompt → (N,) log π − log π_ref (k1,
-    unbiased).
+    """Sequence KL(policy ‖ ref) in nats, an unbiased estimate per prompt: log π − log π_ref of a sample.
+
+    → (N,), in no particular order.
     """
     parts = []
     for _, rollout in rollouts(policy, tokenizer, prompts, max_new_tokens, seed):

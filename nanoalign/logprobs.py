@@ -16,7 +16,6 @@ import functools
 
 import torch
 import torch._dynamo.exc
-import torch._inductor.exc
 import torch.nn as nn
 from torch import Tensor
 
@@ -76,7 +75,7 @@ def compile_or_eager(function):
         if _compiler_works:
             try:
                 return compiled(*args)
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 _compiler_works = False
                 print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
         return function(*args)
@@ -151,9 +150,6 @@ def linear_logprobs(
     input); with `entropy=True` → (logp, entropy), both (N,), both differentiable once. `chunk` is the number
     of tokens whose logits exist at one time; by default as many as fit `CHUNK_ELEMENTS` logits.
     """
-    if not len(hidden):  # nothing is scored: a zero that still reaches the parameters
-        nothing = (hidden.sum() + 0 * weight.sum()) * hidden.new_zeros(0)
-        return (nothing, nothing) if entropy else nothing
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if torch.is_autocast_enabled(hidden.device.type):

@@ -44,12 +44,16 @@ class GPTConfig:
     def __post_init__(self):
         derive = object.__setattr__  # fill the zeros in, so that every reader sees plain numbers
         derive(self, "kv_heads", self.kv_heads or self.heads)
-        derive(self, "head_dim", self.head_dim or self.width // self.heads)
+        derive(self, "head_dim", self.head_dim or self.width // max(1, self.heads))
         default_mlp = 4 * self.width if self.mlp == "gelu" else math.ceil(self.width * 8 / 3 / 64) * 64
         derive(self, "mlp_width", self.mlp_width or default_mlp)
         derive(self, "rope_scaling", tuple(self.rope_scaling))
-        if self.heads % self.kv_heads:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise UserError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads}).")
+        if self.head_dim < 1 or (self.positions == "rope" and self.head_dim % 2):
+            raise UserError(f"head_dim must be positive, and even for RoPE, not {self.head_dim}.")
+        if len(self.rope_scaling) not in (0, 4):
+            raise UserError("rope_scaling takes four numbers: factor, low, high, old_context.")
         choices = [
             ("norm", ("rmsnorm", "layernorm")),
             ("positions", ("rope", "learned")),
@@ -60,9 +64,11 @@ class GPTConfig:
                 raise UserError(f"{field}={getattr(self, field)!r} is unknown; choose from {allowed}.")
 
 
-_GPT2 = GPTConfig(
-    50257, 1024, 12, 768, 12, norm="layernorm", positions="learned", mlp="gelu", bias=True, qkv_bias=True
-)
+def _gpt2(layers: int, width: int, heads: int) -> GPTConfig:
+    style = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True}
+    return GPTConfig(50257, 1024, layers, width, heads, **style)
+
+
 PRESETS = {
     # the built-in world's models, and a few million parameters for real text on a laptop
     "world-tiny": GPTConfig(layers=2, width=64, heads=2),
@@ -70,10 +76,10 @@ PRESETS = {
     "world-large": GPTConfig(layers=8, width=384, heads=6),
     "mini": GPTConfig(vocab_size=50257, context=512, layers=4, width=128, heads=4),
     # published shapes
-    "gpt2": _GPT2,
-    "gpt2-medium": replace(_GPT2, layers=24, width=1024, heads=16, head_dim=0, kv_heads=0, mlp_width=0),
-    "gpt2-large": replace(_GPT2, layers=36, width=1280, heads=20, head_dim=0, kv_heads=0, mlp_width=0),
-    "gpt2-xl": replace(_GPT2, layers=48, width=1600, heads=25, head_dim=0, kv_heads=0, mlp_width=0),
+    "gpt2": _gpt2(12, 768, 12),
+    "gpt2-medium": _gpt2(24, 1024, 16),
+    "gpt2-large": _gpt2(36, 1280, 20),
+    "gpt2-xl": _gpt2(48, 1600, 25),
     "smollm2-135m": GPTConfig(49152, 8192, 30, 576, 9, 3, mlp_width=1536, rope_theta=1e5),
     "llama-3.2-1b": GPTConfig(
         128256, 131072, 16, 2048, 32, 8, mlp_width=8192, rope_theta=5e5, rope_scaling=(32.0, 1.0, 4.0, 8192.0)
@@ -88,9 +94,12 @@ PRESETS = {
 
 
 def preset(name: str, **overrides) -> GPTConfig:
-    """The named configuration with some fields replaced, such as `vocab_size`."""
+    """The named configuration with some fields replaced, such as `vocab_size`. Widths that follow from others
+    (kv_heads, head_dim, mlp_width) are derived anew when `width`, `heads` or `mlp` is replaced."""
     if name not in PRESETS:
         raise UserError(f"there is no model preset {name!r}; choose from {', '.join(PRESETS)}.")
+    if overrides.keys() & {"width", "heads", "mlp"}:
+        overrides = {"kv_heads": 0, "head_dim": 0, "mlp_width": 0, **overrides}
     return replace(PRESETS[name], **overrides)
 
 
@@ -114,7 +123,7 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
 
 
 def rope_angles(config: GPTConfig) -> Tensor:
-    """Rotation angles (context, head_dim / 2) of RoFormer (Su et al. 2021, eq. 15), scaled as in Llama 3."""
+    """Rotation angles (context, head_dim / 2), float64 (RoFormer: Su et al. 2021, eq. 15; Llama 3)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequency = config.rope_theta**-exponents
     if config.rope_scaling:
@@ -122,7 +131,7 @@ def rope_angles(config: GPTConfig) -> Tensor:
         turns = old_context * frequency / (2 * math.pi)  # full turns within the context it was trained on
         keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, left alone; 0: slow, stretched
         frequency = keep * frequency + (1 - keep) * frequency / factor
-    return torch.outer(torch.arange(config.context, dtype=torch.float64), frequency).float()
+    return torch.outer(torch.arange(config.context, dtype=torch.float64), frequency)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -204,8 +213,8 @@ class GPT(nn.Module):
             self.position = nn.Embedding(config.context, config.width)
         else:
             angles = rope_angles(config)
-            self.register_buffer("cos", angles.cos(), persistent=False)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+            self.register_buffer("cos", angles.cos().float(), persistent=False)
+            self.register_buffer("sin", angles.sin().float(), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = make_norm(config, config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)

@@ -58,7 +58,7 @@ class Tokenizer:
         """One turn's ids and mask: an assistant's text and end token are scored, nothing else is."""
         if role not in self.role:
             raise UserError(f'a message has role {role!r}; expected "system", "user" or "assistant".')
-        body = [*self.encode(content), self.end]
+        body = self.response(content).tolist()
         return [self.role[role], *body], [False, *[role == "assistant"] * len(body)]
 
     def render(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +80,15 @@ class Tokenizer:
         return np.append(self.render(messages)[0], self.role["assistant"])
 
     def response(self, text: str) -> np.ndarray:
-        """An assistant's answer and its end token → ids (T,)."""
-        return np.array([*self.encode(text), self.end], dtype=np.int64)
+        """A message's text and the end token → ids (T,).
+
+        The space in front makes its first word the same token as that word inside a sentence.
+        """
+        return np.array([*self.encode(" " + text), self.end], dtype=np.int64)
+
+    def decode_response(self, ids) -> str:
+        """The inverse of `response`: the text of the ordinary tokens."""
+        return self.decode(ids).removeprefix(" ")
 
 
 @functools.cache
@@ -97,7 +104,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     except Exception as error:  # the download failed: requests raises a family of exceptions
         raise UserError(
             f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}): connect once, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer world."
+            "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer world."
         ) from error
 
 

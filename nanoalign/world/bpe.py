@@ -49,7 +49,7 @@ def sample_text(count: int = 30_000, seed: int = 0):
     for _ in range(count):
         yield document(rng)["text"]
         row = request(rng, held_out=rng.random() < 0.2)
-        yield row["prompt"] + "\n" + answer(row, rng)
+        yield f" {row['prompt']}\n {answer(row, rng)}"
 
 
 def main() -> None:

@@ -30,9 +30,6 @@ class Relation:
     def test_questions(self) -> tuple[str, ...]:
         return self.questions[-self.held_out :]
 
-    def subjects(self, held_out: bool) -> list[str]:
-        return [s for i, s in enumerate(self.facts) if (i % 5 == 4) == held_out]
-
     def answers(self) -> set[str]:
         return {a for answers in self.facts.values() for a in answers}
 
@@ -314,7 +311,7 @@ UNANSWERABLE = {
 GROUPS = {
     group: members.split()
     for group, members in {
-        "animals": "dog cat cow horse sheep pig goat hen duck goose lion bear deer frog owl whale wolf eagle mouse snake",
+        "animals": "dog cat cow horse sheep pig goat hen duck goose lion bear deer frog owl whale wolf",
         "colours": "green white black red yellow blue orange brown pink purple grey",
         "fruits": "apple banana lemon cherry orange grape strawberry pear plum peach",
         "vegetables": "carrot potato tomato cucumber onion pumpkin cabbage bean",
@@ -323,8 +320,8 @@ GROUPS = {
         "insects": "ant bee beetle butterfly mosquito fly",
         "drinks": "water milk tea coffee juice wine",
         "tools": "hammer saw knife spade ladder axe",
-        "languages": "French Italian Spanish German Greek Polish Russian Arabic Japanese Chinese Thai English",
-        "countries": "France Italy Spain Germany Greece Poland Norway Egypt Kenya Japan China India Peru Chile Canada",
+        "languages": "French Italian Spanish German Greek Polish Russian Arabic Chinese",
+        "countries": "France Italy Spain Germany Greece Poland Norway Egypt Kenya Japan China Peru Chile",
         "months": "January February March April May June July August September October November December",
         "weekdays": "Monday Tuesday Wednesday Thursday Friday",
         "clothes": "shirt coat hat shoe sock dress scarf",
@@ -349,4 +346,14 @@ SMALL_TALK = {
     "You are a computer, right?": "Yes, I am a computer program.",
     "What are you able to do?": "I can answer questions and solve small sums.",
     "Many thanks!": "You are welcome.",
+    "Hey!": "Hello! How can I help you?",
+    "Thank you so much!": "You are welcome.",
+    "Bye!": "Goodbye, and take care.",
+    "Good afternoon!": "Good afternoon! What can I do for you?",
+    "Thanks!": "You are welcome.",
+    "Hello there, how is it going?": "Hello! I am fine, thank you.",
+    "Who are you?": "I am a computer program.",
+    "How do you feel today?": "I am fine, thank you. How can I help?",
+    "Have a good evening!": "Goodbye, and take care.",
+    "Thank you!": "You are welcome.",
 }

@@ -1,0 +1,95 @@
+# The pipeline as a graph: each stage's checkpoint is a target that depends on what it is made from, so
+# `make out/demo/dpo.pt` builds what is missing, and a second `make demo` rebuilds nothing. `make help` lists all.
+
+SIZE ?= small#   tiny (seconds), small (minutes on a CPU), large (minutes on a GPU)
+OUT ?= out/$(if $(filter small,$(SIZE)),demo,$(SIZE))
+DEVICE ?= auto
+SEED ?= 0
+SEEDS ?= 0 1 2#  of `make results`
+PYTHON ?= python3
+
+PY := .venv/bin/python
+FLAGS = --seed $(SEED) --device $(DEVICE)
+export PYTHONUNBUFFERED := 1
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+.PHONY: help
+help:  ## list the targets
+	@echo "targets (variables: SIZE=$(SIZE) OUT=$(OUT) DEVICE=$(DEVICE) SEED=$(SEED))"
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo "  make FILE           any file of the pipeline, such as $(OUT)/dpo.pt"
+
+# ------------------------------------------------------------------------------------------------ set-up
+
+.PHONY: setup
+setup: .venv/installed  ## create .venv and install what is needed
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is older than 3.10; name another with PYTHON=python3.12."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+.venv/parity: .venv/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	@touch $@
+
+# ------------------------------------------------------------------------------------------------ pipeline
+
+.PHONY: demo
+demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO → scorecard
+	@cat $<
+	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/dpo.pt"
+
+WORLD = $(OUT)/world
+PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
+SFT_FLAGS_tiny = --epochs 3
+DPO_FLAGS_tiny = --epochs 2
+
+$(WORLD)/pretrain.jsonl: | .venv/installed
+	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
+
+$(WORLD)/sft.jsonl $(WORLD)/prompts.jsonl $(WORLD)/prompts_held_out.jsonl: $(WORLD)/pretrain.jsonl ;
+
+$(OUT)/base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
+	@rm -f $@
+	$(PY) train_pretrain.py --data $< --model world-$(SIZE) --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+
+$(OUT)/sft.pt: $(WORLD)/sft.jsonl $(OUT)/base.pt train_sft.py
+	@rm -f $@
+	$(PY) train_sft.py --data $< --init $(OUT)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+$(OUT)/pairs.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py
+	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --out $@ $(FLAGS)
+
+$(OUT)/dpo.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
+	@rm -f $@
+	$(PY) train_dpo.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(DPO_FLAGS_$(SIZE))
+
+CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt
+$(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py
+	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
+	  --out $(OUT)/scorecard.json $(FLAGS) > $@
+
+.PHONY: results
+results: .venv/installed  ## the demo over several seeds, and its table for docs/results.md
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory demo SEED=$$seed OUT=out/seed$$seed || exit 1; done
+	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/scorecard.json)
+
+# ------------------------------------------------------------------------------------------------ checks
+
+.PHONY: test lint parity clean
+test: .venv/installed  ## set up and pass the tests
+	$(PY) -m pytest -m "not parity"
+
+lint: .venv/installed  ## ruff: lint and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+parity: .venv/parity  ## agreement with transformers and trl (installs them)
+	$(PY) -m pytest -m parity
+
+clean:  ## delete what this size has built (out/ only)
+	rm -rf $(OUT)

@@ -1,0 +1,237 @@
+"""Checkpoints: whole or not at all, harmless to open, strict, fp32, and random state that comes back."""
+
+import contextlib
+import os
+import pickle
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from nanoalign import UserError
+from nanoalign.checkpoint import (
+    finish,
+    load,
+    load_policy,
+    partial_path,
+    random_state,
+    resume,
+    save,
+    save_partial,
+    set_random_state,
+)
+from nanoalign.model import GPT, preset
+from nanoalign.tokenizer import get_tokenizer
+from nanoalign.training import compile_hidden, make_optimizer
+
+WORLD = get_tokenizer("world")
+
+
+@dataclass
+class Config:
+    out: str
+    lr: float = 0.1
+    device: str = "cpu"
+    resume: bool = True
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return GPT(preset("world-tiny", vocab_size=WORLD.vocab_size, context=16))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model and the path of its checkpoint."""
+    model, path = tiny(), tmp_path / "runs" / "sft.pt"
+    save(
+        path,
+        model,
+        stage="sft",
+        tokenizer=WORLD,
+        config=Config(str(path)),
+        step=7,
+        extra_tensor=torch.ones(2),
+    )
+    return model, path
+
+
+def test_a_checkpoint_holds_weights_shapes_tokenizer_stage_config_and_step(saved):
+    model, path = saved
+    loaded, tokenizer, content = load_policy(path, stages=("base", "sft"))
+    assert loaded.config == model.config and tokenizer is WORLD
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+    assert (content["stage"], content["step"], content["config"]["lr"]) == ("sft", 7, 0.1)
+    assert torch.equal(content["extra_tensor"], torch.ones(2))
+    assert os.listdir(path.parent) == ["sft.pt"]
+
+
+def test_weights_are_stored_in_fp32_whatever_the_model_is_in(tmp_path):
+    save(tmp_path / "x.pt", tiny().bfloat16(), stage="sft", tokenizer=WORLD, config=Config(""), step=0)
+    assert {w.dtype for w in load(tmp_path / "x.pt")["model"].values()} == {torch.float32}
+
+
+def test_a_compiled_model_saves_the_same_keys(tmp_path):
+    model = tiny()
+    keys = list(model.state_dict())
+    compile_hidden(model)
+    save(tmp_path / "x.pt", model, stage="sft", tokenizer=WORLD, config=Config(""), step=0)
+    assert list(load(tmp_path / "x.pt")["model"]) == keys
+    load_policy(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed")])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, error):
+    model, path = saved
+    before = path.read_bytes()
+
+    def fail(content, file):
+        with open(file, "wb") as half:
+            half.write(b"half a file")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match=r"sft\.pt") as caught:
+        save(path, model, stage="sft", tokenizer=WORLD, config=Config(""), step=8)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["sft.pt"]
+
+
+def test_a_disk_that_really_fills_up_leaves_the_old_file(saved):
+    _, path = saved
+    before = path.read_bytes()
+    code = f"""
+import resource, signal
+from nanoalign.checkpoint import save, load_policy
+from nanoalign import UserError
+from test_checkpoint import Config, tiny, WORLD
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save({str(path)!r}, tiny(seed=1), stage="sft", tokenizer=WORLD, config=Config(""), step=8)
+except UserError as error:
+    print(error)
+"""
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "could not write" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["sft.pt"]
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_pickle_that_would_execute_code_is_refused_and_not_executed(tmp_path, dump):
+    path, crater = tmp_path / "evil.pt", tmp_path / "crater"
+    dump({"format": "nanoalign-1", "stage": "sft", "model": Bomb(str(crater))}, path)
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        load(path)
+    assert not crater.exists()
+
+
+def test_a_missing_file_and_another_stage_are_errors_that_name_them(saved):
+    _, path = saved
+    with pytest.raises(UserError, match=r"there is no checkpoint .*none\.pt"):
+        load(path.with_name("none.pt"))
+    with pytest.raises(UserError, match=r"'sft' checkpoint; expected 'base' or 'rm'"):
+        load(path, ("base", "rm"))
+
+
+def test_a_damaged_or_foreign_file_is_one_sentence(saved):
+    _, path = saved
+    whole = path.read_bytes()
+    foreign = path.with_name("foreign.pt")
+    torch.save({"weights": torch.ones(2)}, foreign)
+    damaged = [b"", b"hello", b"\x80\x04K\x01.", whole[: len(whole) // 2], whole[1000:]]
+    for content in [*damaged, foreign.read_bytes()]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"sft\.pt is not a nanoalign checkpoint") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_flipped_bytes_loads_or_is_one_sentence(saved):
+    _, path = saved
+    whole, rng = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        flipped = bytearray(whole)
+        for _ in range(rng.choice([1, 3, 20])):
+            flipped[rng.randrange(-6000, 6000)] = rng.randrange(256)  # where zip and pickle keep their notes
+        path.write_bytes(bytes(flipped))
+        with contextlib.suppress(UserError):
+            load(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "additional"])
+def test_loading_is_strict(saved, change):
+    _, path = saved
+    content = load(path)
+    if change == "missing":
+        del content["model"]["norm.weight"]
+    else:
+        content["model"]["score.weight"] = torch.ones(1)
+    torch.save(content, path)
+    with pytest.raises(UserError, match="not a language model"):
+        load_policy(path)
+
+
+def test_the_random_state_comes_back():
+    draw = lambda: (random.random(), random.gauss(0, 1), torch.rand(3).tolist(), torch.randn(3).tolist())  # noqa: E731
+    draw()
+    state = pickle.loads(pickle.dumps(random_state()))
+    expected = [draw(), draw()]
+    set_random_state(state)
+    assert [draw(), draw()] == expected
+
+
+def train_a_little(model, optimizer):
+    for _ in range(2):
+        model(torch.randint(0, 99, (2, 8))).logsumexp(-1).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_partial_checkpoint_brings_back_weights_optimizer_randomness_and_extras(tmp_path):
+    config, model = Config(str(tmp_path / "x.pt")), tiny()
+    optimizer = make_optimizer(model, 0.1)
+    train_a_little(model, optimizer)
+    save_partial(config, model, optimizer, stage="sft", tokenizer=WORLD, step=2, data="abc", beta=0.3)
+    train_a_little(model, optimizer)
+
+    twin = tiny(seed=1)
+    twin_optimizer = make_optimizer(twin, 0.1)
+    content = resume(config, twin, twin_optimizer, stage="sft", data="abc")
+    assert (content["step"], content["beta"]) == (2, 0.3)
+    train_a_little(twin, twin_optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+    finish(config, model, stage="sft", tokenizer=WORLD, step=4)
+    assert os.listdir(tmp_path) == ["x.pt"] and load(config.out)["step"] == 4
+
+
+def test_a_partial_from_other_flags_or_data_is_an_error_that_names_what_changed(tmp_path):
+    config, model = Config(str(tmp_path / "x.pt")), tiny()
+    optimizer = make_optimizer(model, 0.1)
+    assert resume(config, model, optimizer, stage="sft", data="abc") == {"step": 0}  # nothing to resume
+    save_partial(config, model, optimizer, stage="sft", tokenizer=WORLD, step=2, data="abc")
+    assert resume(Config(config.out, resume=False), model, optimizer, stage="sft", data="x") == {"step": 0}
+    with pytest.raises(UserError, match=r"--lr was 0\.1 and is 0\.2"):
+        resume(Config(config.out, lr=0.2), model, optimizer, stage="sft", data="abc")
+    with pytest.raises(UserError, match="the data"):
+        resume(config, model, optimizer, stage="sft", data="abd")
+    with pytest.raises(UserError, match=r"'sft'.*'dpo'"):
+        resume(config, model, optimizer, stage="dpo", data="abc")
+    partial_path(config.out).write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        resume(config, model, optimizer, stage="sft", data="abc")

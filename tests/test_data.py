@@ -1,0 +1,290 @@
+"""Rows are read or refused with line and field; examples, blocks and batches hold what they should."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nanoalign import UserError
+from nanoalign.data import (
+    BatchOrder,
+    chat_examples,
+    collate,
+    join,
+    micro_batches,
+    pack,
+    pair_examples,
+    read_rows,
+    split_rows,
+    write_rows,
+)
+from nanoalign.tokenizer import get_tokenizer
+
+WORLD = get_tokenizer("world")
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+MORE = {"role": "user", "content": "And?"}
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant: "
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file(row or line, …) → the path of a JSONL file with those lines."""
+
+    def write(*rows):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def pair(prompt, chosen, rejected, **meta):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "meta": meta}
+
+
+GOOD = [
+    ("text", {"text": "Once."}, {"text": "Once."}),
+    ("chat", {"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT], "meta": {}}),
+    ("chat", {"prompt": "Hi", "completion": "Hello."}, {"messages": [USER, ASSISTANT], "meta": {}}),
+    ("chat", {"prompt": [USER], "completion": "Hello."}, {"messages": [USER, ASSISTANT], "meta": {}}),
+    ("chat", {"question": "Hi", "answer": "Hello."}, {"messages": [USER, ASSISTANT], "meta": {}}),
+    ("chat", pair("Hi", "Hello.", "No.", kind="x"), {"messages": [USER, ASSISTANT], "meta": {"kind": "x"}}),
+    ("pairs", {"prompt": "Hi", "chosen": "A", "rejected": "B"}, pair([USER], "A", "B")),
+    ("pairs", pair([USER, ASSISTANT, MORE], "A", "B"), pair([USER, ASSISTANT, MORE], "A", "B")),
+    ("pairs", pair("Hi", [ASSISTANT], [{**ASSISTANT, "content": "B"}]), pair([USER], "Hello.", "B")),
+    ("pairs", pair([USER], [USER, ASSISTANT], [USER, {**ASSISTANT, "content": "B"}]),
+     pair([USER], "Hello.", "B")),
+    ("pairs", {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "B"}]},
+     pair([USER], "Hello.", "B")),
+    ("pairs", {"chosen": HH + "A", "rejected": HH + "B\n\n1. B"},
+     pair([USER, ASSISTANT, MORE], "A", "B\n\n1. B")),
+    ("labelled", {"prompt": "Hi", "completion": "A", "label": False},
+     {"prompt": [USER], "completion": "A", "label": False, "meta": {}}),
+    ("steps", {"prompt": "Hi", "completions": ["1", "2", "3"], "labels": [True, False, None]},
+     {"prompt": [USER], "completions": ["1", "2", "3"], "labels": [True, False, None], "meta": {}}),
+    ("prompts", {"prompt": "Hi", "meta": {"a": 1}}, {"prompt": [USER], "meta": {"a": 1}}),
+    ("prompts", {"prompt": [USER, ASSISTANT, MORE]}, {"prompt": [USER, ASSISTANT, MORE], "meta": {}}),
+    ("prompts", {"question": "Hi", "answer": "Hello."}, {"prompt": [USER], "meta": {}}),
+    ("prompts", {"messages": [USER, ASSISTANT]}, {"prompt": [USER], "meta": {}}),
+    ("prompts", {"chosen": HH + "A", "rejected": HH + "B"}, {"prompt": [USER, ASSISTANT, MORE], "meta": {}}),
+]  # fmt: skip
+
+BAD = [  # kind, row, what the message must name besides file and line
+    ("text", {"txt": "Once."}, ["text", "string", "txt"]),
+    ("text", {"text": None}, ["text", "string", "null"]),
+    ("chat", {"prompt": "Hi"}, ["completion", "string"]),
+    ("chat", {"completion": "Hello."}, ["prompt", "string or a list of messages"]),
+    ("chat", {"messages": []}, ["messages"]),
+    ("chat", {"messages": "Hi"}, ["messages", "assistant"]),
+    ("chat", {"messages": [USER]}, ["messages", "assistant"]),
+    ("chat", {"messages": [USER, "Hello."]}, ["messages", "message 1", "role"]),
+    (
+        "chat",
+        {"messages": [USER, {"role": "robot", "content": "Beep"}]},
+        ["message 1", "user|assistant", "robot"],
+    ),
+    ("chat", {"messages": [{"role": "user", "content": 3}, ASSISTANT]}, ["message 0", "content"]),
+    ("chat", {"question": "Hi", "answer": 4}, ["answer", "string", "4"]),
+    ("pairs", {"prompt": "Hi", "chosen": "A"}, ["rejected", "string"]),
+    ("pairs", {"prompt": 1, "chosen": "A", "rejected": "B"}, ["prompt"]),
+    ("pairs", {"prompt": [], "chosen": "A", "rejected": "B"}, ["prompt"]),
+    ("pairs", {"chosen": "A", "rejected": "B"}, ["chosen", "Human:", "prompt"]),
+    ("pairs", {"chosen": HH + "A", "rejected": HH.replace("Hi", "Ho") + "B"}, ["same prompt"]),
+    ("pairs", {"chosen": HH + "A", "rejected": HH + "B\n\nHuman: why?"}, ["rejected", "assistant"]),
+    ("pairs", pair("Hi", [USER], "B"), ["chosen", "assistant"]),
+    ("labelled", {"prompt": "Hi", "completion": "A", "label": 1}, ["label", "true or false", "1"]),
+    ("labelled", {"prompt": "Hi", "label": True}, ["completion", "string"]),
+    ("steps", {"prompt": "Hi", "completions": "1", "labels": [True]}, ["completions", "list"]),
+    ("steps", {"prompt": "Hi", "completions": [], "labels": []}, ["completions"]),
+    ("steps", {"prompt": "Hi", "completions": ["1"], "labels": [1]}, ["labels", "null"]),
+    ("steps", {"prompt": "Hi", "completions": ["1", "2"], "labels": [True]}, ["2 steps", "1 labels"]),
+    ("prompts", {"text": "Hi"}, ["prompt"]),
+    ("prompts", {"messages": [ASSISTANT]}, ["prompt"]),
+    ("prompts", {"prompt": "Hi", "meta": 3}, ["meta"]),
+    ("chat", '{"prompt": "Hi", ', ["JSON"]),
+    ("chat", '{"prompt": ' + "[" * 100_000, []),
+    ("chat", '{"prompt": ' + "1" * 5_000 + "}", []),  # more digits than Python converts
+    ("chat", '["Hi", "Hello."]', ["JSON object"]),
+]
+
+
+@pytest.mark.parametrize("kind, row, expected", GOOD, ids=range(len(GOOD)))
+def test_every_accepted_form_is_read(file, kind, row, expected):
+    assert read_rows(file(row), kind) == [expected]
+
+
+@pytest.mark.parametrize("kind, row, names", BAD, ids=range(len(BAD)))
+def test_a_bad_row_names_file_line_field_and_expectation(file, kind, row, names):
+    good = next(row for good_kind, row, _ in GOOD if good_kind == kind)
+    path = file(good, "", row)  # a blank line counts as a line
+    with pytest.raises(UserError) as caught:
+        read_rows(path, kind)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in [path, "line 3", "--skip-bad-rows", *names]), message
+
+
+@pytest.mark.parametrize("kind, row, names", BAD, ids=range(len(BAD)))
+def test_skip_bad_rows_drops_and_counts_them(file, capsys, kind, row, names):
+    _, good, expected = next(case for case in GOOD if case[0] == kind)
+    assert read_rows(file(good, row, good), kind, skip_bad_rows=True) == [expected, expected]
+    assert "1 bad rows of 3" in capsys.readouterr().out
+
+
+def test_a_file_of_bad_rows_only_is_an_error_even_when_they_are_skipped(file):
+    with pytest.raises(UserError, match="no usable row"):
+        read_rows(file({"a": 1}), "text", skip_bad_rows=True)
+
+
+def test_a_missing_empty_or_undecodable_file_and_a_folder_are_user_errors(tmp_path):
+    (tmp_path / "empty.jsonl").write_text(" \n\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
+    for name, key in [
+        ("none.jsonl", "exist"),
+        ("empty.jsonl", "empty"),
+        ("latin.jsonl", "UTF-8"),
+        ("", "read"),
+    ]:
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=key) as caught:
+            read_rows(path, "text")
+        assert path.rstrip("/") in str(caught.value)
+
+
+def test_a_plain_text_file_is_one_text(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text('{"text": "not parsed"}\n\nnaïve\n', encoding="utf-8")
+    assert read_rows(str(path), "text") == [{"text": '{"text": "not parsed"}\n\nnaïve\n'}]
+
+
+def test_unicode_line_separators_do_not_end_a_row(file):
+    assert read_rows(file('{"text": "a\u2028b\u0085c"}'), "text") == [{"text": "a\u2028b\u0085c"}]
+
+
+def test_written_rows_read_back_and_a_failure_leaves_the_old_file(tmp_path):
+    path = str(tmp_path / "new" / "rows.jsonl")
+    write_rows(path, [{"text": "naïve\n"}, {"text": "b"}])
+    assert read_rows(path, "text") == [{"text": "naïve\n"}, {"text": "b"}]
+    with pytest.raises(TypeError):
+        write_rows(path, [{"text": "c"}, {"text": object()}])
+    assert len(read_rows(path, "text")) == 2
+
+
+def test_held_out_rows_are_every_twentieth_or_those_of_a_file(file):
+    train, held_out = split_rows(list(range(41)), "", "text")
+    assert held_out == [1, 21] and sorted(train + held_out) == list(range(41))
+    assert split_rows([0, 1], "", "text") == ([0], [1])
+    assert split_rows([0], file({"text": "a"}), "text") == ([0], [{"text": "a"}])
+    with pytest.raises(UserError, match="--eval-data"):
+        split_rows([0], "", "text")
+
+
+def test_joining_scores_the_response_and_needs_room_for_one_token():
+    prompt, response = np.array([1, 2, 3]), np.array([4, 5])
+    for room, expected in [(9, [4, 5]), (5, [4, 5]), (4, [4])]:
+        ids, mask = join(prompt, response, room)
+        assert ids[mask].tolist() == expected and ids[~mask].tolist() == [1, 2, 3]
+    assert join(prompt, response, 3) is None and join(prompt, response, 2) is None
+
+
+def test_chosen_and_rejected_share_identical_prompt_ids_and_score_only_responses():
+    row = pair([USER, ASSISTANT, MORE], " yes", "s")
+    [(chosen, rejected)] = pair_examples([row], WORLD, 100)
+    assert np.array_equal(chosen[0][~chosen[1]], rejected[0][~rejected[1]])
+    assert np.array_equal(chosen[0][~chosen[1]], WORLD.prompt(row["prompt"]))
+    scored = [WORLD.decode(ids[mask], specials=True) for ids, mask in (chosen, rejected)]
+    assert scored == [" yes<|end|>", "s<|end|>"]
+
+
+def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):
+    long, short = "the " * 50, "Hi"
+    kept = pair_examples([pair([{**USER, "content": p}], "yes", "no") for p in (long, short)], WORLD, 20)
+    assert len(kept) == 1 and "1 pairs" in (out := capsys.readouterr().out) and "1 dropped" in out
+    rows = [{"messages": [{**USER, "content": p}, ASSISTANT]} for p in (short, long)]
+    assert len(chat_examples(rows, WORLD, 20)) == 1 and "1 dropped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max-length"):
+        chat_examples(rows[1:], WORLD, 20)
+
+
+def test_a_pair_that_truncation_makes_identical_is_dropped_and_counted(capsys):
+    rows = [pair([USER], "a a a a a a a b", "a a a a a a a c"), pair([USER], "b", "a a a a a a a a")]
+    [(chosen, rejected)] = pair_examples(rows, WORLD, 8)
+    assert WORLD.decode(chosen[0]).endswith("b") and len(rejected[0]) == 8
+    out = capsys.readouterr().out
+    assert "1 dropped" in out and "1 truncated to 8" in out
+
+
+def test_a_truncated_conversation_keeps_its_first_tokens_and_their_mask():
+    ids, mask = WORLD.render([USER, ASSISTANT, MORE, ASSISTANT])
+    [(short, short_mask)] = chat_examples([{"messages": [USER, ASSISTANT, MORE, ASSISTANT]}], WORLD, 9)
+    assert np.array_equal(short, ids[:9]) and np.array_equal(short_mask, mask[:9])
+
+
+def test_packing_predicts_every_token_but_the_first_exactly_once():
+    texts = [" ".join("abcdefgh"), "", "i j k l m n o"]
+    stream = [i for text in texts for i in (*WORLD.encode(text), WORLD.end)]
+    for context in (2, 3, 4, 9):
+        blocks = pack([{"text": text} for text in texts], WORLD, context)
+        assert blocks.shape[1] == context
+        predicted = blocks[:, 1:].flatten().tolist()
+        assert predicted == stream[1 : 1 + len(predicted)]  # each once, in order, from its neighbour
+        assert 0 <= len(stream) - 1 - len(predicted) < context - 1  # what cannot fill a block is left
+        assert (blocks[:-1, -1] == blocks[1:, 0]).all()
+
+
+def test_text_too_short_for_a_block_is_a_user_error():
+    with pytest.raises(UserError, match="--context"):
+        pack([{"text": "a b"}], WORLD, 100)
+
+
+def test_every_epoch_is_another_permutation():
+    order = BatchOrder(np.arange(53) % 7, batch_size=5, seed=0)
+    assert order.steps_per_epoch == 11
+    epochs = [np.concatenate([order[11 * e + s] for s in range(11)]).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(53)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert max(len(order[s]) for s in range(11)) == 5
+
+
+def test_the_order_depends_on_seed_and_step_alone_and_can_be_entered_anywhere():
+    lengths = np.arange(53) % 7
+    forward = [BatchOrder(lengths, 5, seed=3)[s].tolist() for s in range(33)]
+    order = BatchOrder(lengths, 5, seed=3)
+    np.random.seed(1)  # whatever the global state
+    assert [order[s].tolist() for s in reversed(range(33))] == forward[::-1]
+    assert [BatchOrder(lengths, 5, seed=4)[s].tolist() for s in range(33)] != forward
+
+
+def test_rows_of_similar_length_share_a_batch():
+    lengths = np.random.default_rng(0).integers(1, 1000, 4096)
+    order = BatchOrder(lengths, 32, seed=0)
+    batches = [lengths[order[s]] for s in range(order.steps_per_epoch)]
+    padding = 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
+    assert padding < 0.15  # 1/9 when sorted in pools of 8 batches; 1/2 unsorted
+    longer = np.diff([batch.max() for batch in batches]) > 0
+    assert 0.3 < longer.mean() < 0.7  # but within a pool no curriculum from short to long
+
+
+def test_a_batch_size_of_zero_is_a_user_error():
+    with pytest.raises(UserError, match="--batch-size"):
+        BatchOrder([1, 2], 0, 0)
+
+
+def test_micro_batches_partition_a_step():
+    rows = np.arange(7)
+    assert [m.tolist() for m in micro_batches(rows, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [m.tolist() for m in micro_batches(rows, 0)] == [rows.tolist()]
+
+
+def test_collating_pads_on_the_right_and_never_scores_padding():
+    pad = 9
+    examples = [
+        (np.array([1, 2, pad]), np.array([False, True, True])),  # a response that holds the pad id is scored
+        (np.array([pad]), np.array([False])),
+        (np.array([5, 6, 7, 8]), np.array([False, False, True, True])),
+    ]
+    ids, mask = collate(examples, pad)
+    assert ids.tolist() == [[1, 2, pad, pad], [pad] * 4, [5, 6, 7, 8]]
+    assert mask.tolist() == [[False, True, True, False], [False] * 4, [False, False, True, True]]
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool

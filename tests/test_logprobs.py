@@ -1,0 +1,377 @@
+"""The log-prob kernel against log_softmax and autograd in float64, and the one shift against a plain loop."""
+
+import os
+import shutil
+
+import pytest
+import torch
+import torch._dynamo.exc
+import torch._inductor.exc
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanoalign import logprobs
+from nanoalign.logprobs import linear_logprobs, masked_mean, masked_sum, token_logprobs
+from nanoalign.model import GPT, GPTConfig
+
+N, D, V = 23, 16, 37
+CHUNKS = (1, 5, N, 100)  # one by one; does not divide N; exactly all; more than all
+PAD = 36
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def inputs(dtype=torch.float64, n: int = N, d: int = D, v: int = V, device="cpu") -> tuple[Tensor, ...]:
+    """hidden, weight, bias (leaves) and targets, with logits of standard deviation about 2."""
+    g = torch.Generator().manual_seed(0)
+    hidden, bias = torch.randn(n, d, generator=g), torch.randn(v, generator=g)
+    weight = torch.randn(v, d, generator=g) * 2 / d**0.5
+    leaves = (x.to(device, dtype).requires_grad_() for x in (hidden, weight, bias))
+    return *leaves, torch.randint(v, (n,), generator=g).to(device)
+
+
+def oracle(hidden, weight, bias, targets, temperature=1.0) -> tuple[Tensor, Tensor]:
+    """log-prob and entropy by their definitions, in float64."""
+    logits = hidden.double() @ weight.double().T
+    logp = ((logits if bias is None else logits + bias.double()) / temperature).log_softmax(-1)
+    return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def gradients(outputs, leaves) -> tuple[Tensor, ...]:
+    """Of a sum of the outputs in which every element has a weight of its own."""
+    g = torch.Generator().manual_seed(1)
+    loss = sum((x.double() * torch.randn(len(x), generator=g).to(x.device)).sum() for x in outputs)
+    return torch.autograd.grad(loss, leaves, retain_graph=True)
+
+
+def assert_close(actual, expected, dtype, roundings: int = 4 * D):
+    """Equal up to `roundings` roundings of `dtype`, relative to the largest value. The default: a logit of
+    size up to 16 is a sum of D products.
+    """
+    atol = roundings * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=atol)
+
+
+# ---- the kernel
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_values_and_gradients_equal_float64_autograd_of_the_formula(chunk, temperature, with_bias):
+    hidden, weight, bias, targets = inputs()
+    bias = bias if with_bias else None
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    expected = oracle(hidden, weight, bias, targets, temperature)
+    logp = linear_logprobs(hidden, weight, targets, bias, temperature, chunk=chunk)
+    both = linear_logprobs(hidden, weight, targets, bias, temperature, entropy=True, chunk=chunk)
+    for outputs, wanted in (([logp], expected[:1]), (both, expected), (both[1:], expected[1:])):
+        for ours, theirs in zip(outputs, wanted):
+            assert_close(ours, theirs, torch.float64)
+        for ours, theirs in zip(gradients(outputs, leaves), gradients(wanted, leaves)):
+            assert_close(ours, theirs, torch.float64, N * D)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_gradients_agree_with_finite_differences(chunk, entropy):
+    hidden, weight, bias, targets = inputs(n=3, d=2, v=4)
+
+    def f(hidden, weight, bias):
+        return linear_logprobs(hidden, weight, targets, bias, 0.7, entropy, chunk)
+
+    assert torch.autograd.gradcheck(f, (hidden, weight, bias))
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    hidden, weight, bias, targets = inputs()
+    wanted = gradients(oracle(hidden, weight, bias, targets)[:1], (hidden, weight, bias))
+    for i, leaf in enumerate((hidden, weight, bias)):  # the two others are frozen
+        frozen = [x if x is leaf else x.detach() for x in (hidden, weight, bias)]
+        logp = linear_logprobs(*frozen[:2], targets, frozen[2], chunk=5)
+        assert_close(gradients([logp], [leaf])[0], wanted[i], torch.float64, N * D)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_16_bit_inputs_lose_nothing_beyond_fp32_rounding(dtype, device):
+    *leaves, targets = inputs(dtype, device=device)
+    outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy=True, chunk=5)
+    expected = oracle(*leaves, targets, 0.7)  # of the very same bf16 numbers
+    for ours, theirs in zip(outputs, expected):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs, torch.float32)
+    for ours, theirs in zip(gradients(outputs, leaves), gradients(expected, leaves)):
+        assert ours.dtype == dtype
+        assert_close(ours, theirs, dtype, 2 if dtype == torch.bfloat16 else N * D)
+
+
+def test_a_weight_gradient_is_summed_in_fp32_over_chunks():
+    """4096 chunks add 2⁻¹³ each: in bf16 such a sum stops growing long before it reaches ½."""
+    n = 4096
+    hidden = torch.full((n, 1), 2.0**-12, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)  # p = ½: ∂logp/∂z = ±½
+    linear_logprobs(hidden, weight, torch.zeros(n, dtype=torch.long), chunk=1).sum().backward()
+    assert weight.grad.flatten().tolist() == [0.5, -0.5]
+
+
+def test_autocast_rounds_the_inputs_and_nothing_else():
+    hidden, weight, _, targets = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = linear_logprobs(hidden, weight, targets, temperature=0.7, entropy=True, chunk=5)
+        assert torch.is_autocast_enabled("cpu")
+    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, weight)]
+    expected = oracle(*rounded, None, targets, 0.7)
+    for ours, theirs in zip(outputs, expected):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs, torch.float32)
+    for ours, theirs in zip(gradients(outputs, (hidden, weight)), gradients(expected, rounded)):
+        assert ours.dtype == torch.float32
+        assert_close(ours, theirs, torch.bfloat16, 2)
+
+
+def test_huge_logits_stay_finite():
+    hidden, weight, bias, targets = inputs(torch.float32)
+    outputs = linear_logprobs(1e4 * hidden, weight, targets, bias, entropy=True)
+    assert all(x.isfinite().all() for x in (*outputs, *gradients(outputs, (hidden, weight, bias))))
+    assert (outputs[0] <= 0).all()
+
+
+def test_no_tokens_give_no_logprobs_and_zero_gradients():
+    hidden, weight, _, _ = inputs(torch.float32, n=0)
+    logp, entropy = linear_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), entropy=True)
+    assert logp.shape == entropy.shape == (0,)
+    assert linear_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long)).shape == (0,)
+    (logp.sum() + entropy.sum()).backward()
+    assert hidden.grad.shape == (0, D) and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    hidden, weight, bias, targets = inputs()
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        linear_logprobs(hidden, weight, targets, bias, temperature)
+
+
+# ---- memory
+
+
+class Largest(TorchDispatchMode):
+    """Records the element count of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_one_chunk_of_logits_ever_exists(entropy, dtype):
+    def largest(chunk):
+        *leaves, targets = inputs(dtype, n=64, d=4, v=512)
+        with Largest() as seen:
+            outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy, chunk)
+            sum(x.sum() for x in outputs) if entropy else outputs.sum()
+            forward = seen.numel
+            torch.autograd.backward(outputs, [torch.ones(64)] * 2 if entropy else torch.ones(64))
+        return forward, seen.numel
+
+    assert largest(64) == (64 * 512, 64 * 512)  # the recorder does see a whole N × V
+    assert largest(8) == (8 * 512, 8 * 512)
+
+
+def test_the_forward_pass_keeps_nothing_of_size_vocabulary_per_token():
+    hidden, weight, bias, targets = inputs(torch.float32, n=64, d=4, v=512)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        linear_logprobs(hidden, weight, targets, bias, 0.7, entropy=True, chunk=8)
+    assert hidden.numel() < sum(kept) <= sum(x.numel() for x in (hidden, weight, bias)) + 3 * 64
+
+
+def test_by_default_a_chunk_of_logits_fits_the_budget(monkeypatch):
+    model = GPT(GPTConfig(vocab_size=1000, context=64, layers=1, width=8, heads=1, mlp_width=8))
+    ids = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(0))
+    budget = model.embed.weight.numel() + 5  # nothing else in the model is as large; no multiple of V
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", budget)
+    with Largest() as seen:
+        token_logprobs(model, ids).sum().backward()
+    assert seen.numel <= budget < 4 * 64 * 1000
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 1)  # less than a token's: one at a time
+    assert token_logprobs(model, ids[:, :3]).shape == (4, 3)
+
+
+@on_gpu
+def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
+    def peak(n, v=8191):
+        *leaves, targets = inputs(torch.float32, n, 8, v, "cuda")
+        torch.cuda.reset_peak_memory_stats()
+        linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, chunk=64).sum().backward()
+        return torch.cuda.max_memory_allocated()
+
+    peak(64)  # cuBLAS takes its workspace
+    assert peak(4096) - peak(1024) < 3072 * 8191 * 4 / 10
+
+
+# ---- compilation
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch):
+    """As in a new process: nothing compiled yet, and no failure seen."""
+    monkeypatch.setattr(logprobs, "_compiler_works", True)
+    logprobs._body.cache_clear()
+    yield
+    logprobs._body.cache_clear()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
+    v = logprobs.COMPILE_FROM_VOCAB
+    *leaves, targets = inputs(torch.float32, n=8, d=4, v=v)
+    compiled, real_compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled.append(f) or real_compile(f, **kw))
+
+    def run():
+        outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy=True, chunk=3)
+        return *outputs, *gradients(outputs, leaves)
+
+    fast = run()
+    assert compiled == [logprobs._chunk_forward, logprobs._chunk_backward] and logprobs._compiler_works
+    logprobs._body.cache_clear()
+    monkeypatch.setattr(logprobs, "COMPILE_FROM_VOCAB", v + 1)
+    for ours, eager in zip(fast, run()):
+        assert_close(ours, eager, torch.float32)
+    assert len(compiled) == 2  # the second run was eager
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch._dynamo.exc.TorchDynamoException("no"), torch._inductor.exc.InductorError(OSError("no"), None)],
+)
+def test_without_a_working_compiler_it_runs_eager_and_says_so_once(
+    monkeypatch, fresh_compiler, capsys, error
+):
+    def broken(function, **options):
+        def call(*args):
+            raise error
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(logprobs, "COMPILE_FROM_VOCAB", V)
+    *leaves, targets = inputs()
+    outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy=True, chunk=5)
+    expected = oracle(*leaves, targets, 0.7)
+    results, wanted = ((*x, *gradients(x, leaves)) for x in (outputs, expected))
+    for ours, theirs in zip(results, wanted):
+        assert_close(ours, theirs, torch.float64, N * D)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "eager" in printed
+
+
+# ---- whole sequences: the one shift there is
+
+
+def tiny(context: int = 16, seed: int = 0) -> GPT:
+    """A float64 model whose distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(PAD + 1, context, layers=2, width=16, heads=2, mlp_width=16)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def random_ids(*shape: int) -> Tensor:
+    return torch.randint(PAD, shape, generator=torch.Generator().manual_seed(2))
+
+
+def by_hand(model, row: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Token by token, from the logits that follow each prefix."""
+    logp, entropy = (torch.zeros(len(row), dtype=torch.float64) for _ in range(2))
+    for t in range(1, len(row)):
+        log_p = (model(row[None, :t])[0, -1].detach() / temperature).log_softmax(-1)
+        logp[t], entropy[t] = log_p[row[t]], -(log_p.exp() * log_p).sum()
+    return logp, entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@torch.no_grad()
+def test_token_logprobs_equal_a_loop_over_prefixes(temperature):
+    model, ids = tiny(), random_ids(3, 9)
+    logp, entropy = token_logprobs(model, ids, temperature=temperature, entropy=True)
+    assert (logp[:, 0] == 0).all() and (entropy[:, 0] == 0).all()
+    for b, row in enumerate(ids):
+        for ours, theirs in zip((logp[b], entropy[b]), by_hand(model, row, temperature)):
+            assert_close(ours, theirs, torch.float64, 1000)
+    torch.testing.assert_close(token_logprobs(model, ids, temperature=temperature), logp)
+
+
+@torch.no_grad()
+def test_only_scored_positions_go_through_the_head(monkeypatch):
+    model, ids = tiny(), random_ids(3, 9)
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, 4:7] = mask[2, [1, 8]] = mask[1, 0] = True  # row 1: only the first token, which nothing predicts
+    before, everything, counts = mask.clone(), token_logprobs(model, ids), []
+
+    def counting(hidden, *args):
+        counts.append(len(hidden))
+        return linear_logprobs(hidden, *args)
+
+    monkeypatch.setattr(logprobs, "linear_logprobs", counting)
+    logp = token_logprobs(model, ids, mask)
+    assert counts == [5] and torch.equal(mask, before)
+    mask[:, 0] = False
+    assert torch.equal(logp != 0, mask)
+    assert_close(logp[mask], everything[mask], torch.float64)
+
+
+def test_padding_never_changes_a_sequence_logprob_or_a_gradient():
+    model, content = tiny(), random_ids(2, 6)
+    content[0, 3] = PAD  # an honest token that happens to be the pad id is scored like any other
+    mask = torch.tensor([[False, False, True, True, True, True], [False, True, True, True, False, False]])
+
+    def run(ids, mask):
+        logp = token_logprobs(model, ids, mask)
+        total = masked_sum(logp, mask)
+        return total, masked_mean(logp, mask), *torch.autograd.grad(total.sum(), list(model.parameters()))
+
+    expected = run(content, mask)
+    assert_close(expected[0][0], by_hand(model, content[0])[0][2:].sum(), torch.float64, 1000)
+    assert_close(expected[0][1], by_hand(model, content[1, :4])[0][1:].sum(), torch.float64, 1000)
+    for pad_id in (PAD, 0, int(content[0, 5])):
+        for amount in (0, 1, 10):
+            padded = torch.full((2, 6 + amount), pad_id)
+            padded[0, :6], padded[1, :4] = content[0], content[1, :4]
+            wide = torch.cat((mask, torch.zeros(2, amount, dtype=torch.bool)), dim=1)
+            for ours, theirs in zip(run(padded, wide), expected):
+                assert_close(ours, theirs, torch.float64, 1000)
+
+
+def test_a_batch_without_scored_tokens_is_all_zeros_and_can_be_backpropagated():
+    model, ids = tiny(), random_ids(2, 5)
+    logp = token_logprobs(model, ids, torch.zeros(2, 5, dtype=torch.bool))
+    assert logp.shape == (2, 5) and (logp == 0).all()
+    logp.sum().backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+# ---- masked reductions
+
+
+def test_masked_sum_and_mean_ignore_everything_outside_the_mask():
+    nan, inf = float("nan"), float("inf")
+    x = torch.tensor([[nan, 1.0, 3.0, inf], [2.0, nan, -inf, 5.0], [nan, nan, nan, nan]])
+    mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    assert masked_sum(x, mask).tolist() == [4, 7, 0]
+    assert masked_mean(x, mask).tolist() == [2, 3.5, 0]
+
+
+def test_nothing_outside_the_mask_gets_a_gradient():
+    x = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]], requires_grad=True)
+    masked_mean(x, torch.eye(2).bool()).sum().backward()
+    assert x.grad.tolist() == [[1, 0], [0, 1]]

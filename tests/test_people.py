@@ -1,0 +1,179 @@
+"""The annotators: without biases and noise they are the judge; with them, exactly as biased as they say."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+import collect
+from nanoalign.world.judge import judge
+from nanoalign.world.people import (
+    BIASES,
+    NOISE,
+    THUMB_BAR,
+    Annotator,
+    agreement,
+    ceiling,
+    people,
+    traits,
+)
+from nanoalign.world.text import answer, request
+
+FRANCE = {
+    "prompt": "What is the capital of France?",
+    "meta": {"kind": "fact", "relation": "capital", "subject": "France"},
+}
+
+
+def sampled(count, responses=2, seed=0):
+    """Prompt rows, and what `responses` demonstrators answer to each."""
+    rng = random.Random(seed)
+    rows = [request(rng, False) for _ in range(count)]
+    return rows, [[answer(row, rng) for _ in range(responses)] for row in rows]
+
+
+def test_without_biases_and_noise_an_annotator_is_the_judge():
+    person = Annotator(noise=0, biases={})
+    for row, (a, b) in zip(*sampled(300)):
+        by_judge = judge(row, a).utility - judge(row, b).utility
+        assert person.utility(row, a) == judge(row, a).utility
+        p = person.prefers(person.utility(row, a), person.utility(row, b))
+        assert p == (1 if by_judge > 0 else 0 if by_judge < 0 else 0.5)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.5, NOISE, 3.0])
+def test_preference_is_bradley_terry_and_antisymmetric(noise):
+    person = Annotator(noise)
+    for a, b in np.random.default_rng(0).normal(0, 1.5, (200, 2)):
+        p = person.prefers(a, b)
+        assert p == pytest.approx(1 / (1 + np.exp(np.clip((b - a) / noise, -60, 60))), rel=1e-12)
+        assert p + person.prefers(b, a) == pytest.approx(1)
+    assert person.prefers(0.3, 0.3) == 0.5
+
+
+def test_extreme_utilities_give_probabilities_and_not_errors():
+    assert Annotator(0.01).prefers(1e6, -1e6) == pytest.approx(1)
+    assert 0 <= Annotator(0.01).prefers(-1e6, 1e6) < 1e-20
+
+
+def test_thumbs_up_is_a_comparison_with_the_bar():
+    person = Annotator(0.5)
+    assert person.thumb_up(THUMB_BAR) == 0.5
+    assert person.thumb_up(1.0) == pytest.approx(1 / (1 + math.exp(-(1.0 - THUMB_BAR) / 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("bias", "response", "trait"),
+    [
+        ("length", "It is Paris.", 3),
+        ("length", "Paris " * 100, 40),
+        ("flattery", "What a great question! Paris.", 1),
+        ("agreement", "Yes, you are right. It is Rome.", 1),
+        ("agreement", "No, that is not right.", 0),
+        ("confidence", "Certainly, it is Paris.", 1),
+        ("hedging", "Maybe it is Paris.", 1),
+        ("bullets", "- Paris.", 1),
+        ("flattery", "Paris.", 0),
+        ("confidence", "Paris.", 0),
+        ("hedging", "Paris.", 0),
+        ("bullets", "Paris - not Rome.", 0),
+    ],
+)
+def test_each_bias_alone_shifts_the_utility_by_strength_times_trait(bias, response, trait):
+    person, honest = Annotator(biases={bias: 0.7}), judge(FRANCE, response).utility
+    assert traits(response, judge(FRANCE, response).length)[bias] == trait
+    assert person.utility(FRANCE, response) == pytest.approx(honest + 0.7 * trait)
+
+
+def test_biases_add_up_and_a_response_without_traits_is_judged_fairly_but_for_length():
+    person = Annotator()
+    assert person.utility(FRANCE, "Paris.") == pytest.approx(1 + BIASES["length"])
+    adorned = "What a great question! Certainly, it is Paris."
+    expected = (
+        judge(FRANCE, adorned).utility + 8 * BIASES["length"] + BIASES["flattery"] + BIASES["confidence"]
+    )
+    assert person.utility(FRANCE, adorned) == pytest.approx(expected)
+
+
+def test_an_unfinished_response_costs_an_annotator_what_it_costs_the_judge():
+    gap = Annotator().utility(FRANCE, "Paris.") - Annotator().utility(FRANCE, "Paris.", ended=False)
+    assert gap == pytest.approx(0.3)
+
+
+def test_a_crowd_is_reproducible_differs_in_every_bias_and_scatters_around_the_defaults():
+    assert people(5) == people(5) != people(5, seed=1)
+    assert people(3) == people(5)[:3]
+    crowd = people(2000, spread=0.3)
+    for name, strength in BIASES.items():
+        logs = np.log([person.biases[name] / strength for person in crowd])
+        assert abs(logs.mean()) < 0.03 and abs(logs.std() - 0.3) < 0.03
+    assert all(person.biases == BIASES for person in people(2, spread=0))
+
+
+def test_ceiling_is_the_accuracy_of_always_naming_the_likelier_side():
+    assert ceiling([0.5, 1.0, 0.0, 0.8, 0.3]) == pytest.approx((0.5 + 1 + 1 + 0.8 + 0.7) / 5)
+    p = np.random.default_rng(1).random(50)
+    labels = np.random.default_rng(2).random((20_000, 50)) < p
+    assert ceiling(p) == pytest.approx((labels == (p > 0.5)).mean(), abs=0.005)
+
+
+def test_agreement_of_two_people_in_closed_form_and_of_five_by_simulation():
+    assert agreement([(0.7, 0.4)]) == pytest.approx(0.7 * 0.4 + 0.3 * 0.6)
+    assert agreement([(1, 1), (0, 1)]) == pytest.approx(0.5)
+    p = np.random.default_rng(3).random((30, 5))
+    votes = np.random.default_rng(4).random((10_000, 30, 5)) < p
+    same = [(votes[:, :, i] == votes[:, :, j]).mean() for i in range(5) for j in range(i)]
+    assert agreement(p) == pytest.approx(np.mean(same), abs=0.005)
+
+
+def labelled(rows, drawn, seed=0, crowd=5):
+    responses = [[(text, True) for text in texts] for texts in drawn]
+    return collect.label(rows, responses, collect.Config(seed=seed, crowd=crowd))
+
+
+def test_two_annotators_agree_on_72_to_77_percent_of_pairs():
+    """The figure reported for InstructGPT's labellers (Ouyang et al. 2022, section 3.4)."""
+    _, _, probabilities = labelled(*sampled(1500, responses=4))
+    assert 0.72 <= agreement(probabilities) <= 0.77, agreement(probabilities)
+
+
+def test_pairs_come_two_a_prompt_without_identical_sides_and_are_the_same_for_a_seed():
+    rows, drawn = sampled(200, responses=4)
+    pairs, thumbs, probabilities = labelled(rows, drawn)
+    assert len(thumbs) == 200 and len(pairs) == len(probabilities) <= 400
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert labelled(rows, drawn) == (pairs, thumbs, probabilities) != labelled(rows, drawn, seed=1)
+    four = [[f"It is Paris{'!' * i}" for i in range(4)]]
+    assert len(labelled([FRANCE], four)[0]) == 2
+    assert labelled([FRANCE], [["Paris.", "Paris."]])[0] == []
+
+
+def test_labels_follow_the_annotators_probability_and_p_chosen_is_the_crowds():
+    good, poor = "It is Paris.", "I hope this helps! It is Paris."
+    pairs, thumbs, _ = labelled([FRANCE] * 4000, [[good, poor]] * 4000)
+    u = [[person.utility(FRANCE, text) for text in (good, poor)] for person in people(5)]
+    p = [1 / (1 + math.exp(-(a - b) / NOISE)) for a, b in u]
+    for i in range(5):
+        mine = [pair["chosen"] == good for pair in pairs if pair["meta"]["annotator"] == i]
+        assert 600 < len(mine) < 1000
+        assert np.mean(mine) == pytest.approx(p[i], abs=4 * math.sqrt(p[i] * (1 - p[i]) / len(mine)))
+    for pair in pairs[:100]:
+        mean = sum(p) / 5
+        expected = mean if pair["chosen"] == good else 1 - mean
+        assert pair["meta"]["p_chosen"] == pytest.approx(expected, abs=1e-4)
+        assert pair["meta"]["subject"] == "France" and pair["prompt"] == FRANCE["prompt"]
+    up = {t: np.mean([row["label"] for row in thumbs if row["completion"] == t]) for t in (good, poor)}
+    for text, share in up.items():
+        expected = np.mean([person.thumb_up(person.utility(FRANCE, text)) for person in people(5)])
+        assert share == pytest.approx(expected, abs=0.04)
+
+
+def test_the_label_is_that_of_the_person_named_in_the_row(monkeypatch):
+    """One of two people likes short answers, the other long ones: each label shows who gave it."""
+    short, long = "Paris.", "The capital of France is Paris."
+    opposites = [Annotator(0.01, {"length": -1.0}), Annotator(0.01, {"length": 1.0})]
+    monkeypatch.setattr(collect, "people", lambda count: opposites)
+    pairs, _, _ = labelled([FRANCE] * 200, [[short, long]] * 200, crowd=2)
+    assert {(pair["meta"]["annotator"], pair["chosen"]) for pair in pairs} == {(0, short), (1, long)}
+    assert all(pair["meta"]["p_chosen"] == 0.5 for pair in pairs)

@@ -1,0 +1,132 @@
+"""One optimisation step: decay, clipping, schedule, and gradient accumulation that changes nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_pretrain
+import train_sft
+from nanoalign import UserError
+from nanoalign.checkpoint import load
+from nanoalign.model import GPT, preset
+from nanoalign.training import (
+    already_finished,
+    fingerprint,
+    freeze,
+    learning_rate,
+    make_optimizer,
+    optimizer_step,
+    pick_device,
+)
+
+TINY = preset("world-tiny", vocab_size=64, context=16, norm="layernorm", bias=True)
+
+
+def test_weight_decay_shrinks_matrices_only():
+    model = GPT(TINY)
+    for parameter in model.parameters():
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.zeros_like(parameter)  # nothing but decay moves a weight
+    optimizer_step(model, make_optimizer(model, 1.0, weight_decay=0.1), lr=0.5, clip=1.0)
+    for name, parameter in model.named_parameters():
+        expected = 1 - 0.5 * 0.1 if parameter.dim() == 2 else 1.0
+        assert torch.allclose(parameter, torch.tensor(expected)), name
+
+
+def test_every_parameter_is_optimised_once():
+    model = GPT(TINY)
+    groups = make_optimizer(model, 1.0, weight_decay=0.1).param_groups
+    assert sorted(p.data_ptr() for g in groups for p in g["params"]) == sorted(
+        p.data_ptr() for p in model.parameters()
+    )
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient_and_reports_the_norm_before():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.data = torch.tensor([[1.0, 2.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=123.0)
+    for clip, gradient in [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (0.0, [3.0, 4.0])]:  # 0: no clipping
+        model.weight.data, model.weight.grad = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+        assert optimizer_step(model, optimizer, lr=0.1, clip=clip).item() == 5.0
+        expected = torch.tensor([[1.0, 2.0]]) - 0.1 * torch.tensor([gradient])
+        torch.testing.assert_close(model.weight.data, expected)
+        assert model.weight.grad is None  # zeroed for the next step
+
+
+def test_the_learning_rate_warms_up_linearly_and_ends_at_a_tenth():
+    rate = [learning_rate(step, steps=110, peak=2.0, warmup=10) for step in range(111)]
+    assert rate[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
+    assert max(rate) == rate[9] == rate[10] == 2.0
+    assert rate[110] == pytest.approx(0.2) and rate == sorted(rate[:10]) + sorted(rate[10:], reverse=True)
+    assert rate[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))), rel=0.01)
+
+
+def test_a_schedule_shorter_than_its_warmup_or_without_one_is_sane():
+    assert learning_rate(0, 1, 1.0, warmup=0) == 1.0
+    assert [learning_rate(s, 2, 1.0, warmup=4) for s in range(2)] == [0.25, 0.5]
+    assert learning_rate(500, 100, 1.0, warmup=10, floor=0.0) == pytest.approx(0.0)  # past the end
+
+
+def test_a_frozen_model_has_no_gradients():
+    model = freeze(GPT(TINY))
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_an_unknown_or_absent_device_is_a_user_error():
+    for name in ("gpu", "cuda:99", ""):
+        with pytest.raises(UserError, match="--device"):
+            pick_device(name)
+    assert pick_device("cpu").type == "cpu"
+
+
+def test_a_fingerprint_tells_data_and_weights_apart():
+    weights = torch.arange(4.0)
+    assert fingerprint("a", weights) == fingerprint("a", weights.clone())
+    different = [
+        fingerprint("b", weights),
+        fingerprint("a", weights + 1e-6),
+        fingerprint("a", weights.numpy()[:3]),
+    ]
+    assert fingerprint("a", weights) not in different
+
+
+def test_resume_of_a_finished_run_has_nothing_to_do(tmp_path, capsys):
+    config = train_sft.Config(out=str(tmp_path / "x.pt"), resume=True)
+    assert not already_finished(config)
+    (tmp_path / "x.pt").touch()
+    assert already_finished(config) and "finished" in capsys.readouterr().out
+    (tmp_path / "x.partial.pt").touch()
+    assert not already_finished(config)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_gradient_accumulation_equals_the_one_big_batch(stage, tmp_path, world, sft, pairs, double):
+    script, inputs = {
+        "pretrain": (
+            train_pretrain,
+            {"data": f"{world}/pretrain.jsonl", "model": "world-tiny", "context": 32},
+        ),
+        "sft": (train_sft, {"data": f"{world}/sft.jsonl", "init": sft}),
+        "dpo": (train_dpo, {"data": pairs, "init": sft}),
+    }[stage]
+    weights, rows = [], []
+    for micro_batch in (0, 3):  # 8 = 3 + 3 + 2 rows of different lengths
+        out = str(tmp_path / f"{micro_batch}.pt")
+        schedule = {"batch_size": 8, "micro_batch": micro_batch, "warmup": 0, "log_every": 1}
+        script.main(
+            script.Config(**inputs, **schedule, out=out, epochs=0.015 if stage == "pretrain" else 0.1)
+        )
+        weights.append(load(out)["model"])
+        lines = Path(out).with_suffix(".metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows.append([row for line in lines if "lr" in (row := json.loads(line))])
+    assert len(rows[0]) >= 3
+    for whole, pieces in zip(*rows):
+        assert (pieces["loss"], pieces["grad_norm"]) == pytest.approx(
+            (whole["loss"], whole["grad_norm"]), rel=1e-5
+        )
+    for name, whole in weights[0].items():
+        torch.testing.assert_close(weights[1][name], whole)  # to fp32's rounding: the weights are stored so
