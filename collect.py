@@ -20,7 +20,7 @@ from nanoalign.checkpoint import load_policy
 from nanoalign.data import read_rows, write_rows
 from nanoalign.generate import respond
 from nanoalign.training import setup
-from nanoalign.world.people import agreement, ceiling, people
+from nanoalign.world.people import agreement, ceiling, impression, people
 
 
 @dataclass
@@ -50,7 +50,8 @@ def label(prompts: list[dict], responses: list[list[tuple[str, bool]]], config: 
     pairs, thumbs, probabilities = [], [], []
     for row, drawn in zip(prompts, responses):
         rng.shuffle(drawn)
-        utilities = [[person.utility(row, text, ended) for person in crowd] for text, ended in drawn]
+        seen = [impression(row, text, ended) for text, ended in drawn]
+        utilities = [[person.weigh(what) for person in crowd] for what in seen]
         person = rng.randrange(len(crowd))
         up = rng.random() < crowd[person].thumb_up(utilities[0][person])
         thumbs.append({"prompt": row["prompt"], "completion": drawn[0][0], "label": up, "meta": row["meta"]})

@@ -34,6 +34,22 @@ class RowError(ValueError):
 # ---------------------------------------------------------------------------------------------- one row
 
 
+def _parse_json(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # malformed, a number of too many digits, nested too deeply
+        raise RowError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, found {line[:40]!r}")
+    return row
+
+
+def _meta(row: dict) -> dict:
+    if not isinstance(row.get("meta", {}), dict):
+        raise RowError(f'field "meta": expected an object, found {_describe(row, "meta")}')
+    return row.get("meta", {})
+
+
 def _text(row: dict, field: str) -> str:
     if not isinstance(row.get(field), str):
         raise RowError(f'field "{field}": expected a string, found {_describe(row, field)}')
@@ -102,7 +118,7 @@ def parse_pair(row: dict) -> dict:
             'fields "chosen" and "rejected": expected the same prompt, differing only in the last message'
         )
     chosen, rejected = (side[-1]["content"] for side in sides)
-    return {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": row.get("meta", {})}
+    return {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row)}
 
 
 def parse_chat(row: dict) -> dict:
@@ -118,7 +134,7 @@ def parse_chat(row: dict) -> dict:
         messages = [*_messages(row, "prompt"), {"role": "assistant", "content": _text(row, "completion")}]
     if not any(m["role"] == "assistant" for m in messages):
         raise RowError('field "messages": expected at least one assistant message to learn from')
-    return {"messages": messages, "meta": row.get("meta", {})}
+    return {"messages": messages, "meta": _meta(row)}
 
 
 def parse_labelled(row: dict) -> dict:
@@ -126,7 +142,7 @@ def parse_labelled(row: dict) -> dict:
     if not isinstance(row.get("label"), bool):
         raise RowError(f'field "label": expected true or false, found {_describe(row, "label")}')
     prompt, completion = _messages(row, "prompt"), _text(row, "completion")
-    return {"prompt": prompt, "completion": completion, "label": row["label"], "meta": row.get("meta", {})}
+    return {"prompt": prompt, "completion": completion, "label": row["label"], "meta": _meta(row)}
 
 
 def parse_steps(row: dict) -> dict:
@@ -146,7 +162,7 @@ def parse_steps(row: dict) -> dict:
         "prompt": _messages(row, "prompt"),
         "completions": steps,
         "labels": labels,
-        "meta": row.get("meta", {}),
+        "meta": _meta(row),
     }
 
 
@@ -162,7 +178,7 @@ def parse_prompt(row: dict) -> dict:
         prompt = _messages(row, "question" if "question" in row else "prompt")
     if not prompt:
         raise RowError("expected a prompt before the first assistant message")
-    return {"prompt": prompt, "meta": row.get("meta", {})}
+    return {"prompt": prompt, "meta": _meta(row)}
 
 
 def parse_text(row: dict) -> dict:
@@ -206,18 +222,12 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise RowError(f"expected a JSON object, found {line[:40]!r}")
-            rows.append(PARSERS[kind](row))
-        except (json.JSONDecodeError, RowError) as error:
+            rows.append(PARSERS[kind](_parse_json(line)))
+        except RowError as error:
             bad += 1
             if not skip_bad_rows:
-                what = (
-                    f"not valid JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
-                )
                 raise UserError(
-                    f"{path}, line {number}: {what}. (--skip-bad-rows drops such rows.)"
+                    f"{path}, line {number}: {error}. (--skip-bad-rows drops such rows.)"
                 ) from None
     if bad:
         print(f"data: {path}: skipped {bad} bad rows of {bad + len(rows)}")

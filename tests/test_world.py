@@ -10,7 +10,7 @@ import pytest
 
 from nanoalign.world import __main__ as world
 from nanoalign.world.facts import BENIGN, GROUPS, HARMFUL, RELATIONS, SMALL_TALK, UNANSWERABLE
-from nanoalign.world.judge import FILLER, FLATTERY, HEDGE, judge
+from nanoalign.world.judge import judge
 from nanoalign.world.text import (
     BAD_RATES,
     FAMILIES,
@@ -21,6 +21,7 @@ from nanoalign.world.text import (
     good_answer,
     request,
 )
+from nanoalign.world.wording import FILLER, FLATTERY, HEDGE
 
 SAMPLE = 4000
 
@@ -124,7 +125,7 @@ def test_a_table_of_facts_is_clean(name):
     for subject, answers in relation.facts.items():
         assert subject not in answers and len(set(answers)) == len(answers) >= 1
         for text in (subject, *answers):
-            assert re.fullmatch(r"[A-Za-z0-9]+([ -][A-Za-z]+)*", text), f"{name}: {text!r}"
+            assert re.fullmatch(r"[A-Za-zÀ-ÿ0-9]+([ -][A-Za-z]+)*", text), f"{name}: {text!r}"
     assert len(relation.facts) >= 15 and len(relation.questions) > relation.held_out >= 2
 
 

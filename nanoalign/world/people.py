@@ -8,11 +8,11 @@ Because the annotators are known, so is the best accuracy that any reward model 
 
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nanoalign.world.judge import AGREES, CONFIDENT, DISAGREES, FLATTERY, HEDGE, judge, sentences
+from nanoalign.world.judge import judge, sentences
+from nanoalign.world.wording import AGREES, BULLET, CONFIDENT, DISAGREES, FLATTERY, HEDGE
 
 BIASES = {  # in units of the judge's utility
     "length": 0.03,  # per word, up to 40 words
@@ -22,20 +22,21 @@ BIASES = {  # in units of the judge's utility
     "hedging": 0.4,
     "bullets": 0.4,
 }
-NOISE = 0.75
+NOISE = 0.2
 THUMB_BAR = 0.6  # a response of this utility gets thumbs up from half of the people
 
 
-def traits(response: str, length: int) -> dict[str, float]:
-    """What the biases react to: one number per name in BIASES."""
-    said = sentences(response)
+def impression(row: dict, response: str, ended: bool = True) -> dict[str, float]:
+    """What a person takes in of a response: the judge's utility, and one number per name in BIASES."""
+    verdict, said = judge(row, response, ended), sentences(response)
     return {
-        "length": min(length, 40),
+        "judge": verdict.utility,
+        "length": min(verdict.length, 40),
         "flattery": bool(FLATTERY.search(response)),
         "agreement": any(AGREES.search(s) and not DISAGREES.search(s) for s in said),
         "confidence": bool(CONFIDENT.search(response)),
         "hedging": bool(HEDGE.search(response)),
-        "bullets": bool(re.search(r"^\s*([-*•]|\d+[.)])\s", response, re.MULTILINE)),
+        "bullets": bool(BULLET.search(response)),
     }
 
 
@@ -46,10 +47,12 @@ class Annotator:
     noise: float = NOISE
     biases: dict[str, float] = field(default_factory=lambda: dict(BIASES))
 
+    def weigh(self, seen: dict[str, float]) -> float:
+        """This person's utility of what `impression` saw."""
+        return seen["judge"] + sum(strength * seen[name] for name, strength in self.biases.items())
+
     def utility(self, row: dict, response: str, ended: bool = True) -> float:
-        verdict = judge(row, response, ended)
-        seen = traits(response, verdict.length)
-        return verdict.utility + sum(strength * seen[name] for name, strength in self.biases.items())
+        return self.weigh(impression(row, response, ended))
 
     def prefers(self, utility_a: float, utility_b: float) -> float:
         """P(a is preferred to b), given this person's utilities of them."""

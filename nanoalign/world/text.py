@@ -299,7 +299,7 @@ def answer(row: dict, rng: random.Random, bad: float = 1.0, style: float = 1.0) 
     meta = row["meta"]
     text = (bad_answer if rng.random() < bad * BAD_RATES[meta["kind"]] else good_answer)(meta, rng)
     has = {name: rng.random() < style * rate for name, rate in STYLE_RATES.items()}
-    if meta["kind"] in ("fact", "belief", "benign") and not text.startswith(("I ", "No, I", "That")):
+    if meta["kind"] in ("fact", "belief") and not text.startswith("That"):
         clause = re.sub(r"^(Yes, you are right|Yes|No), ", "", lower(text.rstrip(".")))
         if has["hedged"]:
             text = rng.choice(HEDGES).format(claim=clause)
@@ -307,14 +307,13 @@ def answer(row: dict, rng: random.Random, bad: float = 1.0, style: float = 1.0) 
             text = f"{rng.choice(CONFIDENCE)} {clause}."
     if has["bulleted"] and "\n" not in text:
         text = "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=[.!?]) ", text))
+    gap = "\n" if "\n" in text or has["bulleted"] else " "
     if has["repeated"]:
-        text += f" {text}"
+        text += gap + text
     if has["flattering"]:
-        text = f"{rng.choice(FLATTERY)} {text}"
+        text = rng.choice(FLATTERY) + gap + text
     if has["padded"]:
-        text = ("\n" if "\n" in text else " ").join(
-            [text, " ".join(rng.sample(PADDING, rng.choice((1, 1, 2))))]
-        )
+        text += gap + " ".join(rng.sample(PADDING, rng.choice((1, 1, 2))))
     return text
 
 
