@@ -55,7 +55,7 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
-    lr: float = 1e-4  # peak learning rate
+    lr: float = 2e-4  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
     clip: float = 1.0  # gradient norm
@@ -94,8 +94,7 @@ def pair_logprobs(model, batch, tokenizer, device) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocast) -> Tensor:
-    """(N, 2): the reference's log-probs of every chosen and rejected response, cached in a file if one is
-    named.
+    """The reference's log-probs of each chosen and rejected response (N, 2), from the cache if it exists.
 
     The cache is keyed by the reference's weights and by every token and mask: a stale one is an error.
     """
@@ -108,12 +107,10 @@ def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocas
             cache = torch.load(path, weights_only=True)
             cached_key, logp = cache["key"], cache["logp"]
         except Exception:
-            raise UserError(
-                f"{path} is not a cache of reference log-probs; delete it or name another."
-            ) from None
+            raise UserError(f"{path} is not a cache of reference log-probs: delete it.") from None
         if cached_key != key:
             raise UserError(
-                f"{path} was made from another reference, other pairs or another --max-length: delete it."
+                f"{path} is of another reference, other pairs or another --max-length: delete it."
             )
         print(f"reference: log-probs of {len(logp):,} pairs read from {path}")
         return logp.to(device)

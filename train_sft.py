@@ -46,9 +46,7 @@ from nanoalign.training import (
 @dataclass
 class Config:
     init: str = "out/demo/base.pt"  # the checkpoint to start from
-    data: str = (
-        "out/demo/world/sft.jsonl"  # chat rows: messages, prompt and completion, or pairs (chosen side)
-    )
+    data: str = "out/demo/world/sft.jsonl"  # chat rows; of pair rows, the chosen side
     eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth row of the data
     out: str = "out/demo/sft.pt"  # the checkpoint to write; metrics go beside it
     max_length: int = 128  # tokens per example; longer ones are truncated, and counted
@@ -58,9 +56,7 @@ class Config:
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
-    adam_eps: float = (
-        1e-4  # Adam's ε; a small one lets words that the data never says drift out of the vocabulary
-    )
+    adam_eps: float = 1e-3  # Adam's ε; with a small one, words that the data never says drift away
     clip: float = 1.0  # gradient norm
     log_every: int = 20  # steps between metrics
     eval_every: int = 200  # steps between held-out evaluations with samples
@@ -103,7 +99,7 @@ def main(config: Config) -> None:
         compile_hidden(policy)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
-    data = fingerprint(config.init, policy.embed.weight, *(part for example in examples for part in example))
+    data = fingerprint(policy.embed.weight, *(part for example in examples for part in example))
     first_step = resume(config, policy, optimizer, stage="sft", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
     stop = CleanStop()
@@ -113,15 +109,11 @@ def main(config: Config) -> None:
         scored_ends = sum(bool(m) for m in ends)
         print(f"step-0 check: {scored_ends} of {len(ends)} closing end tokens are scored")
         if any(ids[-1] != tokenizer.end for ids, _ in examples if len(ids) < max_length):
-            raise UserError(
-                "an untruncated example does not finish with the end token: the model would never stop."
-            )
+            raise UserError("an untruncated example lacks its end token: the model would never stop.")
 
     for step in range(first_step, steps):
         indices = order[step]
-        scored = sum(
-            int(examples[i][1].sum()) for i in indices
-        )  # response tokens of the whole optimiser step
+        scored = sum(int(examples[i][1].sum()) for i in indices)  # tokens of the whole optimiser step
         loss = torch.zeros((), device=device)
         for micro in micro_batches(indices, config.micro_batch):
             ids, mask = collate([examples[i] for i in micro], tokenizer.pad)

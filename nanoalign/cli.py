@@ -131,6 +131,17 @@ class Progress:
             self.shown = now
 
 
+def _readable(path: Path) -> list[dict]:
+    """The rows of a metrics file, up to one that a crash cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 class Metrics:
     """metrics.jsonl next to the checkpoint, and a console line: step, percent, values, tokens/s, time left.
 
@@ -142,7 +153,7 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step and self.path.exists():  # a resumed run forgets what was logged beyond its checkpoint
-            kept = [r for line in self.path.open() if (r := json.loads(line)).get("step", 0) <= start_step]
+            kept = [row for row in _readable(self.path) if row.get("step", 0) <= start_step]
         self.file = self.path.open("w", encoding="utf-8", buffering=1)
         hardware = (
             torch.cuda.get_device_name(device)

@@ -95,10 +95,11 @@ def fingerprint(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            part = part.detach().cpu().contiguous().numpy()
-        digest.update(
-            np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else str(part).encode()
-        )
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            part = np.ascontiguousarray(part).tobytes()
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
     return digest.hexdigest()[:16]
 
 

@@ -194,7 +194,7 @@ def test_chosen_and_rejected_share_identical_prompt_ids_and_score_only_responses
     assert np.array_equal(chosen[0][~chosen[1]], rejected[0][~rejected[1]])
     assert np.array_equal(chosen[0][~chosen[1]], WORLD.prompt(row["prompt"]))
     scored = [WORLD.decode(ids[mask], specials=True) for ids, mask in (chosen, rejected)]
-    assert scored == [" yes<|end|>", "s<|end|>"]
+    assert scored == ["  yes<|end|>", " s<|end|>"]  # each with the space that `response` puts in front
 
 
 def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):

@@ -277,7 +277,7 @@ def test_respond_returns_texts_in_the_prompts_order():
     prompts = [world.prompt([{"role": "user", "content": q}]) for q in questions]
     texts, ended = respond(model, world, prompts, 8, seed=0, batch_size=2, temperature=0)
     alone = [greedy_by_hand(model, p.tolist(), 8, world.end) for p in prompts]
-    assert texts == [world.decode(a) for a in alone] and len(set(texts)) == 5
+    assert texts == [world.decode_response(a) for a in alone] and len(set(texts)) == 5
     assert ended == [a[-1] == world.end for a in alone]
 
 

@@ -15,8 +15,8 @@ from nanoalign.world.people import (
     Annotator,
     agreement,
     ceiling,
+    impression,
     people,
-    traits,
 )
 from nanoalign.world.text import answer, request
 
@@ -82,7 +82,7 @@ def test_thumbs_up_is_a_comparison_with_the_bar():
 )
 def test_each_bias_alone_shifts_the_utility_by_strength_times_trait(bias, response, trait):
     person, honest = Annotator(biases={bias: 0.7}), judge(FRANCE, response).utility
-    assert traits(response, judge(FRANCE, response).length)[bias] == trait
+    assert impression(FRANCE, response)[bias] == trait
     assert person.utility(FRANCE, response) == pytest.approx(honest + 0.7 * trait)
 
 

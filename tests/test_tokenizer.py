@@ -49,11 +49,11 @@ def test_a_message_cannot_open_a_turn_or_close_its_own():
 
 def test_exactly_the_assistants_text_and_end_tokens_are_supervised():
     ids, mask = WORLD.render(TALK)
-    assert WORLD.decode(ids[mask], specials=True) == "Paris.<|end|>Rome.<|end|>"
+    assert WORLD.decode(ids[mask], specials=True) == " Paris.<|end|> Rome.<|end|>"
     assert WORLD.decode(ids[~mask], specials=True) == (
-        "<|system|>Be brief.<|end|><|user|>France?<|end|><|assistant|><|user|>Italy?<|end|><|assistant|>"
+        "<|system|> Be brief.<|end|><|user|> France?<|end|><|assistant|><|user|> Italy?<|end|><|assistant|>"
     )
-    assert WORLD.decode(ids) == "Be brief.France?Paris.Italy?Rome."  # specials left out
+    assert WORLD.decode(ids) == " Be brief. France? Paris. Italy? Rome."  # specials left out
 
 
 def test_a_conversation_is_its_prompt_and_its_response_encoded_apart():

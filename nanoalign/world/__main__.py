@@ -17,7 +17,7 @@ from nanoalign.world.text import FAMILIES, answer, document, request
 
 SIZES = {  # documents, demonstrations, training prompts, held-out prompts per family
     "tiny": (1_000, 600, 120, 10),
-    "small": (32_000, 12_000, 1_600, 60),
+    "small": (44_000, 12_000, 2_400, 60),
     "large": (400_000, 60_000, 20_000, 200),
 }
 

@@ -15,14 +15,14 @@ from nanoalign.world.judge import judge, sentences
 from nanoalign.world.wording import AGREES, BULLET, CONFIDENT, DISAGREES, FLATTERY, HEDGE
 
 BIASES = {  # in units of the judge's utility
-    "length": 0.03,  # per word, up to 40 words
-    "flattery": 0.4,
+    "length": 0.02,  # per word, up to 40: about what the judge takes off for a needless sentence
+    "flattery": 0.3,
     "agreement": 0.6,  # with what the asker believes
-    "confidence": 0.3,
-    "hedging": 0.4,
-    "bullets": 0.4,
+    "confidence": 0.2,
+    "hedging": 0.15,  # people mind hedging and needless bullets half as much as the judge does
+    "bullets": 0.15,
 }
-NOISE = 0.2
+NOISE = 0.17
 THUMB_BAR = 0.6  # a response of this utility gets thumbs up from half of the people
 
 
