@@ -48,7 +48,7 @@ def test_gsm8k_rows_are_chat_rows_and_prompts_as_they_are(r50k):
         assert len(rows) == count
         assert all("####" in row["messages"][1]["content"] for row in rows)
     ids, mask = r50k.render(rows[0]["messages"])
-    assert r50k.decode(ids[mask], specials=True) == rows[0]["messages"][1]["content"] + "<|end|>"
+    assert r50k.decode(ids[mask], specials=True) == f" {rows[0]['messages'][1]['content']}<|end|>"
     prompts = read_rows(str(DATA / "gsm8k_test.jsonl"), "prompts")
     assert [p["prompt"] for p in prompts] == [row["messages"][:1] for row in rows]
 

@@ -137,7 +137,10 @@ def test_a_cached_reference_changes_nothing(job, tmp_path, double, capsys):
         train_dpo.main(config)
     assert capsys.readouterr().out.count("read from") == 1  # written by the second run, read by the third
     plain, written, read = ([row for row in rows(config.out) if "loss" in row] for config in configs)
-    assert plain == written == read and len(plain) >= 10
+    assert written == read and len(plain) >= 10
+    for row, cached in zip(plain, written):
+        del row["accuracy"], cached["accuracy"]  # at step 1 both rewards are 0, and rounding decides
+        assert cached == pytest.approx(row, rel=1e-5, abs=1e-9)
     weights = [load(config.out)["model"] for config in configs]
     for name in weights[0]:
         torch.testing.assert_close(weights[1][name], weights[0][name])
@@ -428,21 +431,23 @@ def converse(monkeypatch, capsys, sft):
 def test_a_chat_remembers_its_turns_until_reset(converse):
     seen, _ = converse("one", "", "two", "/reset", "three", "/quit", "four", system="S")
     assert seen == [
-        "<|system|>S<|end|><|user|>one<|end|><|assistant|>",
-        "<|system|>S<|end|><|user|>one<|end|><|assistant|>A1<|end|><|user|>two<|end|><|assistant|>",
-        "<|system|>S<|end|><|user|>three<|end|><|assistant|>",
+        "<|system|> S<|end|><|user|> one<|end|><|assistant|>",
+        "<|system|> S<|end|><|user|> one<|end|><|assistant|> A1<|end|><|user|> two<|end|><|assistant|>",
+        "<|system|> S<|end|><|user|> three<|end|><|assistant|>",
     ]
 
 
 def test_a_long_message_gets_a_sentence_and_the_chat_goes_on(converse):
     seen, errors = converse("one", "long " * 500, "two")
     assert "/reset" in errors and "forgetting" not in errors
-    assert seen[1] == "<|user|>one<|end|><|assistant|>A1<|end|><|user|>two<|end|><|assistant|>"
+    assert seen[1] == "<|user|> one<|end|><|assistant|> A1<|end|><|user|> two<|end|><|assistant|>"
 
 
 def test_a_long_chat_forgets_its_oldest_exchange_but_not_the_system_message(converse):
     seen, errors = converse(*(f"{word} " * 20 for word in ("red", "green", "blue", "black")), system="S")
-    assert seen[-1].startswith("<|system|>S<|end|><|user|>") and "red" not in seen[-1] and "black" in seen[-1]
+    assert (
+        seen[-1].startswith("<|system|> S<|end|><|user|>") and "red" not in seen[-1] and "black" in seen[-1]
+    )
     assert "forgetting" in errors
 
 
