@@ -74,9 +74,16 @@ $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py
 	  --out $(OUT)/scorecard.json $(FLAGS) > $@
 
 .PHONY: results
-results: .venv/installed  ## the demo over several seeds, and its table for docs/results.md
-	@for seed in $(SEEDS); do $(MAKE) --no-print-directory demo SEED=$$seed OUT=out/seed$$seed || exit 1; done
+results: .venv/installed  ## the demo over several seeds, and its tables for docs/results.md
+	@for seed in $(SEEDS); do \
+	  $(MAKE) --no-print-directory demo out/seed$$seed/greedy.json SEED=$$seed OUT=out/seed$$seed || exit 1; \
+	done
 	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/scorecard.json)
+	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/greedy.json)
+
+$(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS)
+	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
+	  --temperature 0 --samples 1 --out $@ $(FLAGS) > /dev/null
 
 # ------------------------------------------------------------------------------------------------ checks
 

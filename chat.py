@@ -28,17 +28,14 @@ class Config:
 
 
 def fit(messages: list[dict], tokenizer, plain: bool, limit: int):
-    """Prompt ids of at most `limit` tokens, forgetting the oldest exchange (never a system message) until
-    it fits.
-    """
+    """Prompt ids of at most `limit` tokens; forgets the oldest exchanges, no system message, to fit."""
+    alone = [m for m in messages[:-1] if m["role"] == "system"] + messages[-1:]
+    if (length := len(tokenizer.prompt(alone, plain))) > limit:
+        raise UserError(f"that message is {length} tokens; at most {limit} fit. Say it shorter.")
     while len(ids := tokenizer.prompt(messages, plain)) > limit:
-        turns = [i for i, m in enumerate(messages) if m["role"] != "system"]
-        if len(turns) < 3:
-            raise UserError(
-                f"that message is {len(ids)} tokens; at most {limit} fit. Say it shorter, or /reset."
-            )
+        first = next(i for i, m in enumerate(messages) if m["role"] != "system")
         print("(forgetting the oldest exchange: the context is full)", file=sys.stderr)
-        del messages[turns[0] : turns[0] + 2]
+        del messages[first : first + 2]
     return ids
 
 
@@ -67,6 +64,7 @@ def main(config: Config) -> None:
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
     plain = checkpoint["stage"] == "base"
     opening = [{"role": "system", "content": config.system}] if config.system else []
+    sys.stdin.reconfigure(errors="replace")  # piped text need not be UTF-8
     messages, turn, interactive = list(opening), 0, sys.stdin.isatty()
     limit = policy.config.context - min(config.max_new_tokens, policy.config.context // 2)
     print(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves.")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import finish, load_policy, resume, save_partial
+from nanoalign.checkpoint import finish, load_policy, resume, save_partial, write
 from nanoalign.data import BatchOrder, collate, micro_batches, pair_examples, read_rows, split_rows
 from nanoalign.generate import respond, sample_kl
 from nanoalign.logprobs import masked_sum, token_logprobs
@@ -39,6 +39,8 @@ from nanoalign.training import (
     optimizer_step,
     setup,
 )  # fmt: skip
+
+LOGGED = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected")
 
 
 @dataclass
@@ -120,8 +122,7 @@ def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocas
         with autocast:
             logp.append(torch.stack(pair_logprobs(ref, batch, tokenizer, device), dim=1))
         progress.advance(len(batch))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"key": key, "logp": torch.cat(logp).cpu()}, path)
+    write(path, {"key": key, "logp": torch.cat(logp).cpu()})
     return torch.cat(logp)
 
 
@@ -156,9 +157,8 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo"))
     ref = freeze(load_policy(config.init, device)[0])
 
-    rows, eval_rows = split_rows(
-        read_rows(config.data, "pairs", config.skip_bad_rows), config.eval_data, "pairs"
-    )
+    rows = read_rows(config.data, "pairs", config.skip_bad_rows)
+    rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
     examples = pair_examples(rows, tokenizer, max_length)
     eval_examples = pair_examples(eval_rows[:500], tokenizer, max_length)
@@ -182,7 +182,7 @@ def main(config: Config) -> None:
     for step in range(first_step, steps):
         indices = order[step]
         pairs = len(indices)  # of the whole optimiser step
-        sums = torch.zeros(6, device=device)
+        sums = torch.zeros(len(LOGGED), device=device)
         for micro in micro_batches(indices, config.micro_batch):
             batch = [examples[i] for i in micro]
             with autocast:
@@ -195,45 +195,32 @@ def main(config: Config) -> None:
             loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, smoothing)  # (B,)
             (loss.sum() / pairs).backward()
             with torch.no_grad():
-                reward_chosen, reward_rejected = (
-                    config.beta * (chosen - ref_chosen),
-                    config.beta * (rejected - ref_rejected),
-                )
+                reward_chosen = config.beta * (chosen - ref_chosen)
+                reward_rejected = config.beta * (rejected - ref_rejected)
                 right = (reward_chosen > reward_rejected).float()
-                sums += torch.stack(
-                    [x.sum() for x in (loss, reward_chosen, reward_rejected, right, chosen, rejected)]
-                )
+                values = (loss, reward_chosen, reward_rejected, right, chosen, rejected)
+                sums += torch.stack([value.sum() for value in values])
             metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
         if step == 0:  # policy and reference are the same model, so h = 0
             print(f"step-0 check: loss {sums[0].item() / pairs:.6f}, ln 2 = {math.log(2):.6f}")
             if abs(sums[0].item() / pairs - math.log(2)) > 1e-4:
-                raise UserError(
-                    "before the first update the loss must be ln 2: policy and reference disagree."
-                )
+                raise UserError("the loss must start at ln 2: policy and reference disagree.")
         lr = learning_rate(step, steps, config.lr, config.warmup)
         grad_norm = optimizer_step(policy, optimizer, lr, config.clip)
 
         done, stopping = step + 1, bool(stop)
         save_now = done % config.save_every == 0 or stopping
         if done % config.log_every == 0 or done == steps or save_now:
-            mean = dict(
-                zip(
-                    ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected"),
-                    sums / pairs,
-                )
-            )
-            metrics.log(
-                done,
-                **mean,
-                margin=mean["reward_chosen"] - mean["reward_rejected"],
-                grad_norm=grad_norm,
-                lr=lr,
-            )
+            mean = dict(zip(LOGGED, sums / pairs))
+            margin = mean["reward_chosen"] - mean["reward_rejected"]
+            metrics.log(done, **mean, margin=margin, grad_norm=grad_norm, lr=lr)
         if done % config.eval_every == 0 or done == steps:
             result = evaluate(policy, ref, eval_examples, prompts, tokenizer, config, device, autocast)
             metrics.note(step=done, **result)
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
-            for row, text in zip(eval_rows, respond(policy, tokenizer, prompts[:4], 96, config.seed)[0]):
+            with autocast:
+                texts = respond(policy, tokenizer, prompts[:4], 96, config.seed)[0]
+            for row, text in zip(eval_rows, texts):
                 print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}")
         if save_now:
             save_partial(config, policy, optimizer, stage="dpo", tokenizer=tokenizer, step=done, data=data)

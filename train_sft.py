@@ -86,13 +86,15 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, stages=("base", "sft"))
 
-    rows, eval_rows = split_rows(
-        read_rows(config.data, "chat", config.skip_bad_rows), config.eval_data, "chat"
-    )
+    rows = read_rows(config.data, "chat", config.skip_bad_rows)
+    rows, eval_rows = split_rows(rows, config.eval_data, "chat", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
     examples = chat_examples(rows, tokenizer, max_length)
     eval_examples = chat_examples(eval_rows[:500], tokenizer, max_length)
-    prompts = [tokenizer.prompt(parse_prompt(row)["prompt"])[-max_length // 2 :] for row in eval_rows[:4]]
+    shown = [parse_prompt(row)["prompt"] for row in eval_rows if row["messages"][0]["role"] != "assistant"][
+        :4
+    ]
+    prompts = [tokenizer.prompt(messages)[-max_length // 2 :] for messages in shown]
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     if config.compile:
@@ -135,8 +137,10 @@ def main(config: Config) -> None:
                 step=done, **(result := evaluate(policy, eval_examples, tokenizer, config, device, autocast))
             )
             print(f"  held-out loss {result['eval_loss']:.3f}")
-            for row, text in zip(eval_rows, respond(policy, tokenizer, prompts, 64, config.seed)[0]):
-                print(f"  {parse_prompt(row)['prompt'][-1]['content'][:80]!r} → {text!r}")
+            with autocast:
+                texts = respond(policy, tokenizer, prompts, 64, config.seed)[0]
+            for messages, text in zip(shown, texts):
+                print(f"  {messages[-1]['content'][:80]!r} → {text!r}")
         if save_now:
             save_partial(config, policy, optimizer, stage="sft", tokenizer=tokenizer, step=done, data=data)
         if stopping:

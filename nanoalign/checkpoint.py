@@ -5,7 +5,6 @@ the random state; `--resume` continues from there bit for bit, and the finished 
 """
 
 import dataclasses
-import pickle
 import random
 from pathlib import Path
 
@@ -18,17 +17,35 @@ from nanoalign.tokenizer import Tokenizer, get_tokenizer
 FORMAT = "nanoalign-1"
 
 
+def beside(path: str, ending: str) -> Path:
+    """out/dpo.pt, ".metrics.jsonl" → out/dpo.metrics.jsonl"""
+    return Path(path).with_name(Path(path).name.removesuffix(".pt") + ending)
+
+
 def partial_path(path: str) -> Path:
-    return Path(path).with_suffix(".partial.pt")
+    return beside(path, ".partial.pt")
+
+
+def write(path: Path, content: dict) -> None:
+    """torch.save to a temporary name, then rename: a crash or a full disk leaves the old file as it was."""
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(
+            f"could not write {path} ({reason}); the file before it, if any, is untouched."
+        ) from None
 
 
 def save(path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, **extra) -> None:
     """Write model weights (fp32, uncompiled), shapes, tokenizer name, stage, run config and step to `path`.
 
-    Written to a temporary name and renamed: a crash or a full disk leaves the previous file as it was.
     `extra`: whatever else the stage needs to continue (tensors and plain values).
     """
-    path = Path(path)
     content = {
         "format": FORMAT,
         "stage": stage,
@@ -39,17 +56,7 @@ def save(path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, **
         "config": dataclasses.asdict(config),
         **extra,
     }
-    temporary = path.with_name(f"{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(
-            f"could not write {path} ({reason}); the previous file, if any, is untouched."
-        ) from None
+    write(Path(path), content)
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
@@ -58,7 +65,7 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
         raise UserError(f"there is no checkpoint {path}; train it first (`make {path}`), or check the path.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+    except Exception:  # a damaged file can fail in any way
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanoalign checkpoint (or is damaged).")

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nanoalign import UserError
+from nanoalign.checkpoint import beside
 
 
 def field_comments(config_class) -> dict[str, str]:
@@ -149,7 +150,7 @@ class Metrics:
     """
 
     def __init__(self, config, steps: int, device: torch.device, start_step: int = 0):
-        self.path = Path(config.out).with_suffix(".metrics.jsonl")
+        self.path = beside(config.out, ".metrics.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step and self.path.exists():  # a resumed run forgets what was logged beyond its checkpoint

@@ -39,6 +39,8 @@ def _parse_json(line: str) -> dict:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # malformed, a number of too many digits, nested too deeply
         raise RowError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+    if "\\ud" in line.lower() and re.search(r"[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise RowError("a \\ud… escape is half of a character: not valid Unicode")
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {line[:40]!r}")
     return row
@@ -106,9 +108,8 @@ def parse_pair(row: dict) -> dict:
     """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}."""
     prompt = _messages(row, "prompt") if "prompt" in row else []
     sides = [prompt + _side(row, field) for field in ("chosen", "rejected")]
-    if prompt and any(
-        side[: 2 * len(prompt)] == prompt * 2 for side in sides
-    ):  # the prompt was repeated in both
+    repeated = [side[: 2 * len(prompt)] == prompt * 2 for side in sides]
+    if prompt and all(repeated):  # each side repeats the prompt
         sides = [side[len(prompt) :] for side in sides]
     for field, side in zip(("chosen", "rejected"), sides):
         if len(side) < 2 or side[-1]["role"] != "assistant":
@@ -312,7 +313,12 @@ def pack(rows: list[dict], tokenizer: Tokenizer, context: int) -> np.ndarray:
     """Texts, each followed by the end token, cut into blocks (N, context) int64.
 
     Neighbouring blocks share one token, so that every token but the very first is predicted exactly once.
+    What fills no whole block at the end is left out.
     """
+    if context < 2:
+        raise UserError(
+            f"--context must be at least 2, not {context}: a block of one token predicts nothing."
+        )
     texts = tokenizer.encoding.encode_ordinary_batch([row["text"] for row in rows])
     stream = np.concatenate([np.array([*ids, tokenizer.end], dtype=np.int64) for ids in texts])
     blocks = (len(stream) - 1) // (context - 1)

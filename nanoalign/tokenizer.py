@@ -38,6 +38,7 @@ class Tokenizer:
             special_tokens={**base._special_tokens, **{s: first + i for i, s in enumerate(SPECIALS)}},
         )
         self.vocab_size = first + len(SPECIALS)
+        self._ordinary = frozenset(base._mergeable_ranks.values())  # some encodings leave ids unused
         self.end, self.step, self.pad = (
             first + SPECIALS.index(s) for s in ("<|end|>", "<|step|>", "<|pad|>")
         )
@@ -49,10 +50,9 @@ class Tokenizer:
 
     def decode(self, ids, specials: bool = False) -> str:
         """Token ids → text. Special tokens are left out, or spelt when `specials`."""
-        ids = [int(i) for i in ids]
-        if not specials:
-            ids = [i for i in ids if i < self.vocab_size - len(SPECIALS)]
-        return self.encoding.decode(ids)
+        first = self.vocab_size - len(SPECIALS)
+        kept = (int(i) for i in ids)
+        return self.encoding.decode([i for i in kept if i in self._ordinary or (specials and i >= first)])
 
     def turn(self, role: str, content: str) -> tuple[list[int], list[bool]]:
         """One turn's ids and mask: an assistant's text and end token are scored, nothing else is."""
@@ -96,14 +96,14 @@ def get_tokenizer(name: str) -> Tokenizer:
     """`"world"`, or the name of any tiktoken encoding (`"gpt2"`, `"r50k_base"`, `"cl100k_base"`, …)."""
     if name == "world":
         return Tokenizer(world_encoding())
+    known = ["world", *tiktoken.list_encoding_names()]
+    if name not in known:
+        raise UserError(f"there is no tokenizer {name!r}; choose from {', '.join(known)}.")
     try:
         return Tokenizer(tiktoken.get_encoding(name))
-    except ValueError as error:  # tiktoken's own list of names
-        known = ", ".join(["world", *tiktoken.list_encoding_names()])
-        raise UserError(f"there is no tokenizer {name!r}; choose from {known}.") from error
     except Exception as error:  # the download failed: requests raises a family of exceptions
         raise UserError(
-            f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}): connect once, "
+            f"the vocabulary of {name!r} could not be loaded ({type(error).__name__}): connect once, "
             "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer world."
         ) from error
 

@@ -21,6 +21,7 @@ from nanoalign.logprobs import compile_or_eager
 
 def setup(config) -> tuple[torch.device, torch.autocast]:
     """Seed everything; pick the device and the precision → device, autocast context (reusable)."""
+    check(config)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
@@ -31,13 +32,23 @@ def setup(config) -> tuple[torch.device, torch.autocast]:
     return device, autocast
 
 
+def check(config) -> None:
+    """Complain now about what would otherwise fail after the work is done."""
+    if hasattr(config, "out") and (not config.out or Path(config.out).is_dir()):
+        raise UserError(f"--out {config.out!r} is not a file name.")
+    for name in ("batch_size", "log_every", "eval_every", "save_every"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" → the GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
             f"device {name!r} is not available here; try --device auto or --device cpu."
         ) from None
@@ -66,7 +77,7 @@ def make_optimizer(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
-    """Linear warmup over `warmup` steps, then a cosine from `peak` to `floor · peak` at the last step."""
+    """Linear warmup over `warmup` steps, then a cosine from `peak` towards `floor · peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
