@@ -64,7 +64,6 @@ def main(config: Config) -> None:
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
     plain = checkpoint["stage"] == "base"
     opening = [{"role": "system", "content": config.system}] if config.system else []
-    sys.stdin.reconfigure(errors="replace")  # piped text need not be UTF-8
     messages, turn, interactive = list(opening), 0, sys.stdin.isatty()
     limit = policy.config.context - min(config.max_new_tokens, policy.config.context // 2)
     print(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves.")
@@ -97,4 +96,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdin.reconfigure(errors="replace")  # piped text need not be UTF-8
     cli.run(main, Config, __doc__)
