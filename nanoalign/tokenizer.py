@@ -99,6 +99,8 @@ def get_tokenizer(name: str) -> Tokenizer:
     known = ["world", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"there is no tokenizer {name!r}; choose from {', '.join(known)}.")
+    if name == "gpt2":
+        name = "r50k_base"  # the same vocabulary, in one file
     try:
         return Tokenizer(tiktoken.get_encoding(name))
     except Exception as error:  # the download failed: requests raises a family of exceptions
