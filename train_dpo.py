@@ -210,7 +210,7 @@ def main(config: Config) -> None:
 
         done, stopping = step + 1, bool(stop)
         save_now = done % config.save_every == 0 or stopping
-        if done % config.log_every == 0 or done == steps or save_now:
+        if done % config.log_every == 0 or done in (1, steps) or save_now:
             mean = dict(zip(LOGGED, sums / pairs))
             margin = mean["reward_chosen"] - mean["reward_rejected"]
             metrics.log(done, **mean, margin=margin, grad_norm=grad_norm, lr=lr)

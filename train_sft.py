@@ -130,7 +130,7 @@ def main(config: Config) -> None:
 
         done, stopping = step + 1, bool(stop)
         save_now = done % config.save_every == 0 or stopping
-        if done % config.log_every == 0 or done == steps or save_now:
+        if done % config.log_every == 0 or done in (1, steps) or save_now:
             metrics.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
         if done % config.eval_every == 0 or done == steps:
             metrics.note(
