@@ -1,11 +1,11 @@
 # The pipeline as a graph: each stage's checkpoint is a target that depends on what it is made from, so
 # `make out/demo/dpo.pt` builds what is missing, and a second `make demo` rebuilds nothing. `make help` lists all.
 
-SIZE ?= small#   tiny (seconds), small (minutes on a CPU), large (minutes on a GPU)
-OUT ?= out/$(if $(filter small,$(SIZE)),demo,$(SIZE))
-DEVICE ?= auto
-SEED ?= 0
-SEEDS ?= 0 1 2#  of `make results`
+SIZE = small#   tiny (seconds), small (minutes on a CPU), large (minutes on a GPU)
+OUT = out/$(if $(filter small,$(SIZE)),demo,$(SIZE))$(if $(filter 0,$(SEED)),,-seed$(SEED))
+DEVICE = auto
+SEED = 0
+SEEDS = 0 1 2#  of `make results`
 PYTHON ?= python3
 
 PY := .venv/bin/python
@@ -17,8 +17,8 @@ export PYTHONUNBUFFERED := 1
 .PHONY: help
 help:  ## list the targets
 	@echo "targets (variables: SIZE=$(SIZE) OUT=$(OUT) DEVICE=$(DEVICE) SEED=$(SEED))"
-	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
-	@echo "  make FILE           any file of the pipeline, such as $(OUT)/dpo.pt"
+	@awk -F ':.*## *' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  make FILE       any file of the pipeline, such as $(OUT)/dpo.pt"
 
 # ------------------------------------------------------------------------------------------------ set-up
 
@@ -48,10 +48,12 @@ PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
 DPO_FLAGS_tiny = --epochs 2
 
-$(WORLD)/pretrain.jsonl: | .venv/installed
+$(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py __main__.py) | .venv/installed
 	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
 
-$(WORLD)/sft.jsonl $(WORLD)/prompts.jsonl $(WORLD)/prompts_held_out.jsonl: $(WORLD)/pretrain.jsonl ;
+$(WORLD)/sft.jsonl $(WORLD)/prompts.jsonl $(WORLD)/prompts_held_out.jsonl: $(WORLD)/pretrain.jsonl
+	@test -f $@ || { rm -f $<; $(MAKE) --no-print-directory $<; }
+	@touch -c $@
 
 $(OUT)/base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
 	@rm -f $@
@@ -61,7 +63,7 @@ $(OUT)/sft.pt: $(WORLD)/sft.jsonl $(OUT)/base.pt train_sft.py
 	@rm -f $@
 	$(PY) train_sft.py --data $< --init $(OUT)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
 
-$(OUT)/pairs.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py
+$(OUT)/pairs.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py nanoalign/world/people.py
 	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --out $@ $(FLAGS)
 
 $(OUT)/dpo.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
@@ -69,7 +71,7 @@ $(OUT)/dpo.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
 	$(PY) train_dpo.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(DPO_FLAGS_$(SIZE))
 
 CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt
-$(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py
+$(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --out $(OUT)/scorecard.json $(FLAGS) > $@
 
@@ -81,7 +83,7 @@ results: .venv/installed  ## the demo over several seeds, and its tables for doc
 	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/scorecard.json)
 	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/greedy.json)
 
-$(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS)
+$(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --temperature 0 --samples 1 --out $@ $(FLAGS) > /dev/null
 
@@ -99,4 +101,4 @@ parity: .venv/parity  ## agreement with transformers and trl (installs them)
 	$(PY) -m pytest -m parity
 
 clean:  ## delete what this size has built (out/ only)
-	rm -rf $(OUT)
+	$(if $(and $(filter out/%,$(OUT)),$(if $(findstring ..,$(OUT)),,ok)),rm -rf $(OUT),$(error OUT=$(OUT) is not under out/))

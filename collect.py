@@ -27,7 +27,7 @@ from nanoalign.world.people import agreement, ceiling, impression, people
 class Config:
     policy: str = "out/demo/sft.pt"  # the checkpoint to sample from
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
-    out: str = "out/demo/pairs.jsonl"  # pair rows; thumbs-up/down rows go to <out>.thumbs.jsonl
+    out: str = "out/demo/pairs.jsonl"  # pair rows; thumbs-up/down rows go to X.thumbs.jsonl
     annotator: str = "world"  # who compares: "world", the built-in people
     crowd: int = 5  # how many different people there are
     samples: int = 4  # responses per prompt (K), paired off at random

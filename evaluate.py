@@ -2,7 +2,7 @@
 
 Every checkpoint answers the same held-out prompts, several times each; the judge says what went right and
 wrong. Standard errors are over prompts (one prompt's samples are averaged first: they are not independent).
-The win rate is the share of prompts on which the judge's utility is higher than the baseline's, ties half.
+The win rate is the share of sample pairs in which the judge's utility is above the baseline's, ties half.
 KL(policy ‖ reference) is per response, in nats, on the policy's own samples, at the sampling temperature; the
 reference is the last SFT checkpoint named, or --reference.
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import load_policy
+from nanoalign.checkpoint import load, load_policy
 from nanoalign.data import read_rows
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
@@ -143,7 +143,13 @@ def main(config: Config) -> None:
     rows = read_rows(config.prompts, "prompts")
     if any("kind" not in row["meta"] for row in rows):
         raise UserError(f'the judge needs the world\'s prompts: {config.prompts} has rows without "meta".')
-    stages = {path: load_policy(path)[2]["stage"] for path in config.checkpoints}
+    stages, tokenizers = {}, set()
+    for path in config.checkpoints:
+        content = load(path)
+        stages[path] = content["stage"]
+        tokenizers.add(content["tokenizer"])
+    if len(tokenizers) > 1:
+        raise UserError(f"the checkpoints have different tokenizers ({', '.join(sorted(tokenizers))}).")
     reference = config.reference or next((p for p in reversed(config.checkpoints) if stages[p] == "sft"), "")
     ref = load_policy(reference, device)[0] if reference else None
 

@@ -62,7 +62,7 @@ def save(path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, **
 def load(path, stages: tuple[str, ...] = ()) -> dict:
     """Read a checkpoint onto the CPU; `stages`: the kinds the caller can use (empty: any)."""
     if not Path(path).exists():
-        raise UserError(f"there is no checkpoint {path}; train it first (`make {path}`), or check the path.")
+        raise UserError(f"there is no checkpoint {path}; train it first, or check the path.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file can fail in any way
@@ -90,7 +90,7 @@ def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, 
 def random_state() -> dict:
     """The state of every random number generator a script may draw from."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -100,7 +100,7 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    if torch.cuda.is_available() and "cuda" in state:
+    if torch.cuda.device_count() == len(state.get("cuda", ())) > 0:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 

@@ -99,7 +99,7 @@ def run(main, config_class, description: str = "") -> None:
         hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         sys.exit(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}.")
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU ran out of memory; lower --micro-batch or --max-length.")
+        sys.exit("error: the GPU ran out of memory; use fewer or shorter rows at a time (--micro-batch).")
 
 
 def duration(seconds: float) -> str:

@@ -3,9 +3,9 @@
 Row kinds, and the forms each accepts (any row may carry "meta"):
 
     text      {"text"} or a plain text file
-    chat      {"messages"} · {"prompt", "completion"} · {"question", "answer"} (GSM8K) · a pair (its chosen
-    side) pairs     {"prompt", "chosen", "rejected"} as strings or messages · {"chosen", "rejected"} HH
-    transcripts labelled  {"prompt", "completion", "label": bool}
+    chat      {"messages"} · {"prompt", "completion"} · GSM8K's {"question", "answer"} · a pair's chosen side
+    pairs     {"prompt", "chosen", "rejected"}, strings or messages · HH transcripts {"chosen", "rejected"}
+    labelled  {"prompt", "completion", "label": bool}
     steps     {"prompt", "completions": [str…], "labels": [bool|null…]}
     prompts   {"prompt"} as a string or messages · {"question"} · whatever a chat or pair row starts with
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
 from nanoalign.cli import Progress
-from nanoalign.logprobs import token_logprobs
+from nanoalign.logprobs import next_token_logits, token_logprobs
 from nanoalign.model import GPT, KVCache
 from nanoalign.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def stream(
         alive = alive & (position < context)
         if (device.type == "cpu" or t % CHECK_EVERY == 0) and not alive.any():
             return
-        token, logp = sample(model.head(hidden), temperature, top_k, top_p, generator)
+        token, logp = sample(next_token_logits(model, hidden), temperature, top_k, top_p, generator)
         yield token, logp, alive
         if end_id is not None:
             alive = alive & (token != end_id)

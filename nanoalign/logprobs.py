@@ -161,6 +161,16 @@ def linear_logprobs(
     return (logp, h) if entropy else logp
 
 
+def next_token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """hidden (N, D) → logits (N, V) in fp32, rounded as `linear_logprobs` rounds them. For sampling."""
+    weight = model.head.weight
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _matmul(hidden, weight.t())
+
+
 def token_logprobs(
     model: nn.Module, ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0, entropy: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -187,9 +197,9 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Sum of x (B, T) where mask (B, T) → (B,). What lies outside the mask, NaN included, has no
     influence.
     """
-    return x.masked_fill(~mask.to(x.device), 0).sum(-1)
+    return x.masked_fill(~mask.to(x.device, non_blocking=True), 0).sum(-1)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) where mask (B, T) → (B,); 0 for a row without any."""
-    return masked_sum(x, mask) / mask.to(x.device).sum(-1).clamp(min=1)
+    return masked_sum(x, mask) / mask.to(x.device, non_blocking=True).sum(-1).clamp(min=1)

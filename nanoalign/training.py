@@ -36,6 +36,8 @@ def check(config) -> None:
     """Complain now about what would otherwise fail after the work is done."""
     if hasattr(config, "out") and (not config.out or Path(config.out).is_dir()):
         raise UserError(f"--out {config.out!r} is not a file name.")
+    if getattr(config, "epochs", 1) <= 0:
+        raise UserError("--epochs must be positive.")
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -116,6 +118,7 @@ def fingerprint(*parts) -> str:
 
 def already_finished(config) -> bool:
     """With --resume: is the checkpoint there, and nothing left to continue?"""
+    check(config)
     done = config.resume and Path(config.out).exists() and not partial_path(config.out).exists()
     if done:
         print(f"{config.out} is finished; delete it to train again.")

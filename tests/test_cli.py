@@ -83,7 +83,7 @@ def test_a_wrong_flag_is_one_sentence_and_status_two(flags, key, capsys):
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "/x.pt"), "error: Permission denied: /x.pt.", ""),
         (OSError(28, "No space left on device"), "error: No space left on device; free some space", ""),
-        (torch.OutOfMemoryError(), "error: the GPU ran out of memory; lower --micro-batch", ""),
+        (torch.OutOfMemoryError(), "error: the GPU ran out of memory; use fewer or shorter", ""),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_no_traceback(raised, status, key, monkeypatch, capsys):

@@ -2,8 +2,7 @@
 
     pretrain.jsonl  pretrain_held_out.jsonl   {"text"}: web-like documents
     sft.jsonl       sft_held_out.jsonl        {"prompt", "completion", "meta"}: demonstrations, flaws included
-    prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: what preferences are collected on, and the
-    test
+    prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: for collecting preferences; the test
 
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
