@@ -15,6 +15,7 @@ log-prob of the chosen responses usually *falls*, only less than that of the rej
 logp_rejected.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo"))
-    ref = freeze(load_policy(config.init, device)[0])
+    ref = freeze(copy.deepcopy(policy))
 
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)

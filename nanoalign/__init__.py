@@ -2,6 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one sentence that says what was wrong, where, and what
-    to do.
-    """
+    """A mistake the user can mend: one sentence that says what was wrong, where, and what to do."""

@@ -107,9 +107,7 @@ def set_random_state(state: dict) -> None:
 def save_partial(
     config, model, optimizer, *, stage: str, tokenizer: Tokenizer, step: int, data: str, **extra
 ) -> None:
-    """Save everything needed to continue a run after `step` steps. `data`: the fingerprint of what it
-    trains on.
-    """
+    """Save all that continuing after `step` steps needs. `data`: the fingerprint of what it trains on."""
     save(
         partial_path(config.out), model, stage=stage, tokenizer=tokenizer, config=config, step=step,
         optimizer=optimizer.state_dict(), random=random_state(), data=data, **extra,

@@ -22,9 +22,7 @@ from nanoalign.checkpoint import beside
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """{field: its trailing comment} from the source of a dataclass; a comment may go on in lines of its
-    own.
-    """
+    """{field: its trailing comment} from a dataclass's source; a comment may go on in lines of its own."""
     comments, name = {}, None
     for line in inspect.getsource(config_class).splitlines():
         field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)
@@ -82,9 +80,7 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
 
 
 def run(main, config_class, description: str = "") -> None:
-    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and exit status
-    1.
-    """
+    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1."""
     config = parse(config_class, description)
     try:
         main(config)

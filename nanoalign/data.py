@@ -370,9 +370,7 @@ def micro_batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Examples → ids (B, T) int64 right-padded with pad_id, mask (B, T) bool, false on padding. On the
-    CPU.
-    """
+    """Examples → ids (B, T) right-padded with pad_id, mask (B, T) false on padding; both on the CPU."""
     ids = pad_sequence([torch.from_numpy(ids) for ids, _ in examples], batch_first=True, padding_value=pad_id)
     mask = pad_sequence(
         [torch.from_numpy(mask) for _, mask in examples], batch_first=True, padding_value=False

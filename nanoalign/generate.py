@@ -78,9 +78,7 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, step by step, the sampled token (B,), its log-prob (B,) and which rows are still writing
-    (B,).
-    """
+    """Yield step by step the sampled token, its log-prob and which rows are still writing, each (B,)."""
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise UserError(
             f"cannot sample with temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens "

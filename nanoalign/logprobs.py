@@ -24,12 +24,18 @@ COMPILE_FROM_VOCAB = 8192  # a smaller vocabulary's chunk is too cheap to be wor
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated *and returned* in fp32 when a and b are 16 bit (bf16 logits would put the PPO
-    ratio off).
-    """
+    """a @ b, for 16-bit a and b in fp32 throughout: bf16 logits would put the PPO ratio off."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the autocast in force, if any."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        return hidden.to(dtype), weight.to(dtype)
+    return hidden, weight
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -65,9 +71,7 @@ _compiler_works = True
 
 
 def compile_or_eager(function):
-    """torch.compile(function), or the function itself from the first sign that there is no working
-    compiler.
-    """
+    """torch.compile(function), or the function itself once there turns out to be no working compiler."""
     compiled = torch.compile(function, dynamic=True)
 
     def call(*args):
@@ -152,9 +156,7 @@ def linear_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _autocast(hidden, weight)
     chunk = chunk or max(1, CHUNK_ELEMENTS // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         logp, h = _LinearLogprobs.apply(hidden, weight, bias, targets, temperature, entropy, chunk)
@@ -163,10 +165,7 @@ def linear_logprobs(
 
 def next_token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """hidden (N, D) → logits (N, V) in fp32, rounded as `linear_logprobs` rounds them. For sampling."""
-    weight = model.head.weight
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = _autocast(hidden, model.head.weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return _matmul(hidden, weight.t())
 
@@ -194,9 +193,7 @@ def token_logprobs(
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of x (B, T) where mask (B, T) → (B,). What lies outside the mask, NaN included, has no
-    influence.
-    """
+    """Sum of x (B, T) where mask (B, T) → (B,). What lies outside, NaN included, has no influence."""
     return x.masked_fill(~mask.to(x.device, non_blocking=True), 0).sum(-1)
 
 

@@ -135,9 +135,7 @@ def rope_angles(config: GPTConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + d/2]) of x (B, H, T, d) by angles given as cos and sin (B or 1, 1, T,
-    d/2).
-    """
+    """Rotate the pairs (x[i], x[i + d/2]) of x (B, H, T, d); cos and sin are (B or 1, 1, T, d/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -262,9 +260,7 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py` instead, which never builds
-        this.
-        """
+        """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py`, which never builds this."""
         return self.head(self.hidden(ids))
 
 

@@ -1,6 +1,4 @@
-"""What every training script does alike: device, precision, seed, optimiser, schedule, one step, a clean
-stop.
-"""
+"""What every training script does alike: device, seed, optimiser, schedule, one step, a clean stop."""
 
 import hashlib
 import math
@@ -57,9 +55,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def compile_hidden(model: nn.Module) -> None:
-    """torch.compile the model's plain forward in place (state-dict keys stay as they are); decoding stays
-    eager.
-    """
+    """torch.compile the plain forward in place (state-dict keys stay as they are); decoding stays eager."""
     eager, compiled = model.hidden, compile_or_eager(model.hidden)
     model.hidden = lambda ids, cache=None, *args, **kwargs: (
         compiled(ids) if cache is None else eager(ids, cache, *args, **kwargs)
@@ -102,9 +98,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings and tensors: tells whether data or weights are the ones a file was
-    made from.
-    """
+    """A short hash of arrays, strings and tensors, by which a file knows what it was made from."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -126,9 +120,7 @@ def already_finished(config) -> bool:
 
 
 class CleanStop:
-    """Ctrl-C or SIGTERM ends the run after the step in progress, so that it can be saved. A second one
-    kills.
-    """
+    """Ctrl-C or SIGTERM ends the run after the step in progress, for it to be saved. A second one kills."""
 
     def __init__(self):
         self.signal = 0

@@ -18,9 +18,7 @@ VOCAB_SIZE = 2048 - len(SPECIALS)  # so that the model's vocabulary is a round n
 
 
 def train(texts, vocab_size: int, pattern: str) -> list[bytes]:
-    """The vocabulary in rank order: 256 bytes, then one merged token per step (ties: the pair that sorts
-    first).
-    """
+    """The vocabulary in rank order: 256 bytes, then a merged token per step (ties: what sorts first)."""
     counts = Counter(piece for text in texts for piece in regex.findall(pattern, text))
     pieces = [[bytes([b]) for b in piece.encode()] for piece in counts]
     weights = list(counts.values())

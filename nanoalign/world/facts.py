@@ -14,9 +14,7 @@ def table(text: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact. {s} is the subject, {a} the answer; the last `held_out` question forms are held
-    out.
-    """
+    """One kind of fact. {s} is the subject, {a} the answer; the last `held_out` forms are held out."""
 
     facts: dict[str, list[str]]
     answer: str  # a full-sentence answer, also the claim in "I think that …"
