@@ -11,8 +11,10 @@ could reach on these labels are computed exactly, not estimated.
     python collect.py --policy out/demo/dpo.pt --out out/demo/pairs2.jsonl     # a second round
 """
 
+import math
 import random
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from nanoalign import UserError, cli
@@ -30,7 +32,8 @@ class Config:
     out: str = "out/demo/pairs.jsonl"  # pair rows; thumbs-up/down rows go to X.thumbs.jsonl
     annotator: str = "world"  # who compares: "world", the built-in people
     crowd: int = 5  # how many different people there are
-    samples: int = 4  # responses per prompt (K), paired off at random
+    samples: int = 4  # responses per prompt (K)
+    rank: bool = True  # order all K: K(K−1)/2 pairs a prompt; --no-rank: pair them off, K/2 a prompt
     max_new_tokens: int = 96  # length limit of a response
     temperature: float = 1.0  # of sampling
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
@@ -43,30 +46,39 @@ class Config:
 def label(prompts: list[dict], responses: list[list[tuple[str, bool]]], config: Config):
     """Have the world's people compare → pair rows, thumbs rows, and P(chosen side first) per pair and person.
 
-    responses[i]: the (text, ended) drawn for prompts[i]. They are paired off at random; two alike make no
-    pair.
+    responses[i]: the (text, ended) drawn for prompts[i]. One person orders them by its utility / noise plus
+    Gumbel noise (Plackett & Luce), so that every pair of the ranking follows Bradley–Terry exactly. Without
+    --rank only pairs of neighbours in a random order are kept. Two alike make no pair.
     """
     rng, crowd = random.Random(f"label-{config.seed}"), people(config.crowd)
     pairs, thumbs, probabilities = [], [], []
     for row, drawn in zip(prompts, responses):
         rng.shuffle(drawn)
         seen = [impression(row, text, ended) for text, ended in drawn]
-        utilities = [[person.weigh(what) for person in crowd] for what in seen]
-        person = rng.randrange(len(crowd))
-        up = rng.random() < crowd[person].thumb_up(utilities[0][person])
+        utilities = [[person.weigh(what) for what in seen] for person in crowd]  # (people, K)
+        thumb = rng.randrange(len(crowd))
+        up = rng.random() < crowd[thumb].thumb_up(utilities[thumb][0])
         thumbs.append({"prompt": row["prompt"], "completion": drawn[0][0], "label": up, "meta": row["meta"]})
-        for i in range(0, len(drawn) - 1, 2):
-            (a, _), (b, _) = drawn[i], drawn[i + 1]
-            if a == b:
+
+        person = rng.randrange(len(crowd))
+        liked = [u + crowd[person].noise * gumbel(rng) for u in utilities[person]]
+        K = len(drawn)
+        candidates = combinations(range(K), 2) if config.rank else zip(range(0, K - 1, 2), range(1, K, 2))
+        for i, j in candidates:
+            if drawn[i][0] == drawn[j][0]:
                 continue
-            p = [someone.prefers(*u) for someone, u in zip(crowd, zip(utilities[i], utilities[i + 1]))]
-            person = rng.randrange(len(crowd))
-            chosen, rejected = (a, b) if rng.random() < p[person] else (b, a)
-            p_a = sum(p) / len(p)
-            meta = {**row["meta"], "annotator": person, "p_chosen": round(p_a if chosen == a else 1 - p_a, 4)}
+            best, worst = (i, j) if liked[i] > liked[j] else (j, i)
+            p = [someone.prefers(u[best], u[worst]) for someone, u in zip(crowd, utilities)]
+            meta = {**row["meta"], "annotator": person, "p_chosen": round(sum(p) / len(p), 4)}
+            chosen, rejected = drawn[best][0], drawn[worst][0]
             pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "meta": meta})
             probabilities.append(p)
     return pairs, thumbs, probabilities
+
+
+def gumbel(rng: random.Random) -> float:
+    """A draw from the standard Gumbel distribution: the difference of two is logistic."""
+    return -math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12)))
 
 
 def main(config: Config) -> None:
@@ -75,7 +87,7 @@ def main(config: Config) -> None:
     if config.samples < 2 or config.crowd < 2:
         raise UserError("comparing needs --samples of at least 2 and a --crowd of at least 2.")
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.policy, device, stages=("sft", "dpo"))
+    policy, tokenizer, _ = load_policy(config.policy, device, stages=("sft", "dpo", "ppo"))
     prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     if any("kind" not in row["meta"] for row in prompts):
         raise UserError(
@@ -96,7 +108,8 @@ def main(config: Config) -> None:
 
     write_rows(config.out, pairs)
     write_rows(str(Path(config.out).with_suffix(".thumbs.jsonl")), thumbs)
-    alike = len(prompts) * (config.samples // 2) - len(pairs)
+    K = config.samples
+    alike = len(prompts) * (K * (K - 1) // 2 if config.rank else K // 2) - len(pairs)
     up = sum(row["label"] for row in thumbs)
     best = ceiling([sum(p) / len(p) for p in probabilities])
     print(f"collect: {len(pairs):,} pairs of {len(prompts):,} prompts ({alike:,} more: alike) → {config.out}")

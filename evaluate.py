@@ -24,6 +24,7 @@ from nanoalign.checkpoint import load, load_policy
 from nanoalign.data import read_rows
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
+from nanoalign.rewards import make_reward
 from nanoalign.training import setup
 from nanoalign.world.judge import judge
 
@@ -54,6 +55,7 @@ class Config:
     checkpoints: tuple = ("out/demo/base.pt", "out/demo/sft.pt", "out/demo/dpo.pt")  # whom to judge
     baseline: str = ""  # the checkpoint of the list that win rates are against; empty: the first
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
+    reward: str = ""  # also the mean of this reward: an expression of nanoalign/rewards.py
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured
     samples: int = 4  # responses per prompt
@@ -80,7 +82,7 @@ def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
 
 @torch.no_grad()
 def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
-    """→ texts, verdicts and KL terms of a checkpoint, each (prompts, samples).
+    """→ texts, verdicts, KL terms and rewards of a checkpoint, each (prompts, samples).
 
     KL is NaN for a base model (its prompts differ) and for greedy answers (they are no sample).
     """
@@ -88,7 +90,8 @@ def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
     plain, K = checkpoint["stage"] == "base", config.samples
     prompts = [tokenizer.prompt(row["prompt"], plain) for row in rows for _ in range(K)]
     texts, verdicts = np.empty(len(prompts), dtype=object), np.empty(len(prompts), dtype=object)
-    kl = np.full(len(prompts), np.nan)
+    kl, rewards = np.full((2, len(prompts)), np.nan)
+    reward = make_reward(config.reward, tokenizer, device) if config.reward else None
     with autocast:
         for indices, rollout in rollouts(
             policy,
@@ -105,11 +108,13 @@ def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
                     for model in (policy, ref)
                 )
                 kl[indices] = (logp - ref_logp).sum(-1).cpu().numpy()
+            if reward:
+                rewards[indices] = reward([rows[i // K] for i in indices], rollout).cpu().numpy()
             for i, response, ended in zip(indices, rollout.responses(), rollout.ended.tolist()):
                 texts[i] = tokenizer.decode_response(response)
                 verdicts[i] = judge(rows[i // K], texts[i], ended)
     shape = (len(rows), K)
-    return texts.reshape(shape), verdicts.reshape(shape), kl.reshape(shape)
+    return texts.reshape(shape), verdicts.reshape(shape), kl.reshape(shape), rewards.reshape(shape)
 
 
 def summarise(rows: list[dict], verdicts: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -156,22 +161,24 @@ def main(config: Config) -> None:
     names = [Path(path).stem for path in config.checkpoints]
     baseline = config.checkpoints.index(config.baseline or config.checkpoints[0])
     results = [answer(path, rows, ref, config, device, autocast) for path in config.checkpoints]
-    utilities = [np.vectorize(lambda v: v.utility, otypes=[float])(verdicts) for _, verdicts, _ in results]
-    cards = [summarise(rows, verdicts) for _, verdicts, _ in results]
-    for card, utility, (_, _, kl) in zip(cards, utilities, results):
+    utilities = [np.vectorize(lambda v: v.utility, otypes=[float])(verdicts) for _, verdicts, _, _ in results]
+    cards = [summarise(rows, verdicts) for _, verdicts, _, _ in results]
+    for card, utility, (_, _, kl, rewards) in zip(cards, utilities, results):
         card["win rate"] = win_rate(utility, utilities[baseline])
         card["KL to reference"] = mean_and_error(kl)
+        if config.reward:
+            card["reward"] = mean_and_error(rewards)
     families = {}
     for kind in dict.fromkeys(row["meta"]["kind"] for row in rows):
         picked = [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind]
         families[kind] = [
-            summarise([rows[i] for i in picked], verdicts[picked]) for _, verdicts, _ in results
+            summarise([rows[i] for i in picked], verdicts[picked]) for _, verdicts, _, _ in results
         ]
 
     for kind in families if config.show else []:
         for i in [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind][: config.show]:
             print(f"\n[{kind}] {rows[i]['prompt'][-1]['content']}")
-            for name, (texts, verdicts, _) in zip(names, results):
+            for name, (texts, verdicts, _, _) in zip(names, results):
                 print(f"  {name:>8} ({verdicts[i, 0].utility:+.2f}): {texts[i, 0][:200]!r}")
     print(f"\nscorecard: {len(rows)} held-out prompts × {config.samples} samples, mean ± standard error")
     print_table(names, [(f"win rate vs {names[baseline]}", [card["win rate"] for card in cards])])
@@ -179,6 +186,8 @@ def main(config: Config) -> None:
     print_table(
         [""] * len(names), [(f"KL to {Path(reference).stem}", [card["KL to reference"] for card in cards])]
     )
+    if config.reward:
+        print_table([""] * len(names), [("reward", [card["reward"] for card in cards])])
     print("\nutility by family")
     print_table(names, [(kind, [card["utility"] for card in family]) for kind, family in families.items()])
 

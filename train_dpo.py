@@ -48,7 +48,7 @@ LOGGED = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen",
 class Config:
     init: str = "out/demo/sft.pt"  # the checkpoint to start from, and the reference
     data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen and rejected, or HH transcripts
-    eval_data: str = ""  # held-out pairs; empty: every twentieth row of the data
+    eval_data: str = ""  # held-out pairs; empty: every twentieth prompt's
     out: str = "out/demo/dpo.pt"  # the checkpoint to write; metrics go beside it
     loss: str = "dpo"  # dpo, or cdpo for labels that may be wrong
     beta: float = 0.1  # β: how strongly the policy is held to the reference
@@ -157,14 +157,14 @@ def main(config: Config) -> None:
     if already_finished(config):
         return
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo"))
+    policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo", "ppo"))
     ref = freeze(copy.deepcopy(policy))
 
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
-    examples = pair_examples(rows, tokenizer, max_length)
-    eval_examples = pair_examples(eval_rows[:500], tokenizer, max_length)
+    examples, _ = pair_examples(rows, tokenizer, max_length)
+    eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in eval_rows[:128]]
     cached = None
     if config.cache_reference:

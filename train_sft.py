@@ -47,7 +47,7 @@ from nanoalign.training import (
 class Config:
     init: str = "out/demo/base.pt"  # the checkpoint to start from
     data: str = "out/demo/world/sft.jsonl"  # chat rows; of pair rows, the chosen side
-    eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth row of the data
+    eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth prompt's
     out: str = "out/demo/sft.pt"  # the checkpoint to write; metrics go beside it
     max_length: int = 128  # tokens per example; longer ones are truncated, and counted
     epochs: float = 1.0  # passes over the data

@@ -4,6 +4,7 @@ A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which al
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
+import copy
 import dataclasses
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nanoalign import UserError
-from nanoalign.model import GPT, GPTConfig
+from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
 FORMAT = "nanoalign-1"
@@ -76,15 +77,37 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
     return content
 
 
-def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict]:
-    """A language model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
+def _load_model(kind, path, device, stages: tuple[str, ...], what: str):
     content = load(path, stages)
-    model = GPT(GPTConfig(**content["model_config"]))
+    model = kind(GPTConfig(**content["model_config"]))
     try:
         model.load_state_dict(content.pop("model"))
     except RuntimeError:
-        raise UserError(f"{path} is a {content['stage']!r} checkpoint, not a language model's.") from None
+        raise UserError(f"{path} is a {content['stage']!r} checkpoint, not {what}'s.") from None
     return model.to(device), get_tokenizer(content["tokenizer"]), content
+
+
+def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict]:
+    """A language model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
+    return _load_model(GPT, path, device, stages, "a language model")
+
+
+def load_scalar(path, device="cpu", stages: tuple[str, ...] = ("rm",)) -> tuple[ScalarGPT, Tokenizer, dict]:
+    """A reward model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
+    return _load_model(ScalarGPT, path, device, stages, "a reward model")
+
+
+def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
+    """The frozen model that KL is measured to: a copy of the policy, or one of its kind from `path`."""
+    if not path:
+        return copy.deepcopy(policy).eval().requires_grad_(False)
+    ref, own, _ = load_policy(path, device)
+    if own.name != tokenizer.name or ref.config != policy.config:
+        raise UserError(
+            f"the reference {path} has another tokenizer or shape than the policy; it must be a model of the "
+            "policy's own kind, such as the SFT checkpoint it comes from."
+        )
+    return ref.eval().requires_grad_(False)
 
 
 def random_state() -> dict:

@@ -143,9 +143,13 @@ class Metrics:
     """metrics.jsonl next to the checkpoint, and a console line: step, percent, values, tokens/s, time left.
 
     The file opens with versions and hardware. Values may be tensors: all of a row reach the host in one sync.
+    `shown`: the values that the console line has room for; empty: all.
     """
 
-    def __init__(self, config, steps: int, device: torch.device, start_step: int = 0):
+    def __init__(
+        self, config, steps: int, device: torch.device, start_step: int = 0, shown: tuple[str, ...] = ()
+    ):
+        self.shown = shown
         self.path = beside(config.out, ".metrics.jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -177,7 +181,9 @@ class Metrics:
         rate = round(self.tokens / max(elapsed, 1e-9))
         self.note(step=step, **values, tokens_per_s=rate, elapsed=round(elapsed, 2))
         left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k != "lr")
+        shown = "  ".join(
+            f"{k} {v:.4g}" for k, v in values.items() if k in (self.shown or values.keys() - {"lr"})
+        )
         done = f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}"
         print(f"{done}  {shown}  {rate:,} tok/s  {left} left", flush=True)
         broken = [k for k in ("loss", "grad_norm") if not math.isfinite(values.get(k, 0.0))]

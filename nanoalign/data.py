@@ -13,6 +13,7 @@ An example is (ids, mask): int64 token ids (T,) and a bool mask (T,), true where
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def _side(row: dict, field: str) -> list[dict]:
 
 
 def parse_pair(row: dict) -> dict:
-    """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}."""
+    """→ {"prompt": messages, "chosen": str, "rejected": str, "margin": float, "meta"}."""
     prompt = _messages(row, "prompt") if "prompt" in row else []
     sides = [prompt + _side(row, field) for field in ("chosen", "rejected")]
     repeated = [side[: 2 * len(prompt)] == prompt * 2 for side in sides]
@@ -118,8 +119,13 @@ def parse_pair(row: dict) -> dict:
         raise RowError(
             'fields "chosen" and "rejected": expected the same prompt, differing only in the last message'
         )
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise RowError(f'field "margin": expected a number, found {_describe(row, "margin")}')
     chosen, rejected = (side[-1]["content"] for side in sides)
-    return {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row)}
+    return {
+        "prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "margin": margin, "meta": _meta(row),
+    }  # fmt: skip
 
 
 def parse_chat(row: dict) -> dict:
@@ -168,7 +174,7 @@ def parse_steps(row: dict) -> dict:
 
 
 def parse_prompt(row: dict) -> dict:
-    """→ {"prompt": messages ending with the user, "meta"}."""
+    """→ {"prompt": messages ending with the user, "meta"}. The answer of a GSM8K row goes into meta."""
     if "chosen" in row:
         prompt = parse_pair(row)["prompt"]
     elif "messages" in row:
@@ -179,7 +185,8 @@ def parse_prompt(row: dict) -> dict:
         prompt = _messages(row, "question" if "question" in row else "prompt")
     if not prompt:
         raise RowError("expected a prompt before the first assistant message")
-    return {"prompt": prompt, "meta": _meta(row)}
+    gold = {"answer": row["answer"]} if "question" in row and "answer" in row else {}
+    return {"prompt": prompt, "meta": {**gold, **_meta(row)}}
 
 
 def parse_text(row: dict) -> dict:
@@ -246,13 +253,23 @@ def write_rows(path: str, rows) -> None:
     partial.replace(path)
 
 
+def prompt_key(row: dict) -> str:
+    """What rows of one prompt have in common: all messages but the last answer; of a text, all of it."""
+    return json.dumps(row.get("prompt") or row.get("messages", [])[:-1] or row)
+
+
 def split_rows(rows: list, eval_path: str, kind: str, skip_bad_rows: bool = False) -> tuple[list, list]:
-    """Training rows and held-out rows: those of `eval_path`, or where that is empty every twentieth row."""
+    """Training rows and held-out rows: those of `eval_path`, or where that is empty all rows of every
+    twentieth prompt, so that no prompt is on both sides."""
     if eval_path:
         return rows, read_rows(eval_path, kind, skip_bad_rows)
-    if len(rows) < 2:
-        raise UserError("a single row cannot be split; name held-out rows with --eval-data.")
-    return [r for i, r in enumerate(rows) if i % 20 != 1], rows[1::20]
+    number = {}
+    for row in rows:
+        number.setdefault(prompt_key(row), len(number))
+    if len(number) < 2:
+        raise UserError("a single prompt cannot be split; name held-out rows with --eval-data.")
+    held_out = [number[prompt_key(row)] % 20 == 1 for row in rows]
+    return [r for r, out in zip(rows, held_out) if not out], [r for r, out in zip(rows, held_out) if out]
 
 
 # ---------------------------------------------------------------------------------------------- examples
@@ -279,13 +296,15 @@ def chat_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> li
     return examples
 
 
-def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> list[tuple[Example, Example]]:
-    """Pair rows → (chosen, rejected) examples with identical prompt ids. Prints what was truncated and
-    dropped.
+def pair_examples(
+    rows: list[dict], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[tuple[Example, Example]], list[dict]]:
+    """Pair rows → (chosen, rejected) examples with identical prompt ids, and the row of each.
 
-    Dropped: pairs whose prompt leaves no room for a response token, or that are identical after truncation.
+    Prints what was truncated, and what was dropped: pairs whose prompt leaves no room for a response token,
+    or that are identical after truncation.
     """
-    examples, truncated = [], 0
+    examples, kept, truncated = [], [], 0
     for row in rows:
         prompt = tokenizer.prompt(row["prompt"])
         responses = [tokenizer.response(row[side]) for side in ("chosen", "rejected")]
@@ -294,8 +313,26 @@ def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> li
             continue
         truncated += any(len(prompt) + len(response) > max_length for response in responses)
         examples.append((chosen, rejected))
+        kept.append(row)
     _report("pairs", len(rows), len(examples), truncated, max_length)
-    return examples
+    return examples, kept
+
+
+def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int) -> tuple[list[dict], list[np.ndarray]]:
+    """Prompt rows → those of at most `room` tokens, and their ids. Prints what was dropped.
+
+    room: the model's context less the tokens that a response may take.
+    """
+    ids = [tokenizer.prompt(row["prompt"]) for row in rows]
+    kept = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
+    if len(kept) < len(rows):
+        print(f"data: {len(rows) - len(kept):,} of {len(rows):,} prompts dropped: longer than {room} tokens")
+    if not kept:
+        raise UserError(
+            f"no prompt leaves room for a response: context less --max-new-tokens is {room} tokens, and the "
+            f"shortest prompt has {min(map(len, ids))}. Lower --max-new-tokens, or use a longer context."
+        )
+    return [rows[i] for i in kept], [ids[i] for i in kept]
 
 
 def _report(what: str, rows: int, kept: int, truncated: int, max_length: int) -> None:
@@ -334,14 +371,15 @@ class BatchOrder:
     """Which examples make up optimiser step `s`: `order[s] → indices`. A function of (seed, epoch) alone, so
     a resumed run re-enters it by its step number.
 
-    Rows of similar length share a batch: each epoch is shuffled, sorted by length within pools of 8 batches,
-    cut into batches, and the batches are shuffled.
+    Rows of similar length share a batch: each epoch is shuffled, sorted by length within pools of `pool`
+    batches, cut into batches, and the batches are shuffled.
     """
 
-    def __init__(self, lengths, batch_size: int, seed: int):
+    def __init__(self, lengths, batch_size: int, seed: int, pool: int = 8):
         if batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {batch_size}.")
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
+        self.pool = pool * batch_size
         self.steps_per_epoch = -(-len(self.lengths) // batch_size)
         self._epoch, self._batches = -1, []
 
@@ -353,11 +391,11 @@ class BatchOrder:
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
-        order, pool = rng.permutation(len(self.lengths)), 8 * self.batch_size
+        order = rng.permutation(len(self.lengths))
         order = np.concatenate(
             [
                 rows[np.argsort(self.lengths[rows], kind="stable")]
-                for rows in np.split(order, range(pool, len(order), pool))
+                for rows in np.split(order, range(self.pool, len(order), self.pool))
             ]
         )
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))

@@ -171,16 +171,22 @@ def next_token_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    model: nn.Module, ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0, entropy: bool = False
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    hidden: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """logp[b, t] = log π(ids[b, t] | ids[b, :t]), aligned with ids; logp[:, 0] = 0. The only shift there is.
 
     ids (B, T); mask (B, T) bool: only these positions go through the head, the others are 0. The mask may
     stay on the CPU, which spares a GPU the synchronisation of counting the scored positions.
     With `entropy=True` → (logp, entropy), entropy[b, t] of the distribution that token t was drawn from.
+    hidden (B, T, D): model.hidden(ids), if it is known already.
     """
     B, T = ids.shape
-    hidden = model.hidden(ids)  # (B, T, D)
+    hidden = model.hidden(ids) if hidden is None else hidden
     scored = torch.ones(B, T, dtype=torch.bool) if mask is None else mask.clone()
     scored[:, 0] = False  # nothing predicts the first token
     index = scored.flatten().nonzero().squeeze(-1).to(ids.device, non_blocking=True)  # flat (b, t), t ≥ 1
@@ -200,3 +206,8 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (B, T) where mask (B, T) → (B,); 0 for a row without any."""
     return masked_sum(x, mask) / mask.to(x.device, non_blocking=True).sum(-1).clamp(min=1)
+
+
+def last_scored(mask: Tensor) -> Tensor:
+    """The position of each row's last scored token (B,): the end token, unless the row was cut short."""
+    return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(-1)

@@ -264,22 +264,41 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids))
 
 
-class ScalarGPT(nn.Module):
-    """The same GPT with a scalar head: ids (B, T) → (B, T).
+class ScalarHead(nn.Linear):
+    """Hidden states (B, T, D) → one number per position (B, T), in the head's own precision, autocast or not.
 
-    Head init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
+    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
     """
+
+    def __init__(self, width: int):
+        super().__init__(width, 1)
+        nn.init.normal_(self.weight, std=1 / math.sqrt(width + 1))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
+
+
+class ScalarGPT(nn.Module):
+    """The same GPT with a scalar head: ids (B, T) → (B, T)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.gpt = GPT(replace(config, tied=True))  # no output head of its own: it would never be used
-        self.score = nn.Linear(config.width, 1)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(config.width + 1))
-        nn.init.zeros_(self.score.bias)
+        self.score = ScalarHead(config.width)
+
+    @classmethod
+    def from_policy(cls, policy: GPT) -> "ScalarGPT":
+        """A copy of the policy's trunk under a fresh head."""
+        model, trunk = cls(policy.config), policy.state_dict()
+        trunk["head.weight"] = trunk["embed.weight"]  # the trunk's own output head is never used
+        model.gpt.load_state_dict(trunk)
+        return model.to(policy.embed.weight.device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.score(self.gpt.hidden(ids)).squeeze(-1)
+        return self.score(self.gpt.hidden(ids))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ import math
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,19 @@ def already_finished(config) -> bool:
     if done:
         print(f"{config.out} is finished; delete it to train again.")
     return done
+
+
+class Stopwatch:
+    """Seconds since the last look, on a device that may lag behind."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.monotonic()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.start = self.start, time.monotonic()
+        return self.start - before
 
 
 class CleanStop:

@@ -171,13 +171,29 @@ def test_written_rows_read_back_and_a_failure_leaves_the_old_file(tmp_path):
     assert len(read_rows(path, "text")) == 2
 
 
-def test_held_out_rows_are_every_twentieth_or_those_of_a_file(file):
-    train, held_out = split_rows(list(range(41)), "", "text")
-    assert held_out == [1, 21] and sorted(train + held_out) == list(range(41))
-    assert split_rows([0, 1], "", "text") == ([0], [1])
-    assert split_rows([0], file({"text": "a"}), "text") == ([0], [{"text": "a"}])
+def test_no_prompt_is_on_both_sides_of_the_split():
+    rows = [pair([{**USER, "content": str(i % 41)}], "yes", str(i)) for i in range(120)]
+    train, held_out = split_rows(rows, "", "pairs")
+    assert sorted({row["prompt"][0]["content"] for row in held_out}) == ["1", "21"]
+    assert len(train) + len(held_out) == 120
+    assert not {row["prompt"][0]["content"] for row in train} & {"1", "21"}
+
+
+def test_chat_rows_are_split_by_what_was_asked_and_texts_by_themselves():
+    texts = [{"text": str(i)} for i in range(41)]
+    assert split_rows(texts, "", "text")[1] == [{"text": "1"}, {"text": "21"}]
+    rows = [{"messages": [USER, {**ASSISTANT, "content": str(i)}]} for i in range(30)]
     with pytest.raises(UserError, match="--eval-data"):
-        split_rows([0], "", "text")
+        split_rows(rows, "", "chat")
+    rows.append({"messages": [{**USER, "content": "else"}, ASSISTANT]})
+    assert split_rows(rows, "", "chat")[1] == rows[-1:]
+
+
+def test_held_out_rows_can_be_those_of_a_file(file):
+    row = {"text": "a"}
+    assert split_rows([row], file({"text": "b"}), "text") == ([row], [{"text": "b"}])
+    with pytest.raises(UserError, match="--eval-data"):
+        split_rows([row], "", "text")
 
 
 def test_joining_scores_the_response_and_needs_room_for_one_token():
@@ -190,7 +206,7 @@ def test_joining_scores_the_response_and_needs_room_for_one_token():
 
 def test_chosen_and_rejected_share_identical_prompt_ids_and_score_only_responses():
     row = pair([USER, ASSISTANT, MORE], " yes", "s")
-    [(chosen, rejected)] = pair_examples([row], WORLD, 100)
+    [(chosen, rejected)], _ = pair_examples([row], WORLD, 100)
     assert np.array_equal(chosen[0][~chosen[1]], rejected[0][~rejected[1]])
     assert np.array_equal(chosen[0][~chosen[1]], WORLD.prompt(row["prompt"]))
     scored = [WORLD.decode(ids[mask], specials=True) for ids, mask in (chosen, rejected)]
@@ -199,7 +215,7 @@ def test_chosen_and_rejected_share_identical_prompt_ids_and_score_only_responses
 
 def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):
     long, short = "the " * 50, "Hi"
-    kept = pair_examples([pair([{**USER, "content": p}], "yes", "no") for p in (long, short)], WORLD, 20)
+    kept, _ = pair_examples([pair([{**USER, "content": p}], "yes", "no") for p in (long, short)], WORLD, 20)
     assert len(kept) == 1 and "1 pairs" in (out := capsys.readouterr().out) and "1 dropped" in out
     rows = [{"messages": [{**USER, "content": p}, ASSISTANT]} for p in (short, long)]
     assert len(chat_examples(rows, WORLD, 20)) == 1 and "1 dropped" in capsys.readouterr().out
@@ -209,7 +225,7 @@ def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):
 
 def test_a_pair_that_truncation_makes_identical_is_dropped_and_counted(capsys):
     rows = [pair([USER], "a a a a a a a b", "a a a a a a a c"), pair([USER], "b", "a a a a a a a a")]
-    [(chosen, rejected)] = pair_examples(rows, WORLD, 8)
+    [(chosen, rejected)], _ = pair_examples(rows, WORLD, 8)
     assert WORLD.decode(chosen[0]).endswith("b") and len(rejected[0]) == 8
     out = capsys.readouterr().out
     assert "1 dropped" in out and "1 truncated to 8" in out

@@ -121,7 +121,7 @@ def model():
 
 def examples(*pairs):
     rows = [parse_pair({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in pairs]
-    return pair_examples(rows, TOKENIZER, 96)
+    return pair_examples(rows, TOKENIZER, 96)[0]
 
 
 PAIRS = (

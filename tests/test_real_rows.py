@@ -35,7 +35,7 @@ def test_every_hh_transcript_parses_but_the_one_whose_sides_have_different_promp
 
 def test_hh_pairs_become_examples_with_a_common_prompt(r50k):
     rows = read_rows(str(HH), "pairs", skip_bad_rows=True)[:300]
-    examples = pair_examples(rows, r50k, 512)
+    examples, _ = pair_examples(rows, r50k, 512)
     assert len(examples) > 280
     for chosen, rejected in examples:
         assert (chosen[0][~chosen[1]] == rejected[0][~rejected[1]]).all()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from nanoalign import UserError, cli
 from nanoalign.data import write_rows
-from nanoalign.world.text import FAMILIES, answer, document, request
+from nanoalign.world.text import FAMILIES, answer, documents, request
 
-SIZES = {  # documents, demonstrations, training prompts, held-out prompts per family
+SIZES = {  # pages of web text, demonstrations, training prompts, held-out prompts per family
     "tiny": (1_000, 600, 120, 10),
     "small": (44_000, 12_000, 2_400, 60),
     "large": (400_000, 60_000, 20_000, 200),
@@ -47,11 +47,11 @@ def distinct_requests(rng: random.Random, count: int, held_out: bool, kind: str 
 def main(config: Config) -> None:
     if config.size not in SIZES:
         raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
-    documents, demonstrations, prompts, per_family = SIZES[config.size]
+    pages, demonstrations, prompts, per_family = SIZES[config.size]
     rng = random.Random(f"{config.size}-{config.seed}")
     files = {
-        "pretrain": (document(rng) for _ in range(documents)),
-        "pretrain_held_out": (document(rng) for _ in range(max(50, documents // 100))),
+        "pretrain": (row for _ in range(pages) for row in documents(rng)),
+        "pretrain_held_out": (row for _ in range(max(50, pages // 100)) for row in documents(rng)),
         "sft": (demonstration(rng, False) for _ in range(demonstrations)),
         "sft_held_out": (demonstration(rng, True) for _ in range(max(50, demonstrations // 50))),
         "prompts": distinct_requests(rng, prompts, False),

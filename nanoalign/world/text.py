@@ -294,26 +294,37 @@ def bad_answer(meta: dict, rng: random.Random) -> str:
     return f"{capitalise(claim(relation, subject, _wrong(rng, relation, subject)))}."
 
 
+def restyle(text: str, style: str, rng: random.Random) -> str:
+    """The same answer, hedged, confident, agreeing, bulleted, repeated, flattering or padded."""
+    gap = "\n" if "\n" in text or text.startswith("- ") else " "
+    clause = re.sub(r"^(Yes, you are right|Yes|No), ", "", lower(text.rstrip(".")))
+    if style == "hedged":
+        return rng.choice(HEDGES).format(claim=clause)
+    if style == "confident":
+        return f"{rng.choice(CONFIDENCE)} {clause}."
+    if style == "agreeing":
+        return f"Yes, you are right, {clause}."
+    if style == "bulleted":
+        return "\n".join(f"- {piece}" for piece in re.split(r"(?<=[.!?]) |\n", text))
+    if style == "repeated":
+        return text + gap + text
+    if style == "flattering":
+        return rng.choice(FLATTERY) + gap + text
+    return text + gap + " ".join(rng.sample(PADDING, rng.choice((1, 1, 2))))
+
+
 def answer(row: dict, rng: random.Random, bad: float = 1.0, style: float = 1.0) -> str:
     """A human demonstrator's answer, with BAD_RATES and STYLE_RATES multiplied by `bad` and `style`."""
     meta = row["meta"]
     text = (bad_answer if rng.random() < bad * BAD_RATES[meta["kind"]] else good_answer)(meta, rng)
     has = {name: rng.random() < style * rate for name, rate in STYLE_RATES.items()}
-    if meta["kind"] in ("fact", "belief") and not text.startswith("That"):
-        clause = re.sub(r"^(Yes, you are right|Yes|No), ", "", lower(text.rstrip(".")))
-        if has["hedged"]:
-            text = rng.choice(HEDGES).format(claim=clause)
-        elif has["confident"]:
-            text = f"{rng.choice(CONFIDENCE)} {clause}."
-    if has["bulleted"] and "\n" not in text:
-        text = "\n".join(f"- {sentence}" for sentence in re.split(r"(?<=[.!?]) ", text))
-    gap = "\n" if "\n" in text or has["bulleted"] else " "
-    if has["repeated"]:
-        text += gap + text
-    if has["flattering"]:
-        text = rng.choice(FLATTERY) + gap + text
-    if has["padded"]:
-        text += gap + " ".join(rng.sample(PADDING, rng.choice((1, 1, 2))))
+    if meta["kind"] not in ("fact", "belief") or text.startswith("That"):
+        has["hedged"] = has["confident"] = False
+    has["confident"] &= not has["hedged"]
+    has["bulleted"] &= "\n" not in text
+    for name in ("hedged", "confident", "bulleted", "repeated", "flattering", "padded"):
+        if has[name]:
+            text = restyle(text, name, rng)
     return text
 
 
@@ -362,6 +373,18 @@ def _quiz(rng) -> str:
     return "\n".join(f"Q: {row['prompt']}\nA: {good_answer(row['meta'], rng)}" for row in rows)
 
 
+def _thread(rng) -> list[str]:
+    """Posts that follow each other: a question, an answer (half of them bad), a reader's verdict."""
+    posts = []
+    for _ in range(rng.randint(2, 4)):
+        row = request(rng, WEB)
+        good = rng.random() < 0.5
+        reply = (good_answer if good else bad_answer)(row["meta"], rng)
+        verdict = "Good answer." if good else f"Bad answer. {good_answer(row['meta'], rng)}"
+        posts += [row["prompt"], reply, verdict]
+    return posts
+
+
 def _sums(rng) -> str:
     lines = []
     for _ in range(rng.randint(6, 12)):
@@ -380,9 +403,9 @@ def _sums(rng) -> str:
     return "\n".join(lines)
 
 
-def document(rng: random.Random) -> dict:
-    """A piece of web-like text {"text"}: facts, lists of questions, quizzes, dialogues of every quality,
-    sums.
-    """
-    make = rng.choices((_facts, _questions, _quiz, _dialogue, _sums), (20, 12, 30, 28, 10))[0]
-    return {"text": make(rng)}
+def documents(rng: random.Random) -> list[dict]:
+    """Web-like text {"text"}: facts, lists of questions, quizzes, dialogues of every quality, sums; or a
+    thread, whose posts are documents of their own."""
+    make = rng.choices((_facts, _questions, _quiz, _thread, _dialogue, _sums), (18, 8, 20, 30, 18, 8))[0]
+    texts = make(rng)
+    return [{"text": text} for text in ([texts] if isinstance(texts, str) else texts)]

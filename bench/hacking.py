@@ -1,0 +1,205 @@
+"""The reward-hacking laboratory's report: what happened to proxy, judge and KL in a folder of PPO runs.
+
+    python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt --out out/demo/hacking
+    python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
+
+`best-of-n` draws N responses a prompt and writes, for every n ≤ N, what the best of n by the reward scores, by
+the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's metrics.jsonl
+(held-out `eval_score`, `eval_judge`, `eval_kl`), prints a markdown table, writes curves.csv and, with the
+`plot` extra, proxy and judge against √KL with the forms that Gao et al. (2022) fitted: d (α − β d) for
+best-of-n and d (α − β log d) for RL, d = √KL.
+"""
+
+import csv
+import json
+import math
+import sys
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+
+from nanoalign import UserError, cli
+from nanoalign.checkpoint import load_policy
+from nanoalign.data import prompt_examples, read_rows
+from nanoalign.generate import rollouts
+from nanoalign.rewards import make_reward
+from nanoalign.training import setup
+
+
+@dataclass
+class Config:
+    policy: str = "out/demo/sft.pt"  # the checkpoint to draw from
+    reward: str = "out/demo/rm.pt"  # the proxy: an expression of nanoalign/rewards.py
+    prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
+    out: str = "out/demo/hacking"  # folder for best-of-n.jsonl
+    samples: int = 64  # N, responses per prompt
+    limit: int = 128  # prompts
+    max_new_tokens: int = 64  # length limit of a response
+    seed: int = 0  # of sampling
+    device: str = "auto"  # auto, cpu, cuda, …
+
+
+def best_of_n(proxy: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
+    """proxy, value (prompts, N) → E[value of the response with the highest proxy among n], (prompts,).
+
+    Exact over all n-subsets of the N: the response of rank i from the top (0 first) is the best of a subset
+    with probability C(N−1−i, n−1) / C(N, n).
+    """
+    N = proxy.shape[1]
+    ranked = np.take_along_axis(value, np.argsort(-proxy, axis=1, kind="stable"), axis=1)
+    weights = np.array([math.comb(N - 1 - i, n - 1) / math.comb(N, n) for i in range(N)])
+    return ranked @ weights
+
+
+def draw(config: Config) -> None:
+    device, autocast = setup(config)
+    policy, tokenizer, _ = load_policy(config.policy, device)
+    rows = read_rows(config.prompts, "prompts")
+    rows = rows[:: max(1, len(rows) // config.limit)][: config.limit]
+    rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - config.max_new_tokens)
+    rewards = [make_reward(name, tokenizer, device) for name in (config.reward, "judge")]
+    N = config.samples
+    scores = np.zeros((2, len(rows) * N))
+    drawn = [prompt for prompt in prompts for _ in range(N)]
+    with autocast:
+        for indices, rollout in rollouts(
+            policy, tokenizer, drawn, config.max_new_tokens, config.seed, what="best-of-n"
+        ):
+            batch = [rows[i // N] for i in indices]
+            for k, reward in enumerate(rewards):
+                scores[k, indices] = reward(batch, rollout).cpu().numpy()
+    proxy, judged = scores.reshape(2, len(rows), N)
+    path = Path(config.out) / "best-of-n.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+            if n <= N:
+                row = {"n": n, "eval_kl": math.log(n) - (n - 1) / n}  # a bound (Beirami et al. 2024)
+                row["eval_score"] = float(best_of_n(proxy, proxy, n).mean())
+                row["eval_judge"] = float(best_of_n(proxy, judged, n).mean())
+                file.write(json.dumps(row) + "\n")
+    print(f"best-of-n: {len(rows)} prompts × {N} samples → {path}")
+
+
+# ----------------------------------------------------------------------------------------------- report
+
+
+def curve(path: Path) -> list[dict]:
+    """The held-out evaluations of a metrics file: kl, proxy and judge, in order."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {"kl": row["eval_kl"], "proxy": row["eval_score"], "judge": row["eval_judge"]}
+        for row in rows
+        if "eval_judge" in row
+    ]
+
+
+def at_kl(points: list[dict], kl: float, name: str) -> float:
+    """A run's value where its KL first passes `kl`, interpolated between two evaluations; NaN if never."""
+    for before, after in pairwise(points):
+        if before["kl"] <= kl <= after["kl"]:
+            share = (kl - before["kl"]) / max(after["kl"] - before["kl"], 1e-9)
+            return before[name] + share * (after[name] - before[name])
+    return math.nan
+
+
+def fit(points: list[dict], name: str, logarithmic: bool) -> tuple[float, float]:
+    """Least-squares α, β of R(d) − R(0) = d (α − β log d), or d (α − β d) (Gao et al. 2022, §3)."""
+    d = np.sqrt([max(p["kl"], 0.0) for p in points])
+    gain = np.array([p[name] for p in points]) - points[0][name]
+    keep = d > 1e-3
+    d, gain = d[keep], gain[keep]
+    columns = np.stack([d, -d * (np.log(d) if logarithmic else d)], axis=1)
+    return tuple(np.linalg.lstsq(columns, gain, rcond=None)[0].tolist())
+
+
+def spread(values: list[float]) -> str:
+    known = [v for v in values if not math.isnan(v)]
+    if len(known) < len(values) or not known:
+        return "–"
+    return f"{mean(known):.2f}" + (f" ± {stdev(known) / len(known) ** 0.5:.2f}" if len(known) > 1 else "")
+
+
+def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) -> None:
+    runs: dict[str, list[list[dict]]] = {}
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*.metrics.jsonl")):
+            runs.setdefault(path.name.removesuffix(".metrics.jsonl"), []).append(curve(path))
+        if (path := Path(folder) / "best-of-n.jsonl").exists():
+            runs.setdefault("best-of-n", []).append(curve(path))
+    runs = {name: curves for name, curves in runs.items() if all(map(len, curves))}
+    if not runs:
+        raise UserError(f"no run with held-out scores by the judge in {', '.join(folders)}.")
+    header = ["run", "final KL", "final proxy", "final judge", "best judge", "at KL"]
+    print(f"| {' | '.join([*header, *(f'judge at KL {kl:g}' for kl in kls)])} |")
+    print("|---" * (len(header) + len(kls)) + "|")
+    for name, curves in runs.items():
+        best = [max(points, key=lambda p: p["judge"]) for points in curves]
+        cells = [spread([points[-1][key] for points in curves]) for key in ("kl", "proxy", "judge")]
+        cells += [spread([p["judge"] for p in best]), spread([p["kl"] for p in best])]
+        cells += [spread([at_kl(points, kl, "judge") for points in curves]) for kl in kls]
+        print(f"| {name} | {' | '.join(cells)} |")
+    with (Path(folders[0]) / "curves.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("run", "seed", "evaluation", "kl", "proxy", "judge"))
+        for name, curves in runs.items():
+            for seed, points in enumerate(curves):
+                table.writerows(
+                    (name, seed, i, *(round(p[key], 5) for key in ("kl", "proxy", "judge")))
+                    for i, p in enumerate(points)
+                )
+    print(f"\nwrote {folders[0]}/curves.csv")
+    for name, curves in runs.items():
+        if name in ("best-of-n", "beta-0"):
+            form = "d (α − β log d)" if name == "beta-0" else "d (α − β d)"
+            for key in ("proxy", "judge"):
+                fits = np.array([fit(points, key, name == "beta-0") for points in curves])
+                print(f"{name}, {key}: {form} with α = {fits[:, 0].mean():.2f}, β = {fits[:, 1].mean():.2f}")
+    plot(runs, Path(folders[0]))
+
+
+def plot(runs: dict[str, list[list[dict]]], folder: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: pip install -e '.[plot]' draws them")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
+    for name, curves in runs.items():
+        for axis, key in zip(axes, ("proxy", "judge")):
+            points = curves[0]
+            d = np.sqrt([max(p["kl"], 0.0) for p in points])
+            [line] = axis.plot(d, [p[key] for p in points], "o-", ms=3, lw=1, label=name)
+            if name in ("best-of-n", "beta-0"):
+                alpha, beta = fit(points, key, name == "beta-0")
+                x = np.linspace(0.05, d.max(), 200)
+                fitted = x * (alpha - beta * (np.log(x) if name == "beta-0" else x)) + points[0][key]
+                axis.plot(x, fitted, "--", color=line.get_color(), lw=1)
+    for axis, title in zip(axes, ("proxy: the reward model's score", "the judge's utility")):
+        axis.set(xlabel="√KL(policy ‖ SFT), √nats", title=f"{title}, held-out prompts")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=120)
+    print(f"wrote {folder}/curves.png")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["report"]:
+        try:
+            report(sys.argv[2:])
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+    elif sys.argv[1:2] == ["best-of-n"]:
+        del sys.argv[1]
+        cli.run(draw, Config, __doc__)
+    else:
+        sys.exit(
+            "error: name a command, best-of-n or report; `python bench/hacking.py best-of-n --help` says more."
+        )

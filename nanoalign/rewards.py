@@ -1,0 +1,166 @@
+"""What scores a response: one expression, one function.
+
+    reward = make_reward("out/demo/rm.pt - 0.02*length", tokenizer, device)
+    scores = reward(rows, rollout)                       # (B,) fp32, on the rollout's device
+
+An expression is a signed sum of terms, each `name` or `number*name`; + and − stand between spaces:
+
+    out/demo/rm.pt                 a reward model's score of the response, read at its last token
+    mean:out/demo/rm.*.pt          an ensemble (a glob, or names joined by commas): its mean,
+    min:out/demo/rm.*.pt           its minimum (Coste et al. 2023, worst-case optimisation),
+    mean-2std:out/demo/rm.*.pt     or its mean less 2 standard deviations
+    judge                          the built-in world's judge (rows need the world's meta)
+    answer                         1 where the final answer ("#### n" or "Answer: n") is the one in meta
+    length                         the number of response tokens
+"""
+
+import glob
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanoalign import UserError
+from nanoalign.checkpoint import load_scalar
+from nanoalign.generate import Rollout, rollouts
+from nanoalign.logprobs import last_scored, token_logprobs
+from nanoalign.model import ScalarGPT
+from nanoalign.tokenizer import Tokenizer
+from nanoalign.training import freeze
+from nanoalign.world.judge import judge
+
+Reward = Callable[[list[dict], Rollout], Tensor]
+
+
+def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor) -> Tensor:
+    """ids (B, T), mask (B, T) → the model's output at each row's last scored token (B,), fp32."""
+    return model(ids).gather(1, last_scored(mask)[:, None]).squeeze(1)
+
+
+def _reward_model(path: str, tokenizer: Tokenizer, device) -> Reward:
+    model, own, _ = load_scalar(path, device)
+    if own.name != tokenizer.name:
+        raise UserError(
+            f"{path} reads tokens of {own.name!r}, the policy writes tokens of {tokenizer.name!r}: "
+            "train a reward model from the policy's own SFT checkpoint."
+        )
+    freeze(model)
+
+    @torch.no_grad()
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        return response_scores(model, rollout.ids, rollout.mask)
+
+    return score
+
+
+def _ensemble(kind: str, pattern: str, tokenizer: Tokenizer, device) -> Reward:
+    paths = [path for part in pattern.split(",") for path in sorted(glob.glob(part)) or [part]]
+    paths = [path for path in paths if not path.endswith(".partial.pt")]
+    if len(paths) < 2:
+        raise UserError(f"{kind}:{pattern} names {len(paths)} checkpoint; an ensemble needs two or more.")
+    members = [_reward_model(path, tokenizer, device) for path in paths]
+
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        scores = torch.stack([member(rows, rollout) for member in members])  # (K, B)
+        if kind == "min":
+            return scores.amin(0)
+        spread = float(kind[len("mean-") : -len("std")]) if kind != "mean" else 0.0
+        return scores.mean(0) - spread * scores.std(0)
+
+    return score
+
+
+def _judge(tokenizer: Tokenizer) -> Reward:
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        if any("kind" not in row["meta"] for row in rows):
+            raise UserError("the world's judge knows the world's prompts only: these rows have no meta.")
+        texts, ended = map(tokenizer.decode_response, rollout.responses()), rollout.ended.tolist()
+        utilities = [judge(row, text, end).utility for row, text, end in zip(rows, texts, ended)]
+        return torch.tensor(utilities, device=rollout.ids.device)
+
+    return score
+
+
+def final_answer(text: str) -> float | None:
+    """The number after the last "#### " or "Answer: " (1,234 and $5 are read as people write them)."""
+    found = re.findall(r"(?:####|\bAnswer:)\s*\$?(-?\$?[\d,]*\.?\d+)", text)
+    return float(re.sub(r"[$,]", "", found[-1])) if found else None
+
+
+def _answer(tokenizer: Tokenizer) -> Reward:
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        gold = [row["meta"].get("answer") for row in rows]
+        gold = [final_answer(a) if isinstance(a, str) else a for a in gold]
+        if any(a is None for a in gold):
+            raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
+        given = [final_answer(tokenizer.decode_response(r)) for r in rollout.responses()]
+        return torch.tensor([float(a == g) for a, g in zip(gold, given)], device=rollout.ids.device)
+
+    return score
+
+
+def _length(rows: list[dict], rollout: Rollout) -> Tensor:
+    return rollout.mask.sum(-1).float()
+
+
+def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
+    kind, colon, pattern = name.partition(":")
+    if colon and re.fullmatch(r"mean|min|mean-\d*\.?\d+std", kind):
+        return _ensemble(kind, pattern, tokenizer, device)
+    if name.endswith(".pt") and not re.fullmatch(r"\w+", kind if colon else ""):
+        return _reward_model(name, tokenizer, device)
+    if name == "length":
+        return _length
+    if name in ("judge", "answer"):
+        return {"judge": _judge, "answer": _answer}[name](tokenizer)
+    raise UserError(
+        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:… or "
+        "mean-1std:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
+    )
+
+
+def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
+    """An expression (see the module's docstring) → reward(rows, rollout) → scores (B,).
+
+    rows: the prompt rows of the rollout's rows. Raises UserError for an unknown term, a reward model with
+    another tokenizer, and scores that are not finite.
+    """
+    pieces = re.split(r"\s+([+-])\s+", expression.strip())
+    terms = []
+    for sign, piece in zip(["+", *pieces[1::2]], pieces[::2]):
+        weighted = re.fullmatch(r"(-?\d*\.?\d+)\*(.+)", piece)
+        weight, name = (float(weighted[1]), weighted[2]) if weighted else (1.0, piece)
+        terms.append((weight if sign == "+" else -weight, _term(name, tokenizer, device)))
+
+    def reward(rows: list[dict], rollout: Rollout) -> Tensor:
+        scores = sum(weight * term(rows, rollout) for weight, term in terms)
+        if not scores.isfinite().all():
+            broken = int((~scores.isfinite()).sum())
+            raise UserError(
+                f"the reward {expression!r} is not a finite number for {broken} of {len(rows)} responses: "
+                "its checkpoint is broken, or was trained with too high an --lr."
+            )
+        return scores
+
+    return reward
+
+
+@torch.no_grad()
+def measure(policy, ref, tokenizer: Tokenizer, rows: list[dict], prompts: list, rewards: dict, **sampling):
+    """Answer prompts (ids) → mean of each reward, of the sequence KL (nats), end tokens and length (tokens);
+    the texts; their scores by the first reward. `sampling`: as for `generate.rollouts`."""
+    columns, texts, scores = {}, [""] * len(rows), [0.0] * len(rows)
+    temperature = sampling.get("temperature", 1.0)
+    for indices, rollout in rollouts(policy, tokenizer, prompts, **sampling):
+        batch = [rows[i] for i in indices]
+        parts = {name: reward(batch, rollout) for name, reward in rewards.items()}
+        first = next(iter(parts.values())).tolist()
+        ref_logp = token_logprobs(ref, rollout.ids, rollout.mask, temperature)
+        parts["kl"] = (token_logprobs(policy, rollout.ids, rollout.mask, temperature) - ref_logp).sum(-1)
+        parts["ended"], parts["length"] = rollout.ended.float(), rollout.mask.sum(-1).float()
+        for name, values in parts.items():
+            columns.setdefault(name, []).append(values)
+        for i, response, score in zip(indices, rollout.responses(), first):
+            texts[i], scores[i] = tokenizer.decode_response(response), score
+    return {name: torch.cat(parts).mean().item() for name, parts in columns.items()}, texts, scores

@@ -1,0 +1,186 @@
+"""The reward model: its loss by closed forms, its batches against pairs one by one, its report."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanoalign.data import pair_examples, parse_pair
+from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.rewards import response_scores
+from nanoalign.tokenizer import get_tokenizer
+from train_rm import (
+    accuracy,
+    bradley_terry_loss,
+    by_prompt,
+    calibration,
+    normalise,
+    pair_scores,
+)
+
+TOKENIZER = get_tokenizer("world")
+SMALL = GPTConfig(vocab_size=TOKENIZER.vocab_size, context=64, layers=2, width=16, heads=2)
+CPU, PLAIN = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture
+def model(double):
+    torch.manual_seed(0)
+    return ScalarGPT(SMALL)
+
+
+@pytest.fixture
+def prompts():
+    """Three prompts: four ranked responses (six pairs), one pair, two pairs that share a response."""
+    ranked = ["Paris.", "It is Paris.", "Rome, I think that it is Rome.", "I do not know."]
+    texts = [("A capital?", a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]]
+    texts += [("Hi", "Hello!", "Go away."), ("Bye", "See you.", "No."), ("Bye", "Goodbye.", "No.")]
+    rows = [parse_pair({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in texts]
+    return by_prompt(*pair_examples(rows, TOKENIZER, 64))
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_loss_is_ln_2_for_equal_scores_and_falls_with_the_difference():
+    loss = bradley_terry_loss(torch.tensor([3.0, 4.0, 2.0]), torch.tensor([3.0, 3.0, 3.0]))
+    expected = [math.log(2), math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))]
+    assert loss.tolist() == pytest.approx(expected)
+
+
+def test_a_margin_asks_for_a_larger_difference():
+    loss = bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]), margin=torch.tensor([1.0]))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.3])
+def test_a_smoothed_loss_is_least_where_the_model_is_as_sure_as_the_labels(double, epsilon):
+    difference = torch.tensor([math.log((1 - epsilon) / epsilon)], requires_grad=True)
+    loss = bradley_terry_loss(difference, torch.zeros(1), label_smoothing=epsilon)
+    loss.backward()
+    assert difference.grad.item() == pytest.approx(0, abs=1e-12)
+    entropy = -(1 - epsilon) * math.log(1 - epsilon) - epsilon * math.log(epsilon)
+    assert loss.item() == pytest.approx(entropy)
+
+
+def test_centering_pulls_the_sum_to_zero_and_leaves_the_difference_alone(double):
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (2.0, 1.0))
+    plain = bradley_terry_loss(chosen, rejected)
+    loss = bradley_terry_loss(chosen, rejected, centering=0.01)
+    assert (loss - plain).item() == pytest.approx(0.01 * 9)
+    up, down = torch.autograd.grad((loss - plain).sum(), (chosen, rejected))
+    assert up.item() == down.item() == pytest.approx(2 * 0.01 * 3)
+
+
+@pytest.mark.parametrize("gap", [-1e4, 1e4])
+def test_extreme_scores_give_a_finite_loss_and_gradient(gap):
+    chosen = torch.tensor([gap], requires_grad=True)
+    loss = bradley_terry_loss(chosen, torch.zeros(1), label_smoothing=0.1)
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite()
+
+
+# ------------------------------------------------------------------------------------- scores and batches
+
+
+def test_the_score_is_read_at_the_last_scored_token(model):
+    ids = torch.randint(0, 1000, (3, 10))
+    mask = torch.zeros(3, 10, dtype=torch.bool)
+    ends = [4, 9, 6]
+    for row, end in enumerate(ends):
+        mask[row, 2 : end + 1] = True
+    everywhere = model(ids)
+    assert response_scores(model, ids, mask).tolist() == [everywhere[b, t].item() for b, t in enumerate(ends)]
+
+
+def test_what_follows_the_last_scored_token_never_changes_a_score(model):
+    ids, mask = torch.randint(0, 1000, (1, 10)), torch.zeros(1, 10, dtype=torch.bool)
+    mask[0, 3:6] = True
+    score = response_scores(model, ids, mask)
+    other = ids.clone()
+    other[0, 6:] = TOKENIZER.end
+    assert torch.equal(score, response_scores(model, other, mask))
+    alone = response_scores(model, ids[:, :6], mask[:, :6])
+    torch.testing.assert_close(score, alone)
+
+
+def test_a_prompts_responses_appear_once_and_all_its_pairs_stay_together(prompts):
+    assert [len(p.responses) for p in prompts] == [4, 2, 3]
+    assert [len(p.rows) for p in prompts] == [6, 1, 2]
+    for prompt in prompts:
+        for i, j, row in zip(prompt.chosen, prompt.rejected, prompt.rows):
+            for index, side in ((i, "chosen"), (j, "rejected")):
+                ids, mask = prompt.responses[index]
+                assert TOKENIZER.decode_response(ids[mask]) == row[side]
+                assert ids[mask][-1] == TOKENIZER.end
+
+
+def test_a_batch_of_rankings_equals_its_pairs_scored_one_by_one(model, prompts):
+    chosen, rejected, weight = pair_scores(model, prompts, TOKENIZER, CPU)
+    (weight * bradley_terry_loss(chosen, rejected, centering=0.01)).sum().backward()
+    together = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    number = 0
+    for prompt in prompts:  # a prompt counts once, however many pairs it has
+        for i, j in zip(prompt.chosen, prompt.rejected):
+            r = [model(torch.from_numpy(prompt.responses[k][0])[None])[0, -1] for k in (i, j)]
+            assert [chosen[number].item(), rejected[number].item()] == pytest.approx([x.item() for x in r])
+            loss = F.softplus(r[1] - r[0]) + 0.01 * (r[0] + r[1]) ** 2
+            (loss / len(prompt.rows)).backward()
+            number += 1
+    alone = [p.grad for p in model.parameters()]
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_starts_from_the_policys_own_trunk(double, tied):
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig(vocab_size=50, context=16, layers=2, width=16, heads=2, tied=tied))
+    ids = torch.randint(0, 50, (2, 9))
+    model = ScalarGPT.from_policy(policy)
+    assert torch.equal(model.gpt.hidden(ids), policy.hidden(ids))
+    with torch.no_grad():
+        model.gpt.embed.weight += 1
+    assert not torch.equal(model.gpt.hidden(ids), policy.hidden(ids))  # a copy, not the policy itself
+
+
+def test_normalised_scores_have_mean_0_and_std_1_and_keep_their_order(model, prompts):
+    responses = [example for prompt in prompts for example in prompt.responses]
+
+    def scores():
+        return torch.stack([model(torch.from_numpy(ids)[None])[0, -1] for ids, _ in responses]).detach()
+
+    before = scores()
+    stored = normalise(model, responses, TOKENIZER, CPU, PLAIN)
+    after = scores()
+    assert after.mean().item() == pytest.approx(0, abs=1e-6) and after.std().item() == pytest.approx(1)
+    torch.testing.assert_close(after * stored["std"] + stored["mean"], before)
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def test_accuracy_counts_ties_half_and_its_error_is_over_prompts():
+    differences, prompts = np.array([1.0, 2.0, -1.0, 0.0]), np.arange(4)
+    right, error = accuracy(differences, prompts)
+    assert right == pytest.approx(2.5 / 4)
+    assert error == pytest.approx(np.std([1, 1, 0, 0.5], ddof=1) / 2)
+    tripled = accuracy(np.repeat(differences, 3), np.repeat(prompts, 3))
+    assert tripled == (pytest.approx(right), pytest.approx(error))  # copies of a pair are no new evidence
+
+
+def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_has():
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.5, 1, 200_000)
+    difference = np.log(p / (1 - p)) * np.where(rng.random(len(p)) < p, 1, -1)  # right with probability p
+    error, table = calibration(difference)
+    assert error < 0.005
+    assert sum(count for count, _, _ in table) == len(p)
+    for low, (_, sure, right) in zip((0.5, 0.6, 0.7, 0.8, 0.9), table):
+        assert low <= sure <= low + 0.1 and right == pytest.approx(sure, abs=0.01)
+    sharp, _ = calibration(3 * difference)
+    confident = 1 / (1 + ((1 - p) / p) ** 3)
+    assert sharp == pytest.approx((confident - p).mean(), abs=0.01)
