@@ -46,7 +46,9 @@ demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DP
 WORLD = $(OUT)/world
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
-DPO_FLAGS_tiny = --epochs 2
+DPO_FLAGS_small = --epochs 0.2#  six pairs a prompt: a whole epoch would go too far
+RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
+PPO_FLAGS_tiny = --steps 3
 
 $(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py __main__.py) | .venv/installed
 	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
@@ -70,7 +72,16 @@ $(OUT)/dpo.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
 	@rm -f $@
 	$(PY) train_dpo.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(DPO_FLAGS_$(SIZE))
 
-CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt
+$(OUT)/rm.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
+	@rm -f $@
+	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
+
+PPO = $(PY) train_ppo.py --init $(OUT)/sft.pt --prompts $(WORLD)/prompts.jsonl --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+$(OUT)/ppo.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt train_ppo.py
+	@rm -f $@
+	$(PPO) --reward $(OUT)/rm.pt --out $@
+
+CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt $(OUT)/ppo.pt
 $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --out $(OUT)/scorecard.json $(FLAGS) > $@

@@ -35,7 +35,7 @@ class Config:
     samples: int = 4  # responses per prompt (K)
     rank: bool = True  # order all K: K(K−1)/2 pairs a prompt; --no-rank: pair them off, K/2 a prompt
     max_new_tokens: int = 96  # length limit of a response
-    temperature: float = 1.0  # of sampling
+    temperature: float = 0.7  # of sampling: fewer blunders than at 1, and closer comparisons
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     seed: int = 0  # of sampling, pairing and labels

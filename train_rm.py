@@ -83,7 +83,7 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # prompts per optimiser step, each with all of its pairs
     micro_batch: int = 0  # prompts per forward pass; 0: the whole batch at once
-    lr: float = 3e-4  # peak learning rate
+    lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
     clip: float = 1.0  # gradient norm
@@ -244,7 +244,7 @@ def report(model, prompts: list[Prompt], tokenizer, config: Config, device, auto
         f"  accuracy {result['eval_accuracy']:.1%} ± {result['eval_accuracy_error']:.1%}"
     )
     if not np.isnan(p).any():  # the annotators are known, and so is the probability of every label
-        result["ceiling"] = ceiling(p)
+        result["ceiling"] = ceiling(p.tolist())
         result["expected_accuracy"] = float(np.where(differences > 0, p, 1 - p).mean())
         print(
             f"  ceiling  {result['ceiling']:.1%} (no model can exceed it on labels this noisy; exact)\n"
@@ -317,7 +317,7 @@ def train(config: Config) -> None:
     if config.compile:
         compile_hidden(model.gpt)
     lengths = [max(len(ids) for ids, _ in prompt.responses) for prompt in prompts]
-    order = BatchOrder(lengths, config.batch_size, config.seed)
+    order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds of prompts in each batch
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for example in responses for part in example))
     first_step = resume(config, model, optimizer, stage="rm", data=data)["step"]

@@ -16,7 +16,7 @@ from nanoalign.world.text import FAMILIES, answer, documents, request
 
 SIZES = {  # pages of web text, demonstrations, training prompts, held-out prompts per family
     "tiny": (1_000, 600, 120, 10),
-    "small": (44_000, 12_000, 2_400, 60),
+    "small": (44_000, 12_000, 4_800, 60),
     "large": (400_000, 60_000, 20_000, 200),
 }
 
