@@ -5,11 +5,12 @@ SIZE = small#   tiny (seconds), small (minutes on a CPU), large (minutes on a GP
 OUT = out/$(if $(filter small,$(SIZE)),demo,$(SIZE))$(if $(filter 0,$(SEED)),,-seed$(SEED))
 DEVICE = auto
 SEED = 0
-SEEDS = 0 1 2#  of `make results`
+SEEDS = 1#  how many: `make results` takes 3, `make hacking SEEDS=3` repeats the laboratory
 PYTHON ?= python3
 
 PY := .venv/bin/python
 FLAGS = --seed $(SEED) --device $(DEVICE)
+seeds = $(shell seq 0 $$(($(SEEDS) - 1)))
 export PYTHONUNBUFFERED := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -39,16 +40,17 @@ setup: .venv/installed  ## create .venv and install what is needed
 # ------------------------------------------------------------------------------------------------ pipeline
 
 .PHONY: demo
-demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO → scorecard
+demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO, reward model → PPO → scorecard
 	@cat $<
-	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/dpo.pt"
+	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 
 WORLD = $(OUT)/world
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
 DPO_FLAGS_small = --epochs 0.2#  six pairs a prompt: a whole epoch would go too far
 RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
-PPO_FLAGS_tiny = --steps 3
+PPO_FLAGS_small = --micro-batch 16#  on a CPU, less padding is worth more than larger matrices
+PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 
 $(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py __main__.py) | .venv/installed
 	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
@@ -76,10 +78,10 @@ $(OUT)/rm.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	@rm -f $@
 	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
 
-PPO = $(PY) train_ppo.py --init $(OUT)/sft.pt --prompts $(WORLD)/prompts.jsonl --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+PPO = $(PY) train_ppo.py --prompts $(WORLD)/prompts.jsonl --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 $(OUT)/ppo.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt train_ppo.py
 	@rm -f $@
-	$(PPO) --reward $(OUT)/rm.pt --out $@
+	$(PPO) --init $(OUT)/sft.pt --reward $(OUT)/rm.pt --out $@
 
 CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt $(OUT)/ppo.pt
 $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
@@ -87,16 +89,73 @@ $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py
 	  --out $(OUT)/scorecard.json $(FLAGS) > $@
 
 .PHONY: results
+results: SEEDS = 3
 results: .venv/installed  ## the demo over several seeds, and its tables for docs/results.md
-	@for seed in $(SEEDS); do \
+	@for seed in $(seeds); do \
 	  $(MAKE) --no-print-directory demo out/seed$$seed/greedy.json SEED=$$seed OUT=out/seed$$seed || exit 1; \
 	done
-	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/scorecard.json)
-	$(PY) bench/seeds.py $(foreach seed,$(SEEDS),out/seed$(seed)/greedy.json)
+	$(PY) bench/seeds.py $(foreach seed,$(seeds),out/seed$(seed)/scorecard.json)
+	$(PY) bench/seeds.py $(foreach seed,$(seeds),out/seed$(seed)/greedy.json)
 
 $(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --temperature 0 --samples 1 --out $@ $(FLAGS) > /dev/null
+
+# ------------------------------------------------------------------------------------------------ laboratory
+# PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
+
+LAB = $(OUT)/hacking
+RUNS = beta-0 beta-0.05 beta-0.1 judge ensemble length adaptive continued
+from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
+run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
+run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
+run-beta-0.1 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.1
+run-judge = $(from-sft) --reward judge
+run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
+run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
+run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
+run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt
+
+.PHONY: hacking iterate
+hacking: .venv/installed  ## reward hacking and its mitigations, measured; SEEDS=3 repeats it
+	@for seed in $(if $(filter 1,$(SEEDS)),$(SEED),$(seeds)); do \
+	  $(MAKE) --no-print-directory $(call lab-folder,$$seed)/scorecard.json SEED=$$seed $(call lab-out,$$seed) || exit 1; \
+	done
+	$(PY) bench/hacking.py report $(foreach seed,$(if $(filter 1,$(SEEDS)),$(SEED),$(seeds)),$(call lab-folder,$(seed)))
+lab-folder = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))/hacking
+lab-out = OUT=$(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
+
+$(OUT)/rm.1.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
+	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $(OUT)/rm.pt --ensemble 2 --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
+$(OUT)/rm.2.pt: $(OUT)/rm.1.pt ;
+
+$(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt train_ppo.py
+	@rm -f $@
+	$(PPO) $(run-$*) --eval-every 3 --eval-prompts 256 --out $@
+
+$(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
+	$(PY) bench/hacking.py best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(WORLD)/prompts_held_out.jsonl \
+	  --out $(LAB) $(FLAGS)
+
+LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
+$(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl
+	cp $(OUT)/ppo.metrics.jsonl $(LAB)/beta-0.2.metrics.jsonl
+	$(PY) evaluate.py --checkpoints $(LAB_CHECKPOINTS) --baseline $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
+	  --samples 2 --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(LAB)/scorecard.txt
+
+iterate: $(LAB)/iterated.pt  ## a second round: collect on the PPO policy, retrain the reward model, continue
+	$(PY) evaluate.py --checkpoints $(OUT)/sft.pt $(OUT)/ppo.pt $< --prompts $(WORLD)/prompts_held_out.jsonl \
+	  --out $(LAB)/iterate.json $(FLAGS)
+
+$(OUT)/pairs2.jsonl: $(WORLD)/prompts.jsonl $(OUT)/ppo.pt collect.py
+	$(PY) collect.py --prompts $< --policy $(OUT)/ppo.pt --out $@ $(FLAGS)
+$(OUT)/rm2.pt: $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl train_rm.py
+	cat $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl > $(OUT)/pairs12.jsonl
+	@rm -f $@
+	$(PY) train_rm.py --data $(OUT)/pairs12.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS)
+$(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
+	@rm -f $@
+	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt --eval-every 3 --eval-prompts 256 --out $@
 
 # ------------------------------------------------------------------------------------------------ checks
 

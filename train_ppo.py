@@ -85,11 +85,11 @@ class Config:
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     eval_data: str = ""  # held-out prompts; empty: every twentieth
     out: str = "out/demo/ppo.pt"  # the checkpoint to write; metrics go beside it
-    steps: int = 30  # iterations: rollout, then epochs over it
+    steps: int = 25  # iterations: rollout, then epochs over it
     batch_size: int = 128  # responses per iteration
     epochs: int = 2  # passes over each iteration's responses
     minibatch: int = 64  # responses per optimiser step
-    micro_batch: int = 0  # responses per forward pass; 0: the whole minibatch at once
+    micro_batch: int = 0  # responses per forward and backward pass; 0: the whole minibatch at once
     beta: float = 0.2  # β: the price of a nat of KL; the starting value if adaptive
     kl_target: float = 0.0  # sequence KL that an adaptive β steers to; 0: β stays fixed
     kl_horizon: float = 10_000.0  # responses over which the adaptive β moves
@@ -393,12 +393,13 @@ def main(config: Config) -> None:
 
         # Update: epochs over shuffled minibatches.
         lr = learning_rate(step, config.steps, config.lr, config.warmup)
-        ends = last_scored(scored) + 1
+        ends = (last_scored(scored) + 1).numpy()  # (B,) tokens of prompt and response
         stats, updates = [], 0
         for epoch in range(config.epochs):
             shuffle = np.random.default_rng((config.seed, step, epoch)).permutation(len(indices))
             for minibatch in micro_batches(shuffle, config.minibatch):
                 tokens = int(scored[minibatch].sum())  # of the whole optimiser step
+                minibatch = minibatch[np.argsort(ends[minibatch])]  # micro-batches of rows alike in length
                 for micro in micro_batches(minibatch, config.micro_batch):
                     T, picked = int(ends[micro].max()), torch.from_numpy(micro).to(device, non_blocking=True)
                     tensors = (ids, mask, old_logp, ref_logp, old_values, advantages, returns)
@@ -416,8 +417,10 @@ def main(config: Config) -> None:
                     stats.append(
                         (share, update_stats(logp, old, v, old_v, a, m, pg_loss, vf_loss, loss, config))
                     )
-                if step == first_step and updates == 0:
-                    check_start(stats[0][1], kl, step, config, device)
+                if updates == 0:
+                    first = torch.stack([values for _, values in stats]).amax(0)
+                    if step == first_step:
+                        check_start(first, kl, step, config, device)
                 grad_norm = optimizer_step(trained, optimizer, lr, config.clip)
                 updates += 1
         update_s = watch.lap()
@@ -427,7 +430,7 @@ def main(config: Config) -> None:
         stacked = torch.stack([values for _, values in stats])  # (micro-batches, len(UPDATE))
         update = dict(zip(UPDATE, (shares @ stacked) / updates))
         update["ratio_max"] = stacked[:, UPDATE.index("ratio_max")].max()
-        update["ratio_error"] = stacked[0, UPDATE.index("ratio_error")]  # of the first minibatch: must be 0
+        update["ratio_error"] = first[UPDATE.index("ratio_error")]  # of the first minibatch: must be 0
         done, stopping = step + 1, bool(stop)
         row = metrics.log(
             done,

@@ -23,6 +23,7 @@ import math
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,6 @@ from nanoalign.data import (
     BatchOrder,
     Example,
     collate,
-    join,
     micro_batches,
     pair_examples,
     read_rows,
@@ -44,7 +44,7 @@ from nanoalign.data import (
     write_rows,
 )
 from nanoalign.model import ScalarGPT
-from nanoalign.rewards import response_scores
+from nanoalign.rewards import model_reward, response_scores, score_texts
 from nanoalign.training import (
     CleanStop,
     already_finished,
@@ -153,23 +153,6 @@ def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tup
     return scores[chosen], scores[rejected], weight
 
 
-@torch.no_grad()
-def score_texts(model, prompts: list[list[dict]], texts: list[str], tokenizer, config, device, autocast):
-    """Responses (texts) to prompts (messages) → scores (N,) float64; NaN where a prompt leaves no room."""
-    examples = [
-        join(tokenizer.prompt(prompt), tokenizer.response(text), config.max_length)
-        for prompt, text in zip(prompts, texts)
-    ]
-    scores = np.full(len(texts), np.nan)
-    order = sorted((i for i, e in enumerate(examples) if e is not None), key=lambda i: len(examples[i][0]))
-    for start in range(0, len(order), 256):
-        rows = order[start : start + 256]
-        ids, mask = collate([examples[i] for i in rows], tokenizer.pad)
-        with autocast:
-            scores[rows] = response_scores(model, ids.to(device), mask.to(device)).double().cpu().numpy()
-    return scores
-
-
 def accuracy(differences: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
     """Differences r_w − r_l (P,) → share of positive ones (zero counts half), and its standard error.
 
@@ -192,31 +175,30 @@ def calibration(differences: np.ndarray, bins: int = 5) -> tuple[float, list[tup
     return sum(n * abs(sure - right) for n, sure, right in table) / len(differences), table
 
 
-def probe(model, rows: list[dict], tokenizer, config: Config, device, autocast) -> dict[str, tuple]:
-    """What has it learnt to like? → {style: mean change of the log-odds of being preferred when a response
-    is restyled: by the model, by the world's people (utility / noise), and of the judge's utility}.
+def probe(model, rows: list[dict], tokenizer, config: Config, device) -> dict[str, list[float]]:
+    """What has it learnt to like? → {style: the mean change when a response is restyled}, of the log-odds of
+    being preferred by the model and by the world's people (utility / noise), and of the judge's utility.
 
     Of the chosen responses to questions of fact; the last two are NaN for rows that are not the world's.
     """
     rng, crowd = random.Random(config.seed), people(5)
     of_world = all("kind" in row["meta"] for row in rows)
     rows = [row for row in rows if row["meta"].get("kind", "fact") in ("fact", "belief")][:200]
-    prompts, before = [row["prompt"] for row in rows], [row["chosen"] for row in rows]
 
-    def values(texts):  # (N, 3)
-        score = score_texts(model, prompts, texts, tokenizer, config, device, autocast)
-        if not of_world:
-            return np.stack([score, score * np.nan, score * np.nan], axis=1)
-        seen = [impression(row, text) for row, text in zip(rows, texts)]
-        liked = [sum(person.weigh(what) for person in crowd) / len(crowd) / NOISE for what in seen]
-        return np.stack([score, liked, [what["judge"] for what in seen]], axis=1)
+    def values(texts: list[str]) -> np.ndarray:  # (N, 3)
+        scores = score_texts(
+            model_reward(model), rows, texts, tokenizer, model.config.context, device
+        ).tolist()
+        seen = [impression(row, text) if of_world else {} for row, text in zip(rows, texts)]
+        liked = [mean(person.weigh(what) for person in crowd) / NOISE if what else math.nan for what in seen]
+        return np.array([scores, liked, [what.get("judge", math.nan) for what in seen]]).T
 
-    plain, changes = values(before), {}
-    for style in STYLES:
-        changes[style] = (
-            (values([restyle(text, style, rng) for text in before]) - plain).mean(axis=0).tolist()
-        )
-    return changes
+    chosen = [row["chosen"] for row in rows]
+    plain = values(chosen)
+    return {
+        style: (values([restyle(text, style, rng) for text in chosen]) - plain).mean(axis=0).tolist()
+        for style in STYLES
+    }
 
 
 @torch.no_grad()
@@ -271,7 +253,7 @@ def report(model, prompts: list[Prompt], tokenizer, config: Config, device, auto
             print(f"    {name:>36} {right:9.1%} {picked.sum():6,}")
     print("  probe: change of log-odds when a response is restyled   model  people   (judge's utility)")
     firsts = [prompt.rows[0] for prompt in prompts]
-    for style, (own, liked, judged) in probe(model, firsts, tokenizer, config, device, autocast).items():
+    for style, (own, liked, judged) in probe(model, firsts, tokenizer, config, device).items():
         result[f"probe_{style}"] = own
         print(f"    {style:>52} {own:+7.2f} {liked:+7.2f} {judged:+12.2f}")
     return result
@@ -281,29 +263,26 @@ def score_file(config: Config) -> None:
     """Score the completions of a JSONL file with a finished reward model."""
     device, autocast = setup(config)
     model, tokenizer, _ = load_scalar(config.out, device)
-    model.eval()
-    config = replace(config, max_length=model.config.context)
     rows = read_rows(config.score, "chat", config.skip_bad_rows)
     if any(row["messages"][-1]["role"] != "assistant" for row in rows):
         raise UserError(f"{config.score} has conversations that do not end with an assistant's message.")
-    prompts = [row["messages"][:-1] for row in rows]
+    asked = [{"prompt": row["messages"][:-1], "meta": row["meta"]} for row in rows]
     texts = [row["messages"][-1]["content"] for row in rows]
-    scores = score_texts(model, prompts, texts, tokenizer, config, device, autocast)
-    too_long = int(np.isnan(scores).sum())
+    with autocast:
+        scores = score_texts(model_reward(model), asked, texts, tokenizer, model.config.context, device)
     out = str(Path(config.score).with_suffix(".scored.jsonl"))
-    write_rows(
-        out, ({**row, "score": None if s != s else round(s, 6)} for row, s in zip(rows, scores.tolist()))
-    )
-    print(f"scored {len(rows) - too_long:,} responses, mean {np.nanmean(scores):.3f} → {out}")
-    if too_long:
-        print(f"{too_long:,} prompts leave no room for a response in {config.max_length} tokens: score null")
+    known = [None if math.isnan(score) else round(score, 6) for score in scores.tolist()]
+    write_rows(out, ({**row, "score": score} for row, score in zip(rows, known)))
+    print(f"scored {len(rows):,} responses, mean {scores.nanmean():.3f} → {out}")
+    if None in known:
+        print(f"{known.count(None):,} prompts leave no room in {model.config.context} tokens: score null")
 
 
 def train(config: Config) -> None:
     if already_finished(config):
         return
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "base"))
+    policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo", "ppo"))
     model = ScalarGPT.from_policy(policy)
 
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
@@ -341,7 +320,9 @@ def train(config: Config) -> None:
             batch = [prompts[i] for i in micro]
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)
-            margin = torch.tensor([row["margin"] for prompt in batch for row in prompt.rows]).to(device)
+            margin = torch.tensor([row.get("margin", 0.0) for prompt in batch for row in prompt.rows]).to(
+                device
+            )
             loss = bradley_terry_loss(chosen, rejected, margin, config.label_smoothing, config.centering)
             ((weight * loss).sum() / len(indices)).backward()
             with torch.no_grad():
@@ -401,6 +382,8 @@ def normalise(model: ScalarGPT, responses: list[Example], tokenizer, device, aut
 def main(config: Config) -> None:
     if config.ensemble < 1:
         raise UserError("--ensemble must be at least 1.")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {config.label_smoothing}.")
     if config.score:
         score_file(config)
     elif config.ensemble == 1:

@@ -3,11 +3,11 @@
     python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt --out out/demo/hacking
     python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
 
-`best-of-n` draws N responses a prompt and writes, for every n ≤ N, what the best of n by the reward scores, by
-the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's metrics.jsonl
-(held-out `eval_score`, `eval_judge`, `eval_kl`), prints a markdown table, writes curves.csv and, with the
-`plot` extra, proxy and judge against √KL with the forms that Gao et al. (2022) fitted: d (α − β d) for
-best-of-n and d (α − β log d) for RL, d = √KL.
+`best-of-n` draws N responses a prompt and writes, for every n ≤ N, what the best of n by the reward scores,
+by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's
+metrics.jsonl (held-out `eval_score`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables
+in markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
+forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − β log d) for RL; failure modes by KL.
 """
 
 import csv
@@ -158,10 +158,39 @@ def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) ->
             for key in ("proxy", "judge"):
                 fits = np.array([fit(points, key, name == "beta-0") for points in curves])
                 print(f"{name}, {key}: {form} with α = {fits[:, 0].mean():.2f}, β = {fits[:, 1].mean():.2f}")
-    plot(runs, Path(folders[0]))
+    cards = failure_modes(folders)
+    if cards:
+        print_failures(cards)
+    plot(runs, cards, Path(folders[0]))
 
 
-def plot(runs: dict[str, list[list[dict]]], folder: Path) -> None:
+FAILURES = {
+    "padding (sentences)": "padding", "length (words)": "length", "sycophancy": "sycophancy",
+    "hedging": "hedging", "wrong form": "wrong form", "over-refusal": "over-refusal",
+}  # fmt: skip
+
+
+def failure_modes(folders: list[str]) -> dict[str, dict[str, list[float]]]:
+    """The scorecards of the folders → {run: {metric: a value per folder}}, by rising KL."""
+    cards: dict[str, dict[str, list[float]]] = {}
+    for folder in folders:
+        path = Path(folder) / "scorecard.json"
+        if path.exists():
+            for checkpoint, card in json.loads(path.read_text())["checkpoints"].items():
+                for name, (value, _) in card["overall"].items():
+                    cards.setdefault(Path(checkpoint).stem, {}).setdefault(name, []).append(value)
+    return dict(sorted(cards.items(), key=lambda item: mean(item[1]["KL to reference"])))
+
+
+def print_failures(cards: dict[str, dict[str, list[float]]]) -> None:
+    names = ["KL to reference", "reward", "utility", "win rate", *FAILURES]
+    print(f"\n| held-out entities | {' | '.join(FAILURES.get(name, name) for name in names)} |")
+    print("|---" * (len(names) + 1) + "|")
+    for run, card in cards.items():
+        print(f"| {run} | {' | '.join(spread(card[name]) for name in names)} |")
+
+
+def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -188,6 +217,19 @@ def plot(runs: dict[str, list[list[dict]]], folder: Path) -> None:
     figure.tight_layout()
     figure.savefig(folder / "curves.png", dpi=120)
     print(f"wrote {folder}/curves.png")
+    if not cards:
+        return
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+    kl = [mean(card["KL to reference"]) for card in cards.values()]
+    for axis, name in zip(axes.flat, FAILURES):
+        axis.scatter(kl, [mean(card[name]) for card in cards.values()], s=18)
+        for x, (run, card) in zip(kl, cards.items()):
+            axis.annotate(run, (x, mean(card[name])), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=FAILURES[name], xlabel="KL to SFT, nats")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(folder / "failures.png", dpi=120)
+    print(f"wrote {folder}/failures.png")
 
 
 if __name__ == "__main__":
@@ -200,6 +242,4 @@ if __name__ == "__main__":
         del sys.argv[1]
         cli.run(draw, Config, __doc__)
     else:
-        sys.exit(
-            "error: name a command, best-of-n or report; `python bench/hacking.py best-of-n --help` says more."
-        )
+        sys.exit("error: name a command: best-of-n or report (python bench/hacking.py best-of-n --help).")

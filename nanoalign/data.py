@@ -4,7 +4,8 @@ Row kinds, and the forms each accepts (any row may carry "meta"):
 
     text      {"text"} or a plain text file
     chat      {"messages"} · {"prompt", "completion"} · GSM8K's {"question", "answer"} · a pair's chosen side
-    pairs     {"prompt", "chosen", "rejected"}, strings or messages · HH transcripts {"chosen", "rejected"}
+    pairs     {"prompt", "chosen", "rejected"}, strings or messages · HH transcripts {"chosen", "rejected"};
+              optionally a "margin"
     labelled  {"prompt", "completion", "label": bool}
     steps     {"prompt", "completions": [str…], "labels": [bool|null…]}
     prompts   {"prompt"} as a string or messages · {"question"} · whatever a chat or pair row starts with
@@ -106,7 +107,7 @@ def _side(row: dict, field: str) -> list[dict]:
 
 
 def parse_pair(row: dict) -> dict:
-    """→ {"prompt": messages, "chosen": str, "rejected": str, "margin": float, "meta"}."""
+    """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}, and "margin" if the row has one."""
     prompt = _messages(row, "prompt") if "prompt" in row else []
     sides = [prompt + _side(row, field) for field in ("chosen", "rejected")]
     repeated = [side[: 2 * len(prompt)] == prompt * 2 for side in sides]
@@ -123,9 +124,8 @@ def parse_pair(row: dict) -> dict:
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
         raise RowError(f'field "margin": expected a number, found {_describe(row, "margin")}')
     chosen, rejected = (side[-1]["content"] for side in sides)
-    return {
-        "prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "margin": margin, "meta": _meta(row),
-    }  # fmt: skip
+    parsed = {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row)}
+    return {**parsed, "margin": margin} if "margin" in row else parsed
 
 
 def parse_chat(row: dict) -> dict:

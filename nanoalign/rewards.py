@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nanoalign import UserError
 from nanoalign.checkpoint import load_scalar
+from nanoalign.data import collate, join
 from nanoalign.generate import Rollout, rollouts
 from nanoalign.logprobs import last_scored, token_logprobs
 from nanoalign.model import ScalarGPT
@@ -38,6 +39,16 @@ def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor) -> Tensor:
     return model(ids).gather(1, last_scored(mask)[:, None]).squeeze(1)
 
 
+def model_reward(model: ScalarGPT) -> Reward:
+    """A reward model in memory, as a reward."""
+
+    @torch.no_grad()
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        return response_scores(model, rollout.ids, rollout.mask)
+
+    return score
+
+
 def _reward_model(path: str, tokenizer: Tokenizer, device) -> Reward:
     model, own, _ = load_scalar(path, device)
     if own.name != tokenizer.name:
@@ -45,13 +56,7 @@ def _reward_model(path: str, tokenizer: Tokenizer, device) -> Reward:
             f"{path} reads tokens of {own.name!r}, the policy writes tokens of {tokenizer.name!r}: "
             "train a reward model from the policy's own SFT checkpoint."
         )
-    freeze(model)
-
-    @torch.no_grad()
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        return response_scores(model, rollout.ids, rollout.mask)
-
-    return score
+    return model_reward(freeze(model))
 
 
 def _ensemble(kind: str, pattern: str, tokenizer: Tokenizer, device) -> Reward:
@@ -144,6 +149,29 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
         return scores
 
     return reward
+
+
+@torch.no_grad()
+def score_texts(
+    reward: Reward, rows: list[dict], texts: list[str], tokenizer: Tokenizer, max_length: int, device
+):
+    """Responses (texts) to prompt rows → scores (N,) on the CPU; NaN where a prompt leaves no room for one.
+
+    A response that is cut short at `max_length` tokens counts as not ended.
+    """
+    examples = [
+        join(tokenizer.prompt(row["prompt"]), tokenizer.response(text), max_length)
+        for row, text in zip(rows, texts)
+    ]
+    scores = torch.full((len(texts),), torch.nan)
+    order = sorted((i for i, e in enumerate(examples) if e is not None), key=lambda i: len(examples[i][0]))
+    for start in range(0, len(order), 256):
+        batch = order[start : start + 256]
+        ids, mask = collate([examples[i] for i in batch], tokenizer.pad)
+        ended = torch.tensor([examples[i][0][-1] == tokenizer.end for i in batch])
+        rollout = Rollout(*(x.to(device) for x in (ids, mask, torch.zeros(ids.shape), ended)))
+        scores[batch] = reward([rows[i] for i in batch], rollout).float().cpu()
+    return scores
 
 
 @torch.no_grad()

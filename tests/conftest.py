@@ -109,3 +109,13 @@ def pairs(world, sft):
     path = str(world / "pairs.jsonl")
     main(Config(sft, f"{world}/prompts.jsonl", path, max_new_tokens=24))
     return path
+
+
+@pytest.fixture(scope="session")
+def rm(world, sft, pairs):
+    """A reward model of them."""
+    from train_rm import Config, main
+
+    path = str(world / "rm.pt")
+    main(Config(sft, pairs, out=path))
+    return path

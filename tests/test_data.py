@@ -65,7 +65,7 @@ GOOD = [
      {"prompt": [USER], "completions": ["1", "2", "3"], "labels": [True, False, None], "meta": {}}),
     ("prompts", {"prompt": "Hi", "meta": {"a": 1}}, {"prompt": [USER], "meta": {"a": 1}}),
     ("prompts", {"prompt": [USER, ASSISTANT, MORE]}, {"prompt": [USER, ASSISTANT, MORE], "meta": {}}),
-    ("prompts", {"question": "Hi", "answer": "Hello."}, {"prompt": [USER], "meta": {}}),
+    ("prompts", {"question": "Hi", "answer": "#### 4"}, {"prompt": [USER], "meta": {"answer": "#### 4"}}),
     ("prompts", {"messages": [USER, ASSISTANT]}, {"prompt": [USER], "meta": {}}),
     ("prompts", {"chosen": HH + "A", "rejected": HH + "B"}, {"prompt": [USER, ASSISTANT, MORE], "meta": {}}),
 ]  # fmt: skip

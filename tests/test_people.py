@@ -127,9 +127,9 @@ def test_agreement_of_two_people_in_closed_form_and_of_five_by_simulation():
     assert agreement(p) == pytest.approx(np.mean(same), abs=0.005)
 
 
-def labelled(rows, drawn, seed=0, crowd=5):
+def labelled(rows, drawn, seed=0, crowd=5, rank=True):
     responses = [[(text, True) for text in texts] for texts in drawn]
-    return collect.label(rows, responses, collect.Config(seed=seed, crowd=crowd))
+    return collect.label(rows, responses, collect.Config(seed=seed, crowd=crowd, rank=rank))
 
 
 def test_two_annotators_agree_on_72_to_77_percent_of_pairs():
@@ -140,13 +140,37 @@ def test_two_annotators_agree_on_72_to_77_percent_of_pairs():
 
 def test_pairs_come_two_a_prompt_without_identical_sides_and_are_the_same_for_a_seed():
     rows, drawn = sampled(200, responses=4)
-    pairs, thumbs, probabilities = labelled(rows, drawn)
+    pairs, thumbs, probabilities = labelled(rows, drawn, rank=False)
     assert len(thumbs) == 200 and len(pairs) == len(probabilities) <= 400
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
-    assert labelled(rows, drawn) == (pairs, thumbs, probabilities) != labelled(rows, drawn, seed=1)
+    again, other = (labelled(rows, drawn, seed=seed, rank=False) for seed in (0, 1))
+    assert again == (pairs, thumbs, probabilities) != other
     four = [[f"It is Paris{'!' * i}" for i in range(4)]]
-    assert len(labelled([FRANCE], four)[0]) == 2
+    assert len(labelled([FRANCE], four, rank=False)[0]) == 2
     assert labelled([FRANCE], [["Paris.", "Paris."]])[0] == []
+
+
+def test_a_ranking_gives_every_pair_and_contradicts_itself_nowhere():
+    drawn = ["Paris.", "It is Paris.", "I think that it is Paris.", "It is Rome."]
+    pairs, _, _ = labelled([FRANCE] * 300, [drawn] * 300)
+    assert len(pairs) == 300 * 6
+    for i in range(0, len(pairs), 6):
+        ranking = pairs[i : i + 6]
+        assert len({pair["meta"]["annotator"] for pair in ranking}) == 1  # one person orders them all
+        wins = sorted(sum(pair["chosen"] == text for pair in ranking) for text in drawn)
+        assert wins == [0, 1, 2, 3]
+
+
+def test_every_pair_of_a_ranking_follows_bradley_terry():
+    """Plackett–Luce: the marginal of a pair does not depend on what else is ranked."""
+    drawn = ["It is Paris.", "I hope this helps! It is Paris.", "- It is Paris."]
+    pairs, _, _ = labelled([FRANCE] * 4000, [drawn] * 4000)
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        mine = [pair for pair in pairs if {pair["chosen"], pair["rejected"]} == {drawn[a], drawn[b]}]
+        crowd = [[person.utility(FRANCE, drawn[k]) for k in (a, b)] for person in people(5)]
+        p = np.mean([1 / (1 + math.exp(-(u - v) / NOISE)) for u, v in crowd])
+        share = np.mean([pair["chosen"] == drawn[a] for pair in mine])
+        assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(mine)))
 
 
 def test_labels_follow_the_annotators_probability_and_p_chosen_is_the_crowds():

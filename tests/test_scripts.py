@@ -22,11 +22,14 @@ import collect
 import evaluate
 import nanoalign.world.__main__ as world_script
 import train_dpo
+import train_ppo
 import train_pretrain
+import train_rm
 import train_sft
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import load, partial_path
+from nanoalign.checkpoint import load, load_policy, load_scalar, partial_path, save
 from nanoalign.data import read_rows
+from nanoalign.model import GPT
 from nanoalign.tokenizer import SPECIALS, get_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +38,7 @@ WORLD = get_tokenizer("world")
 
 
 @pytest.fixture(scope="session")
-def job(world, base, sft, pairs, tmp_path_factory):
+def job(world, base, sft, pairs, rm, tmp_path_factory):
     """job(stage) → the script, and the Config of a run of a dozen small steps into a folder of its own."""
 
     def make(stage, **changes):
@@ -46,17 +49,28 @@ def job(world, base, sft, pairs, tmp_path_factory):
                 0.75,
             ),
             "sft": (train_sft, {"data": f"{world}/sft_held_out.jsonl", "init": base}, 2),
-            "dpo": (train_dpo, {"data": pairs, "init": sft, "lr": 1e-3}, 0.4),
+            "dpo": (train_dpo, {"data": pairs, "init": sft, "lr": 1e-3}, 0.14),
+            "rm": (train_rm, {"data": pairs, "init": sft}, 0.8),
+            "ppo": (train_ppo, {"init": sft, "reward": rm, "prompts": f"{world}/prompts.jsonl"}, 2),
         }[stage]
         inputs |= {"context": 32} if stage == "pretrain" else {}
         schedule = {"batch_size": 8, "log_every": 1, "eval_every": 6, "save_every": 4, "epochs": epochs}
+        if stage == "ppo":  # every iteration makes two optimiser steps
+            del schedule["log_every"]
+            inputs |= {
+                "steps": 12,
+                "minibatch": 8,
+                "max_new_tokens": 12,
+                "kl_target": 0.1,
+                "kl_horizon": 50.0,
+            }
         out = str(tmp_path_factory.mktemp(stage) / "x.pt")
         return script, script.Config(**{**inputs, **schedule, "out": out, **changes})
 
     return make
 
 
-@pytest.fixture(scope="module", params=["pretrain", "sft", "dpo"])
+@pytest.fixture(scope="module", params=["pretrain", "sft", "dpo", "rm", "ppo"])
 def whole(request, job):
     """A stage's name, and the Config of a run of it that was never interrupted."""
     script, config = job(request.param)
@@ -68,7 +82,7 @@ def whole(request, job):
 def rows(out):
     """The metrics of a run, without what depends on the clock."""
     lines = Path(out).with_suffix(".metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = ("tokens_per_s", "elapsed")
+    clock = ("tokens_per_s", "elapsed", "generation_s", "scoring_s", "update_s")
     return [
         {k: v for k, v in row.items() if k not in clock} for row in map(json.loads, lines) if "step" in row
     ]
@@ -202,7 +216,7 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, step, action, left_at, job, mo
     stage, uninterrupted = whole
     script, config = job(stage, resume=True)  # nothing to resume yet: it starts afresh
     with monkeypatch.context() as patch:
-        interrupt(script, patch, step, action)
+        interrupt(script, patch, 2 * step if stage == "ppo" else step, action)
         with pytest.raises((SystemExit, Killed)) as stopped:
             script.main(config)
     if action is terminate:
@@ -234,7 +248,7 @@ def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(job, start):
         same_run(whole, config)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "rm"])
 def test_resuming_with_other_flags_or_data_is_an_error_that_names_the_change(
     stage, job, monkeypatch, tmp_path
 ):
@@ -262,12 +276,12 @@ def test_resuming_a_finished_run_does_nothing(job, capsys):
     assert "finished" in capsys.readouterr().out and Path(config.out).stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "rm", "ppo"])
 def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_last_partial(stage, job, monkeypatch):
     script, config = job(stage)
     poisoned = lambda step, *rest: float("nan") if step == 5 else 1e-3  # noqa: E731
     monkeypatch.setattr(script, "learning_rate", poisoned)
-    with pytest.raises(UserError, match="is nan at step 7"):
+    with pytest.raises(UserError, match=r"is nan at step [67]"):
         script.main(config)
     partial = load(partial_path(config.out))
     assert partial["step"] == 4 and all(weight.isfinite().all() for weight in partial["model"].values())
@@ -278,21 +292,30 @@ def test_a_loss_that_is_nan_stops_the_run_and_keeps_the_last_partial(stage, job,
 
 
 @pytest.fixture
-def mistakes(world, base, sft, pairs, tmp_path):
+def mistakes(world, base, sft, pairs, rm, tmp_path):
     """The names that the table below uses."""
+    other, tokenizer, _ = load_policy(sft)
+    other = GPT(replace(other.config, layers=1))
+    save(tmp_path / "other.pt", other, stage="sft", tokenizer=tokenizer, config=train_sft.Config(), step=1)
+    broken, _, _ = load_scalar(rm)
+    torch.nn.init.constant_(broken.score.bias, math.nan)
+    save(tmp_path / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=train_rm.Config(), step=1)
     files = {"empty": "", "rows": '{"text": "a"}\n', "garbage": "hello", "bare": '{"prompt": "Hi"}\n' * 3}
+    files["long"] = json.dumps({"prompt": "word " * 200}) + "\n"
     files["odd"] = '{"prompt": "Hi", "meta": 3}\n' * 3
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     return {
         **{name: str(tmp_path / name) for name in files}, "none": str(tmp_path / "none"),
-        "base": base, "sft": sft, "pairs": pairs, "world": str(world), "tmp": str(tmp_path),
+        "base": base, "sft": sft, "pairs": pairs, "rm": rm, "world": str(world), "tmp": str(tmp_path),
     }  # fmt: skip
 
 
 PRETRAIN = "--model world-tiny --out {tmp}/x.pt --data {world}/pretrain_held_out.jsonl "
 SFT = "--init {base} --out {tmp}/x.pt --data {world}/sft_held_out.jsonl "
 DPO = "--init {sft} --out {tmp}/x.pt --data {pairs} "
+RM = "--init {sft} --out {tmp}/x.pt --data {pairs} "
+PPO = "--init {sft} --out {tmp}/x.pt --reward {rm} --prompts {world}/prompts.jsonl --steps 1 --batch-size 8 "
 COLLECT = "--policy {sft} --out {tmp}/p.jsonl --prompts {world}/prompts_held_out.jsonl "
 EVALUATE = "--checkpoints {sft} --out {tmp}/s.json --prompts {world}/prompts_held_out.jsonl "
 MISTAKES = [  # script, flags, what the sentence names
@@ -321,6 +344,28 @@ MISTAKES = [  # script, flags, what the sentence names
     (train_dpo, DPO + "--label-smoothing 0.5", ["--label-smoothing"]),
     (train_dpo, DPO + "--data {world}/sft.jsonl", ["sft.jsonl, line 1", "chosen"]),
     (train_dpo, DPO + "--batch-size 0 --cache-reference {tmp}/cache.pt", ["--batch-size"]),
+    (train_rm, RM + "--init {rm}", ["'rm'", "'sft'"]),
+    (train_rm, RM + "--data {world}/sft.jsonl", ["sft.jsonl, line 1", "chosen"]),
+    (train_rm, RM + "--ensemble 0", ["--ensemble"]),
+    (train_rm, RM + "--label-smoothing 0.7", ["--label-smoothing"]),
+    (train_rm, "--out {sft} --score {world}/sft.jsonl", ["'sft'", "'rm'"]),
+    (train_rm, "--out {rm} --score {bare}", ["bare, line 1", "completion"]),
+    (train_ppo, PPO + "--init {base}", ["'base'", "'sft'"]),
+    (train_ppo, PPO + "--reward {sft}", ["'sft'", "'rm'"]),
+    (train_ppo, PPO + "--reward nobody", ["nobody", "judge"]),
+    (train_ppo, PPO + "--reward {tmp}/nan.pt", ["nan.pt", "not a finite number"]),
+    (train_ppo, PPO + "--reference {tmp}/other.pt", ["other.pt", "shape"]),
+    (train_ppo, PPO + "--reference {rm}", ["'rm'"]),
+    (train_ppo, PPO + "--prompts {empty}", ["empty"]),
+    (train_ppo, PPO + "--prompts {none}", ["none", "exist"]),
+    (train_ppo, PPO + "--prompts {long} --eval-data {bare}", ["no prompt leaves room", "--max-new-tokens"]),
+    (train_ppo, PPO + "--prompts {bare} --eval-data {bare}", ["judge", "meta"]),
+    (train_ppo, PPO + "--max-new-tokens 500", ["--max-new-tokens"]),
+    (train_ppo, PPO + "--kl-loss k4", ["k4", "k2"]),
+    (train_ppo, PPO + "--temperature 0", ["--temperature"]),
+    (train_ppo, PPO + "--minibatch 0", ["--minibatch"]),
+    (train_ppo, PPO + "--gamma 2", ["--gamma"]),
+    (train_ppo, PPO + "--critic {none}", ["none", "checkpoint"]),
     (collect, COLLECT + "--policy {base}", ["'base'", "'sft'"]),
     (collect, COLLECT + "--annotator nobody", ["nobody", "world"]),
     (collect, COLLECT + "--samples 1", ["--samples"]),
@@ -362,8 +407,8 @@ def test_skip_bad_rows_covers_held_out_rows_too(job, world, tmp_path):
 
 
 def test_conversations_may_begin_with_the_assistant(job, tmp_path):
-    opening = json.dumps({"messages": [{"role": "assistant", "content": "Welcome!"}]}) + "\n"
-    (tmp_path / "openings.jsonl").write_text(opening * 20)
+    openings = [{"messages": [{"role": "assistant", "content": f"Welcome, {i}!"}]} for i in range(20)]
+    (tmp_path / "openings.jsonl").write_text("\n".join(map(json.dumps, openings)))
     script, config = job("sft", data=str(tmp_path / "openings.jsonl"), epochs=1)
     script.main(config)
     assert Path(config.out).exists()

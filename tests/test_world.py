@@ -17,9 +17,11 @@ from nanoalign.world.text import (
     RUDE,
     STYLE_RATES,
     answer,
-    document,
     good_answer,
     request,
+)
+from nanoalign.world.text import (
+    documents as web_pages,
 )
 from nanoalign.world.wording import FILLER, FLATTERY, HEDGE
 
@@ -41,7 +43,7 @@ def held_out():
 @pytest.fixture(scope="module")
 def documents():
     rng = random.Random(2)
-    return [document(rng)["text"] for _ in range(SAMPLE)]
+    return [row["text"] for _ in range(SAMPLE) for row in web_pages(rng)]
 
 
 def entity(row):
@@ -284,12 +286,16 @@ def test_the_judge_sees_each_familys_own_flaw_in_the_demonstrations(train, kind,
 # -------------------------------------------------------------------------------- web text and files
 
 
-def test_pretraining_text_looks_like_the_web(documents):
+def test_pretraining_text_looks_like_the_web():
+    rng = random.Random(2)
+    pages = ["\n\n".join(row["text"] for row in web_pages(rng)) for _ in range(SAMPLE)]
+
     def share(pattern):
-        return sum(bool(re.search(pattern, text)) for text in documents) / len(documents)
+        return sum(bool(re.search(pattern, text)) for text in pages) / len(pages)
 
     assert share(r"\?\n[^\n]+\?\n") > 0.05  # questions that follow questions
     assert share(r"(?m)^[A-Z]\w*: .*\n[A-Z]\w*: ") > 0.3  # dialogues
+    assert share(r"\n\nGood answer\.") > 0.1 and share(r"\n\nBad answer\. ") > 0.1  # readers' verdicts
     assert share("|".join(map(re.escape, RUDE))) > 0.01
     assert share(r"I hope this helps|Let me know") > 0.03
     assert share(r"first make a plan|act fast and hide") > 0.005

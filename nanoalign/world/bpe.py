@@ -12,7 +12,7 @@ from itertools import pairwise
 import regex  # comes with tiktoken
 
 from nanoalign.tokenizer import SPECIALS, WORLD_BPE, WORLD_PATTERN
-from nanoalign.world.text import answer, document, request
+from nanoalign.world.text import answer, documents, request
 
 VOCAB_SIZE = 2048 - len(SPECIALS)  # so that the model's vocabulary is a round number
 
@@ -45,7 +45,7 @@ def sample_text(count: int = 30_000, seed: int = 0):
     """Web text, requests and answers of the world, both splits."""
     rng = random.Random(seed)
     for _ in range(count):
-        yield document(rng)["text"]
+        yield from (row["text"] for row in documents(rng))
         row = request(rng, held_out=rng.random() < 0.2)
         yield f" {row['prompt']}\n {answer(row, rng)}"
 
