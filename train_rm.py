@@ -186,19 +186,19 @@ def probe(model, rows: list[dict], tokenizer, config: Config, device) -> dict[st
     rows = [row for row in rows if row["meta"].get("kind", "fact") in ("fact", "belief")][:200]
 
     def values(texts: list[str]) -> np.ndarray:  # (N, 3)
-        scores = score_texts(
-            model_reward(model), rows, texts, tokenizer, model.config.context, device
-        ).tolist()
+        scores = score_texts(model_reward(model), rows, texts, tokenizer, model.config.context, device)
         seen = [impression(row, text) if of_world else {} for row, text in zip(rows, texts)]
         liked = [mean(person.weigh(what) for person in crowd) / NOISE if what else math.nan for what in seen]
-        return np.array([scores, liked, [what.get("judge", math.nan) for what in seen]]).T
+        return np.array([scores.tolist(), liked, [what.get("judge", math.nan) for what in seen]]).T
 
     chosen = [row["chosen"] for row in rows]
-    plain = values(chosen)
-    return {
-        style: (values([restyle(text, style, rng) for text in chosen]) - plain).mean(axis=0).tolist()
-        for style in STYLES
-    }
+    plain, changes = values(chosen), {}
+    for style in STYLES:
+        change = values([restyle(text, style, rng) for text in chosen]) - plain
+        scored = ~np.isnan(change[:, 0])  # the others leave no room for a response
+        if scored.any():
+            changes[style] = change[scored].mean(axis=0).tolist()
+    return changes
 
 
 @torch.no_grad()
@@ -236,13 +236,8 @@ def report(model, prompts: list[Prompt], tokenizer, config: Config, device, auto
     print(f"  calibration: ECE {result['ece']:.3f}\n    {'confidence':>10} {'accuracy':>9} {'pairs':>6}")
     for count, sure, right in table:
         print(f"    {sure:10.1%} {right:9.1%} {count:6,}")
-    longer = np.array(
-        [
-            len(p.responses[i][0]) - len(p.responses[j][0])
-            for p in prompts
-            for i, j in zip(p.chosen, p.rejected)
-        ]
-    )
+    tokens = [np.array([len(ids) for ids, _ in prompt.responses]) for prompt in prompts]
+    longer = np.concatenate([n[prompt.chosen] - n[prompt.rejected] for n, prompt in zip(tokens, prompts)])
     print("  by length:  chosen − rejected, tokens   accuracy  pairs")
     result["by_length"] = {}
     for name, low, high in LENGTHS:
@@ -298,7 +293,8 @@ def train(config: Config) -> None:
     lengths = [max(len(ids) for ids, _ in prompt.responses) for prompt in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds of prompts in each batch
     steps = max(1, round(config.epochs * order.steps_per_epoch))
-    data = fingerprint(policy.embed.weight, *(part for example in responses for part in example))
+    order_of_pairs = (side for prompt in prompts for side in (prompt.chosen, prompt.rejected))
+    data = fingerprint(policy.embed.weight, *(ids for ids, _ in responses), *order_of_pairs)
     first_step = resume(config, model, optimizer, stage="rm", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
     stop = CleanStop()
@@ -310,6 +306,8 @@ def train(config: Config) -> None:
         chance, error = result["eval_accuracy"], result["eval_accuracy_error"]
         print(f"step-0 check: {ended:,} of {len(responses):,} responses are scored at their end token")
         print(f"step-0 check: held-out accuracy {chance:.1%} ± {error:.1%} with a random head")
+        if abs(chance - 0.5) > max(0.2, 3 * error):
+            print("  far from one half: the two sides differ in something trivial, such as their length")
         if ended + cut < len(responses):
             raise UserError("an untruncated response lacks its end token, where its score is read.")
 
@@ -320,9 +318,8 @@ def train(config: Config) -> None:
             batch = [prompts[i] for i in micro]
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)
-            margin = torch.tensor([row.get("margin", 0.0) for prompt in batch for row in prompt.rows]).to(
-                device
-            )
+            margin = torch.tensor([row.get("margin", 0.0) for prompt in batch for row in prompt.rows])
+            margin = margin.to(device, non_blocking=True)
             loss = bradley_terry_loss(chosen, rejected, margin, config.label_smoothing, config.centering)
             ((weight * loss).sum() / len(indices)).backward()
             with torch.no_grad():
@@ -350,15 +347,8 @@ def train(config: Config) -> None:
     result = report(model, eval_prompts, tokenizer, config, device, autocast)
     metrics.note(step=steps, **result)
     normalisation = normalise(model, responses[:2000], tokenizer, device, autocast)
-    finish(
-        config,
-        model,
-        stage="rm",
-        tokenizer=tokenizer,
-        step=steps,
-        normalisation=normalisation,
-        held_out=result,
-    )
+    extra = {"normalisation": normalisation, "held_out": result}
+    finish(config, model, stage="rm", tokenizer=tokenizer, step=steps, **extra)
 
 
 @torch.no_grad()

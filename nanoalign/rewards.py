@@ -170,7 +170,7 @@ def score_texts(
         ids, mask = collate([examples[i] for i in batch], tokenizer.pad)
         ended = torch.tensor([examples[i][0][-1] == tokenizer.end for i in batch])
         rollout = Rollout(*(x.to(device) for x in (ids, mask, torch.zeros(ids.shape), ended)))
-        scores[batch] = reward([rows[i] for i in batch], rollout).float().cpu()
+        scores[batch] = reward([rows[i] for i in batch], rollout).to(scores)
     return scores
 
 

@@ -184,6 +184,69 @@ def test_a_compiled_run_saves_the_same_keys_and_no_traces_of_the_compiler(job, m
     assert list(load(config.out)["model"]) == list(load(base)["model"])
 
 
+@pytest.mark.parametrize("stage", ["rm", "ppo"])
+def test_micro_batches_change_nothing(stage, job, double):
+    runs = []
+    for micro_batch in (0, 3):
+        script, config = job(stage, micro_batch=micro_batch)
+        script.main(config)
+        runs.append(load(config.out)["model"])
+    for whole, pieces in zip(*(run.values() for run in runs)):
+        torch.testing.assert_close(whole, pieces, atol=1e-6, rtol=1e-5)
+
+
+def test_a_response_without_an_end_token_gets_the_missing_eos_score(job, capsys):
+    script, config = job("ppo", steps=2, max_new_tokens=1, missing_eos_score=-7.0)
+    script.main(config)
+    seen = [row for row in rows(config.out) if row.get("ended") == 0]
+    assert seen and all(row["score"] == -7 for row in seen)
+    out = capsys.readouterr().out
+    assert out.count("warning: all lengths are at the limit") == 1  # once a run, not once an iteration
+    assert out.count("warning: the end-token rate collapses") == 1
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_ppo_with_a_value_head_on_its_own_trunk_and_kl_in_the_loss(kind, job):
+    script, config = job("ppo", steps=2, shared_critic=True, kl_loss=kind, whiten_rewards=True)
+    script.main(config)
+    assert load(config.out)["stage"] == "ppo" and len(load(config.out)["history"]) == 2
+
+
+def test_ppo_goes_on_from_another_policy_with_the_old_reference(job, sft):
+    script, first = job("ppo", steps=6, lr=1e-3)
+    script.main(first)
+    script, second = job("ppo", steps=1, init=first.out, reference=sft)
+    script.main(second)
+    start = next(row for row in rows(second.out) if "eval_kl" in row)
+    end = [row for row in rows(first.out) if "eval_kl" in row][-1]
+    assert start["eval_kl"] == pytest.approx(end["eval_kl"], abs=1e-4) != 0
+
+
+def test_an_ensembles_members_differ_in_head_and_order(job, tmp_path):
+    script, config = job("rm", ensemble=2)
+    script.main(config)
+    assert not Path(config.out).exists()
+    first, second = (load(config.out.replace(".pt", f".{k}.pt"))["model"] for k in (1, 2))
+    assert not torch.allclose(first["score.weight"], second["score.weight"])
+    assert not torch.equal(first["gpt.embed.weight"], second["gpt.embed.weight"])
+
+
+def test_a_reward_model_scores_a_file_of_responses(rm, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "Hi", "completion": text} for text in ("Hello!", "Go away.", "Hello!")]
+    rows.append({"prompt": "word " * 200, "completion": "Too late."})
+    (tmp_path / "said.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train_rm.main(train_rm.Config(out=rm, score=str(tmp_path / "said.jsonl")))
+    scored = [json.loads(line) for line in (tmp_path / "said.scored.jsonl").read_text().splitlines()]
+    model, tokenizer, _ = load_scalar(rm)
+    for row, said in zip(scored[:3], rows):
+        ids = [
+            *tokenizer.prompt([{"role": "user", "content": "Hi"}]),
+            *tokenizer.response(said["completion"]),
+        ]
+        assert row["score"] == pytest.approx(model(torch.tensor([ids]))[0, -1].item(), abs=1e-4)
+    assert scored[3]["score"] is None and "1 prompts leave no room" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------ stopping, resuming
 
 
