@@ -47,7 +47,7 @@ demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DP
 WORLD = $(OUT)/world
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
-DPO_FLAGS_small = --epochs 0.2#  six pairs a prompt: a whole epoch would go too far
+DPO_FLAGS_small = --epochs 0.2 --lr 1e-4#  six pairs a prompt: a whole epoch would go too far
 RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
 PPO_FLAGS_small = --micro-batch 16#  on a CPU, less padding is worth more than larger matrices
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
