@@ -114,7 +114,7 @@ def test_every_stage_learns_and_the_scorecard_compares_them(world, base, sft, pa
     evaluate.main(
         evaluate.Config(
             (base, sft, config.out), prompts=f"{world}/prompts_held_out.jsonl", out=str(card),
-            samples=2, max_new_tokens=8,
+            samples=2, max_new_tokens=8, reward="-0.5*length",
         )
     )  # fmt: skip
     report = json.loads(card.read_text())
@@ -123,6 +123,7 @@ def test_every_stage_learns_and_the_scorecard_compares_them(world, base, sft, pa
     assert overall[base]["KL to reference"] == [None, None]  # another prompt: no KL to speak of
     assert overall[sft]["KL to reference"] == [0.0, 0.0]  # the reference itself, exactly
     assert overall[config.out]["KL to reference"][0] > 0
+    assert all(-4 <= card["reward"][0] < -0.5 for card in overall.values())  # at most eight tokens each
     assert "utility by family" in capsys.readouterr().out
 
 
