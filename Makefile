@@ -105,11 +105,12 @@ $(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py n
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
 
 LAB = $(OUT)/hacking
-RUNS = beta-0 beta-0.05 beta-0.1 judge ensemble length adaptive continued
+RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive continued
 from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
 run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
 run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
 run-beta-0.1 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.1
+run-beta-0.2 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.2
 run-judge = $(from-sft) --reward judge
 run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
 run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
@@ -125,13 +126,15 @@ hacking: .venv/installed  ## reward hacking and its mitigations, measured; SEEDS
 lab-folder = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))/hacking
 lab-out = OUT=$(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
 
-$(OUT)/rm.1.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
-	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $(OUT)/rm.pt --ensemble 2 --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
-$(OUT)/rm.2.pt: $(OUT)/rm.1.pt ;
-
-$(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt train_ppo.py
+$(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	@rm -f $@
-	$(PPO) $(run-$*) --eval-every 3 --eval-prompts 256 --out $@
+	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE)) --seed $$(($(SEED) + 1000 * $*))
+
+ON_HELD_OUT = --eval-data $(WORLD)/prompts_held_out.jsonl --eval-prompts 1000 --eval-every 4 \
+  --watch "judge, $(OUT)/rm.pt"
+$(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt $(OUT)/rm.2.pt train_ppo.py
+	@rm -f $@
+	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
 	$(PY) bench/hacking.py best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(WORLD)/prompts_held_out.jsonl \
@@ -139,7 +142,6 @@ $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
 
 LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
 $(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl
-	cp $(OUT)/ppo.metrics.jsonl $(LAB)/beta-0.2.metrics.jsonl
 	$(PY) evaluate.py --checkpoints $(LAB_CHECKPOINTS) --baseline $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
 	  --samples 2 --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(LAB)/scorecard.txt
 
@@ -152,10 +154,10 @@ $(OUT)/pairs2.jsonl: $(WORLD)/prompts.jsonl $(OUT)/ppo.pt collect.py
 $(OUT)/rm2.pt: $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl train_rm.py
 	cat $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl > $(OUT)/pairs12.jsonl
 	@rm -f $@
-	$(PY) train_rm.py --data $(OUT)/pairs12.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS)
+	$(PY) train_rm.py --data $(OUT)/pairs12.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
 $(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
 	@rm -f $@
-	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt --eval-every 3 --eval-prompts 256 --out $@
+	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt $(ON_HELD_OUT) --out $@
 
 # ------------------------------------------------------------------------------------------------ checks
 

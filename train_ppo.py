@@ -79,8 +79,8 @@ class Config:
     init: str = "out/demo/sft.pt"  # the checkpoint to start from
     reference: str = ""  # the checkpoint that KL is measured to; empty: --init
     reward: str = "out/demo/rm.pt"  # what to maximise: an expression of nanoalign/rewards.py
-    watch: str = "judge"  # a second opinion on held-out samples, never trained on; "" for none
-    critic: str = ""  # the reward model (or policy) the critic starts from; empty: --reward, else --init
+    watch: str = "judge"  # other rewards to report on held-out samples: "judge, out/demo/rm.pt"; "" for none
+    critic: str = ""  # the checkpoint the critic starts from; empty: --reward if it is a file, else --init
     shared_critic: bool = False  # no critic model, but a value head on the policy's trunk
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     eval_data: str = ""  # held-out prompts; empty: every twentieth
@@ -295,8 +295,9 @@ def check_start(stats: Tensor, kl: Tensor, step: int, config: Config, device) ->
         f"step-0 check: ratio {ratio:.6f}, off 1 by at most {ratio_error:.1e}, approxkl {approxkl:.1e}"
         + (f", sequence KL at most {distance:.1e}" if same else "")
     )
-    tolerance = 3e-2 if device.type == "cuda" else 1e-4  # bf16 or fp32
-    if max(ratio_error, approxkl, distance / 100) > tolerance:
+    # the mean over tokens, because in bf16 a single one may differ by a few per cent between batch shapes
+    tolerance = 1e-3 if device.type == "cuda" else 1e-6
+    if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
         raise UserError("the ratio must start at 1 and the KL at 0: log-probs come from two different paths.")
 
 
@@ -310,6 +311,10 @@ def check_flags(config: Config) -> None:
         raise UserError("--temperature must be positive: a greedy policy has no gradient.")
     if min(config.steps, config.epochs, config.minibatch, config.eval_prompts) < 1:
         raise UserError("--steps, --epochs, --minibatch and --eval-prompts must be at least 1.")
+    if config.kl_target and not (config.beta > 0 and config.kl_horizon >= config.batch_size):
+        raise UserError(
+            "an adaptive β (--kl-target) needs a --beta above 0 and a --kl-horizon of at least one batch."
+        )
     if not (0 < config.gamma <= 1 and 0 <= config.lam <= 1):
         raise UserError("--gamma must be in (0, 1] and --lam in [0, 1].")
 
@@ -323,14 +328,15 @@ def main(config: Config) -> None:
     ref = load_reference(config.reference, policy, tokenizer, device)
     critic = load_critic(config, policy, tokenizer, device)
     rewards = {"score": make_reward(config.reward, tokenizer, device)}
-    if config.watch:
-        rewards[config.watch] = make_reward(config.watch, tokenizer, device)
+    for name in filter(None, config.watch.split(", ")):
+        rewards[Path(name).stem] = make_reward(name, tokenizer, device)
 
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "prompts", config.skip_bad_rows)
     room = policy.config.context - config.max_new_tokens
     rows, prompts = prompt_examples(rows, tokenizer, room)
-    eval_rows, eval_prompts = prompt_examples(eval_rows[: config.eval_prompts], tokenizer, room)
+    stride = max(1, len(eval_rows) // config.eval_prompts)  # files may be sorted by kind
+    eval_rows, eval_prompts = prompt_examples(eval_rows[::stride][: config.eval_prompts], tokenizer, room)
     sampling = {
         "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size,
         "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
@@ -434,7 +440,7 @@ def main(config: Config) -> None:
         done, stopping = step + 1, bool(stop)
         row = metrics.log(
             done,
-            score=score.mean(), kl=kl.mean(), kl_error=kl.std() / len(kl) ** 0.5, beta=beta,
+            score=score.mean(), kl=kl.mean(), kl_error=kl.std(correction=0) / len(kl) ** 0.5, beta=beta,
             entropy=mean_over(entropy, mask), ended=rollout.ended.float().mean(), length=lengths.mean(),
             at_limit=(lengths >= config.max_new_tokens).float().mean(),
             explained_variance=explained_variance(old_values, returns, mask),

@@ -5,7 +5,7 @@
 
 `best-of-n` draws N responses a prompt and writes, for every n ≤ N, what the best of n by the reward scores,
 by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's
-metrics.jsonl (held-out `eval_score`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables
+metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables
 in markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
 forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − β log d) for RL; failure modes by KL.
 """
@@ -36,8 +36,8 @@ class Config:
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
     out: str = "out/demo/hacking"  # folder for best-of-n.jsonl
     samples: int = 64  # N, responses per prompt
-    limit: int = 128  # prompts
-    max_new_tokens: int = 64  # length limit of a response
+    limit: int = 1000  # prompts
+    max_new_tokens: int = 48  # length limit of a response
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
 
@@ -58,6 +58,8 @@ def draw(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device)
     rows = read_rows(config.prompts, "prompts")
+    if min(config.samples, config.limit) < 1:
+        raise UserError("--samples and --limit must be at least 1.")
     rows = rows[:: max(1, len(rows) // config.limit)][: config.limit]
     rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - config.max_new_tokens)
     rewards = [make_reward(name, tokenizer, device) for name in (config.reward, "judge")]
@@ -89,9 +91,9 @@ def draw(config: Config) -> None:
 
 def curve(path: Path) -> list[dict]:
     """The held-out evaluations of a metrics file: kl, proxy and judge, in order."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = cli.readable_rows(path)
     return [
-        {"kl": row["eval_kl"], "proxy": row["eval_score"], "judge": row["eval_judge"]}
+        {"kl": row["eval_kl"], "proxy": row.get("eval_rm", row["eval_score"]), "judge": row["eval_judge"]}
         for row in rows
         if "eval_judge" in row
     ]
@@ -117,10 +119,10 @@ def fit(points: list[dict], name: str, logarithmic: bool) -> tuple[float, float]
 
 
 def spread(values: list[float]) -> str:
-    known = [v for v in values if not math.isnan(v)]
-    if len(known) < len(values) or not known:
+    """Mean ± standard error over seeds; a dash if a seed has no value."""
+    if any(map(math.isnan, values)):
         return "–"
-    return f"{mean(known):.2f}" + (f" ± {stdev(known) / len(known) ** 0.5:.2f}" if len(known) > 1 else "")
+    return f"{mean(values):.2f}" + (f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else "")
 
 
 def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) -> None:
@@ -133,13 +135,11 @@ def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) ->
     runs = {name: curves for name, curves in runs.items() if all(map(len, curves))}
     if not runs:
         raise UserError(f"no run with held-out scores by the judge in {', '.join(folders)}.")
-    header = ["run", "final KL", "final proxy", "final judge", "best judge", "at KL"]
+    header = ["run", "final KL", "final proxy", "final judge"]
     print(f"| {' | '.join([*header, *(f'judge at KL {kl:g}' for kl in kls)])} |")
     print("|---" * (len(header) + len(kls)) + "|")
     for name, curves in runs.items():
-        best = [max(points, key=lambda p: p["judge"]) for points in curves]
         cells = [spread([points[-1][key] for points in curves]) for key in ("kl", "proxy", "judge")]
-        cells += [spread([p["judge"] for p in best]), spread([p["kl"] for p in best])]
         cells += [spread([at_kl(points, kl, "judge") for points in curves]) for kl in kls]
         print(f"| {name} | {' | '.join(cells)} |")
     with (Path(folders[0]) / "curves.csv").open("w", newline="") as file:

@@ -128,7 +128,7 @@ class Progress:
             self.shown = now
 
 
-def _readable(path: Path) -> list[dict]:
+def readable_rows(path: Path) -> list[dict]:
     """The rows of a metrics file, up to one that a crash cut short."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -154,7 +154,7 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step and self.path.exists():  # a resumed run forgets what was logged beyond its checkpoint
-            kept = [row for row in _readable(self.path) if row.get("step", 0) <= start_step]
+            kept = [row for row in readable_rows(self.path) if row.get("step", 0) <= start_step]
         self.file = self.path.open("w", encoding="utf-8", buffering=1)
         hardware = (
             torch.cuda.get_device_name(device)
