@@ -43,7 +43,7 @@ from nanoalign.data import BatchOrder, micro_batches, prompt_examples, read_rows
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
 from nanoalign.model import ScalarGPT, ScalarHead
-from nanoalign.rewards import make_reward, measure
+from nanoalign.rewards import make_reward, measure, reward_files
 from nanoalign.training import (
     CleanStop,
     Stopwatch,
@@ -80,7 +80,7 @@ class Config:
     reference: str = ""  # the checkpoint that KL is measured to; empty: --init
     reward: str = "out/demo/rm.pt"  # what to maximise: an expression of nanoalign/rewards.py
     watch: str = "judge"  # other rewards to report on held-out samples: "judge, out/demo/rm.pt"; "" for none
-    critic: str = ""  # the checkpoint the critic starts from; empty: --reward if it is a file, else --init
+    critic: str = ""  # the checkpoint the critic starts from; empty: the first one in --reward, else --init
     shared_critic: bool = False  # no critic model, but a value head on the policy's trunk
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     eval_data: str = ""  # held-out prompts; empty: every twentieth
@@ -134,14 +134,14 @@ def gae(
     """Rewards and values (B, T) → advantages, returns (B, T), 0 outside mask (Schulman et al. 2016, eq. 16).
 
     The mask of a row is one run of positions; after its last one the value is 0. The sum over l is a product
-    with the matrix W[s, t] = (γλ)^(s−t), s ≥ t.
+    with the matrix W[s, t] = (γλ)^(s−t), s ≥ t, in float64 where the device has it.
     """
-    T = mask.shape[1]
+    T, precise = mask.shape[1], torch.float32 if mask.device.type == "mps" else torch.float64
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     following = F.pad(values[:, 1:], (0, 1))  # V_{t+1}
-    delta = (rewards + gamma * following - values).masked_fill(~mask, 0).double()
+    delta = (rewards + gamma * following - values).masked_fill(~mask, 0).to(precise)
     distance = torch.arange(T, device=mask.device)[:, None] - torch.arange(T, device=mask.device)
-    weight = torch.where(distance >= 0, (gamma * lam) ** distance.clamp(min=0).double(), 0.0)
+    weight = torch.where(distance >= 0, (gamma * lam) ** distance.clamp(min=0).to(precise), 0.0)
     advantages = (delta @ weight).to(values.dtype).masked_fill(~mask, 0)
     return advantages, advantages + values
 
@@ -217,7 +217,7 @@ def load_critic(config: Config, policy, tokenizer, device) -> nn.Module:
     if config.shared_critic:
         critic = head = ScalarHead(policy.config.width).to(device)
     else:
-        path = config.critic or (config.reward if Path(config.reward).is_file() else config.init)
+        path = config.critic or (reward_files(config.reward) or [config.init])[0]
         if load(path)["stage"] == "rm":
             critic, own, _ = load_scalar(path, device)
         else:
@@ -291,9 +291,9 @@ def check_start(stats: Tensor, kl: Tensor, step: int, config: Config, device) ->
     approxkl, _, _, ratio, _, ratio_error, *_ = stats.tolist()
     same = step == 0 and not config.reference
     distance = kl.abs().max().item() if same else 0.0
+    moment, off = "step-0 check" if step == 0 else "first minibatch", f"off 1 by at most {ratio_error:.1e}"
     print(
-        f"step-0 check: ratio {ratio:.6f}, off 1 by at most {ratio_error:.1e}, approxkl {approxkl:.1e}"
-        + (f", sequence KL at most {distance:.1e}" if same else "")
+        f"{moment}: ratio {ratio:.6f}, {off}, approxkl {approxkl:.1e}" + same * f", KL at most {distance:.1e}"
     )
     # the mean over tokens, because in bf16 a single one may differ by a few per cent between batch shapes
     tolerance = 1e-3 if device.type == "cuda" else 1e-6
@@ -348,7 +348,8 @@ def main(config: Config) -> None:
         for model in (policy, ref, getattr(critic, "gpt", None)):
             model and compile_hidden(model)
     order = BatchOrder([len(ids) for ids in prompts], config.batch_size, config.seed, pool=1)
-    data = fingerprint(policy.embed.weight, ref.embed.weight, *critic.state_dict().values(), *prompts)
+    files = [Path(path).read_bytes() for path in reward_files(config.reward)]
+    data = fingerprint(policy.embed.weight, ref.embed.weight, *critic.state_dict().values(), *prompts, *files)
     state = resume(config, policy, optimizer, stage="ppo", data=data)
     first_step, beta, history = state["step"], state.get("beta", config.beta), state.get("history", [])
     if "critic" in state:

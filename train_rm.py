@@ -12,8 +12,8 @@ each response goes through the model once, and a prompt counts once however many
     python train_rm.py --data hh.jsonl --init out/sft.pt --out out/rm.pt --lr 1e-5
     python train_rm.py --score rows.jsonl                           # score responses → rows.scored.jsonl
 
-After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the training responses;
-both numbers stay in the checkpoint ("normalisation"), since probabilities need the scale that was trained.
+After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the first 2,000 training
+responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
 A healthy run: held-out accuracy starts near one half and ends near the ceiling (the labels are noisy: nobody
 can exceed it). One epoch; more over-fits. The probe says what else the model likes: see docs/results.md.
@@ -161,7 +161,9 @@ def accuracy(differences: np.ndarray, prompts: np.ndarray) -> tuple[float, float
     """
     hits = 0.5 * (1 + np.sign(differences))
     residuals = np.bincount(prompts, hits - hits.mean())
-    correction = len(residuals) / max(1, len(residuals) - 1)
+    if len(residuals) < 2:
+        return float(hits.mean()), math.nan
+    correction = len(residuals) / (len(residuals) - 1)
     return float(hits.mean()), math.sqrt((residuals**2).sum() * correction) / len(hits)
 
 
@@ -208,7 +210,7 @@ def evaluate(model, prompts: list[Prompt], tokenizer, device, autocast) -> tuple
     for start in range(0, len(prompts), 64):
         with autocast:
             chosen, rejected, _ = pair_scores(model, prompts[start : start + 64], tokenizer, device)
-        differences.append((chosen - rejected).double().cpu())
+        differences.append((chosen - rejected).cpu().double())
     differences = torch.cat(differences)
     number = np.repeat(np.arange(len(prompts)), [len(prompt.rows) for prompt in prompts])
     right, error = accuracy(differences.numpy(), number)

@@ -3,8 +3,8 @@
     python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt --out out/demo/hacking
     python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
 
-`best-of-n` draws N responses a prompt and writes, for every n ≤ N, what the best of n by the reward scores,
-by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's
+`best-of-n` draws N responses a prompt and writes, for n = 1, 2, 3, 4, 6, … ≤ N, what the best of n by the
+reward scores, by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's
 metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables
 in markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
 forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − β log d) for RL; failure modes by KL.
@@ -132,7 +132,7 @@ def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) ->
             runs.setdefault(path.name.removesuffix(".metrics.jsonl"), []).append(curve(path))
         if (path := Path(folder) / "best-of-n.jsonl").exists():
             runs.setdefault("best-of-n", []).append(curve(path))
-    runs = {name: curves for name, curves in runs.items() if all(map(len, curves))}
+    runs = {name: kept for name, curves in runs.items() if (kept := list(filter(None, curves)))}
     if not runs:
         raise UserError(f"no run with held-out scores by the judge in {', '.join(folders)}.")
     header = ["run", "final KL", "final proxy", "final judge"]

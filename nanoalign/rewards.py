@@ -79,7 +79,10 @@ def _ensemble(kind: str, pattern: str, tokenizer: Tokenizer, device) -> Reward:
 def _judge(tokenizer: Tokenizer) -> Reward:
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
         if any("kind" not in row["meta"] for row in rows):
-            raise UserError("the world's judge knows the world's prompts only: these rows have no meta.")
+            raise UserError(
+                "the world's judge knows the world's prompts only, and these rows have no meta; leave it out "
+                '(for PPO: --watch "").'
+            )
         texts, ended = map(tokenizer.decode_response, rollout.responses()), rollout.ended.tolist()
         utilities = [judge(row, text, end).utility for row, text, end in zip(rows, texts, ended)]
         return torch.tensor(utilities, device=rollout.ids.device)
@@ -93,11 +96,17 @@ def final_answer(text: str) -> float | None:
     return float(re.sub(r"[$,]", "", found[-1])) if found else None
 
 
+def _number(answer) -> float | None:
+    """The right answer as a row states it: a number, "5", or a worked solution that ends in "#### 5"."""
+    if isinstance(answer, str):
+        return final_answer(answer if "###" in answer or "Answer:" in answer else f"#### {answer}")
+    return float(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else None
+
+
 def _answer(tokenizer: Tokenizer) -> Reward:
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        gold = [row["meta"].get("answer") for row in rows]
-        gold = [final_answer(a) if isinstance(a, str) else a for a in gold]
-        if any(a is None for a in gold):
+        gold = [_number(row["meta"].get("answer")) for row in rows]
+        if None in gold:
             raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
         given = [final_answer(tokenizer.decode_response(r)) for r in rollout.responses()]
         return torch.tensor([float(a == g) for a, g in zip(gold, given)], device=rollout.ids.device)
@@ -123,6 +132,12 @@ def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
         f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:… or "
         "mean-1std:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
     )
+
+
+def reward_files(expression: str) -> list[str]:
+    """The checkpoints that a reward expression reads."""
+    names = re.findall(r"[^\s:,]+\.pt\b", expression)
+    return [path for name in names for path in sorted(glob.glob(re.sub(r"^-?[\d.]+\*", "", name)))]
 
 
 def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:

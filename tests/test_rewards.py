@@ -7,7 +7,7 @@ from nanoalign import UserError
 from nanoalign.checkpoint import save
 from nanoalign.generate import Rollout
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
-from nanoalign.rewards import final_answer, make_reward, measure, response_scores
+from nanoalign.rewards import final_answer, make_reward, measure, response_scores, reward_files
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.world.judge import judge
 from train_rm import Config
@@ -60,6 +60,15 @@ def test_a_reward_model_and_ensembles_of_them(members):
     torch.testing.assert_close(score(f"min:{two}"), each[[0, 2]].min(0).values)
 
 
+def test_the_files_of_an_expression_are_found(members):
+    folder, _ = members
+    assert reward_files(f"{folder}/rm.2.pt - 0.02*length") == [f"{folder}/rm.2.pt"]
+    assert reward_files(f"judge + 0.5*{folder}/rm.3.pt") == [f"{folder}/rm.3.pt"]
+    assert reward_files(f"min:{folder}/rm.[12].pt") == [f"{folder}/rm.{k}.pt" for k in (1, 2)]
+    assert reward_files(f"mean:{folder}/rm.1.pt,{folder}/rm.2.pt") == [f"{folder}/rm.{k}.pt" for k in (1, 2)]
+    assert reward_files("judge - 0.1*length") == []
+
+
 def test_the_judge_is_the_worlds_own():
     said = rollout(SAID, ended=(True, True, False))
     expected = [judge(ROWS[0], text, end).utility for text, end in zip(SAID, (True, True, False))]
@@ -96,11 +105,12 @@ def test_final_answers_are_read_as_people_write_them(text, number):
 
 def test_the_answer_reward_is_1_for_the_right_number_only():
     said = rollout(["3 + 4 = 7\nAnswer: 7", "Answer: 8", "It is 7"])
-    for gold in (7, "3 + 4 = 7\n#### 7"):
+    for gold in (7, "7", "3 + 4 = 7\n#### 7"):
         rows = [{**ROWS[0], "meta": {"answer": gold}}] * 3
         assert score("answer", said, rows).tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(UserError, match="final answer"):
-        score("answer", said)
+    for unknown in ({}, {"answer": [7]}, {"answer": True}, {"answer": "seven"}):
+        with pytest.raises(UserError, match="final answer"):
+            score("answer", said, [{**ROWS[0], "meta": unknown}] * 3)
 
 
 @pytest.mark.parametrize(

@@ -207,29 +207,47 @@ def test_a_response_without_an_end_token_gets_the_missing_eos_score(job, capsys)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_ppo_with_a_value_head_on_its_own_trunk_and_kl_in_the_loss(kind, job):
-    script, config = job("ppo", steps=2, shared_critic=True, kl_loss=kind, whiten_rewards=True)
+def test_kl_in_the_loss_is_weighed_by_beta_and_leaves_the_reward_alone(kind, job, pulled):
+    def first_update(**changes):
+        once = {"steps": 1, "epochs": 1, "minibatch": 8, "init": pulled.out, "reference": pulled.init}
+        script, config = job("ppo", **once, shared_critic=True, kl_target=0.0, **changes)
+        script.main(config)
+        row = next(row for row in rows(config.out) if "policy_loss" in row)
+        return row["loss"] - row["policy_loss"] - 0.1 * row["value_loss"], row
+
+    (one, a), (three, b) = (first_update(kl_loss=kind, beta=beta) for beta in (1.0, 3.0))
+    assert abs(one) > 1e-4 and three == pytest.approx(3 * one, rel=1e-3, abs=1e-5)
+    assert a["value_loss"] == b["value_loss"]  # the returns know nothing of β …
+    (nothing, c), (_, d) = (first_update(beta=beta) for beta in (1.0, 3.0))
+    assert (
+        nothing == pytest.approx(0, abs=1e-5) and c["value_loss"] != d["value_loss"]
+    )  # … unless it is there
+    assert first_update(kl_loss=kind, whiten_rewards=True)[1]["value_loss"] != a["value_loss"]
+
+
+@pytest.fixture(scope="module")
+def pulled(job):
+    """A policy that PPO has pulled away from its reference, as the Config of its run."""
+    script, config = job("ppo", steps=6, lr=1e-3)
     script.main(config)
-    assert load(config.out)["stage"] == "ppo" and len(load(config.out)["history"]) == 2
+    return config
 
 
-def test_ppo_goes_on_from_another_policy_with_the_old_reference(job, sft):
-    script, first = job("ppo", steps=6, lr=1e-3)
-    script.main(first)
-    script, second = job("ppo", steps=1, init=first.out, reference=sft)
+def test_ppo_goes_on_from_another_policy_with_the_old_reference(job, pulled):
+    script, second = job("ppo", steps=1, init=pulled.out, reference=pulled.init)
     script.main(second)
     start = next(row for row in rows(second.out) if "eval_kl" in row)
-    end = [row for row in rows(first.out) if "eval_kl" in row][-1]
+    end = [row for row in rows(pulled.out) if "eval_kl" in row][-1]
     assert start["eval_kl"] == pytest.approx(end["eval_kl"], abs=1e-4) != 0
 
 
-def test_an_ensembles_members_differ_in_head_and_order(job, tmp_path):
+def test_an_ensembles_members_have_seeds_of_their_own(job):
     script, config = job("rm", ensemble=2)
     script.main(config)
     assert not Path(config.out).exists()
-    first, second = (load(config.out.replace(".pt", f".{k}.pt"))["model"] for k in (1, 2))
-    assert not torch.allclose(first["score.weight"], second["score.weight"])
-    assert not torch.equal(first["gpt.embed.weight"], second["gpt.embed.weight"])
+    first, second = (load(config.out.replace(".pt", f".{k}.pt")) for k in (1, 2))
+    assert (first["config"]["seed"], second["config"]["seed"]) == (1000, 2000)  # of head and data order
+    assert not torch.allclose(first["model"]["score.weight"], second["model"]["score.weight"])
 
 
 def test_a_reward_model_scores_a_file_of_responses(rm, tmp_path, monkeypatch, capsys):
@@ -332,6 +350,21 @@ def test_resuming_with_other_flags_or_data_is_an_error_that_names_the_change(
         script.main(replace(config, resume=True))
 
 
+def test_ppo_does_not_resume_against_a_retrained_reward(job, rm, monkeypatch, tmp_path):
+    reward = tmp_path / "rm.pt"
+    reward.write_bytes(Path(rm).read_bytes())
+    script, config = job("ppo", reward=f"{reward} - 0.01*length", resume=True, shared_critic=True)
+    with monkeypatch.context() as patch:
+        interrupt(script, patch, 1, terminate)
+        with pytest.raises(SystemExit):
+            script.main(config)
+    model, tokenizer, _ = load_scalar(rm)
+    torch.nn.init.zeros_(model.score.weight)
+    save(reward, model, stage="rm", tokenizer=tokenizer, config=train_rm.Config(), step=1)
+    with pytest.raises(UserError, match="the data or the starting checkpoint changed"):
+        script.main(config)
+
+
 def test_resuming_a_finished_run_does_nothing(job, capsys):
     script, config = job("sft", epochs=1, resume=True)
     script.main(config)
@@ -429,6 +462,8 @@ MISTAKES = [  # script, flags, what the sentence names
     (train_ppo, PPO + "--temperature 0", ["--temperature"]),
     (train_ppo, PPO + "--minibatch 0", ["--minibatch"]),
     (train_ppo, PPO + "--gamma 2", ["--gamma"]),
+    (train_ppo, PPO + "--kl-target 2 --kl-horizon 0", ["--kl-horizon"]),
+    (train_ppo, PPO + "--kl-target 2 --beta 0", ["--beta"]),
     (train_ppo, PPO + "--critic {none}", ["none", "checkpoint"]),
     (collect, COLLECT + "--policy {base}", ["'base'", "'sft'"]),
     (collect, COLLECT + "--annotator nobody", ["nobody", "world"]),
