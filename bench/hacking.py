@@ -4,9 +4,9 @@
     python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
 
 `best-of-n` draws N responses a prompt and writes, for n = 1, 2, 3, 4, 6, … ≤ N, what the best of n by the
-reward scores, by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads each run's
-metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables
-in markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
+reward scores, by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads every
+metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables in
+markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
 forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − β log d) for RL; failure modes by KL.
 """
 
