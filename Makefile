@@ -14,6 +14,7 @@ seeds = $(shell seq 0 $$(($(SEEDS) - 1)))
 export PYTHONUNBUFFERED := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
+.PRECIOUS: $(OUT)/rm.%.pt $(LAB)/%.pt
 
 .PHONY: help
 help:  ## list the targets
@@ -138,7 +139,7 @@ $(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt $(OUT)/rm.2.pt train_ppo.py
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
 	$(PY) bench/hacking.py best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(WORLD)/prompts_held_out.jsonl \
-	  --out $(LAB) $(FLAGS)
+	  --out $@ $(FLAGS)
 
 LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
 $(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl

@@ -1,6 +1,6 @@
 """The reward-hacking laboratory's report: what happened to proxy, judge and KL in a folder of PPO runs.
 
-    python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt --out out/demo/hacking
+    python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt
     python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
 
 `best-of-n` draws N responses a prompt and writes, for n = 1, 2, 3, 4, 6, … ≤ N, what the best of n by the
@@ -23,7 +23,7 @@ import numpy as np
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import prompt_examples, read_rows
+from nanoalign.data import prompt_examples, read_rows, write_rows
 from nanoalign.generate import rollouts
 from nanoalign.rewards import make_reward
 from nanoalign.training import setup
@@ -34,7 +34,7 @@ class Config:
     policy: str = "out/demo/sft.pt"  # the checkpoint to draw from
     reward: str = "out/demo/rm.pt"  # the proxy: an expression of nanoalign/rewards.py
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
-    out: str = "out/demo/hacking"  # folder for best-of-n.jsonl
+    out: str = "out/demo/hacking/best-of-n.jsonl"  # the curve: a row for each n
     samples: int = 64  # N, responses per prompt
     limit: int = 1000  # prompts
     max_new_tokens: int = 48  # length limit of a response
@@ -74,16 +74,14 @@ def draw(config: Config) -> None:
             for k, reward in enumerate(rewards):
                 scores[k, indices] = reward(batch, rollout).cpu().numpy()
     proxy, judged = scores.reshape(2, len(rows), N)
-    path = Path(config.out) / "best-of-n.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
-            if n <= N:
-                row = {"n": n, "eval_kl": math.log(n) - (n - 1) / n}  # a bound (Beirami et al. 2024)
-                row["eval_score"] = float(best_of_n(proxy, proxy, n).mean())
-                row["eval_judge"] = float(best_of_n(proxy, judged, n).mean())
-                file.write(json.dumps(row) + "\n")
-    print(f"best-of-n: {len(rows)} prompts × {N} samples → {path}")
+    curve = []
+    for n in (n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= N):
+        row = {"n": n, "eval_kl": math.log(n) - (n - 1) / n}  # a bound (Beirami et al. 2024)
+        row["eval_score"] = float(best_of_n(proxy, proxy, n).mean())
+        row["eval_judge"] = float(best_of_n(proxy, judged, n).mean())
+        curve.append(row)
+    write_rows(config.out, curve)
+    print(f"best-of-n: {len(rows)} prompts × {N} samples → {config.out}")
 
 
 # ----------------------------------------------------------------------------------------------- report
