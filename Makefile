@@ -14,7 +14,7 @@ seeds = $(shell seq 0 $$(($(SEEDS) - 1)))
 export PYTHONUNBUFFERED := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PRECIOUS: $(OUT)/rm.%.pt $(LAB)/%.pt
+.PRECIOUS: $(OUT)/rm.%.pt
 
 .PHONY: help
 help:  ## list the targets
