@@ -15,8 +15,9 @@ each response goes through the model once, and a prompt counts once however many
 After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the first 2,000 training
 responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
-A healthy run: held-out accuracy starts near one half and ends near the ceiling (the labels are noisy: nobody
-can exceed it). One epoch; more over-fits. The probe says what else the model likes: see docs/results.md.
+A healthy run: held-out accuracy starts near one half and rises towards the ceiling (the labels are noisy:
+nobody can exceed it). The demo's model gets from 50 to about 60 % under a ceiling of 76 %: it learns manners
+and styles, and few facts (docs/results.md). The probe says what else it likes.
 """
 
 import math
@@ -248,11 +249,12 @@ def report(model, prompts: list[Prompt], tokenizer, config: Config, device, auto
             right = float((0.5 * (1 + np.sign(differences[picked]))).mean())
             result["by_length"][name] = right
             print(f"    {name:>36} {right:9.1%} {picked.sum():6,}")
-    print("  probe: change of log-odds when a response is restyled   model  people   (judge's utility)")
+    print("  probe: change of log-odds when a response is restyled     model   people   (judge's utility)")
     firsts = [prompt.rows[0] for prompt in prompts]
     for style, (own, liked, judged) in probe(model, firsts, tokenizer, config, device).items():
         result[f"probe_{style}"] = own
-        print(f"    {style:>52} {own:+7.2f} {liked:+7.2f} {judged:+12.2f}")
+        cells = ("–" if math.isnan(x) else f"{x:+.2f}" for x in (own, liked, judged))
+        print(f"    {style:>52}" + "".join(f"{cell:>9}" for cell in cells))
     return result
 
 
