@@ -235,6 +235,11 @@ def report(model, prompts: list[Prompt], tokenizer, config: Config, device, auto
             f"  ceiling  {result['ceiling']:.1%} (no model can exceed it on labels this noisy; exact)\n"
             f"  expected {result['expected_accuracy']:.1%} over the labels that these people could have given"
         )
+        kinds = np.array([row["meta"].get("kind", "") for row in rows])
+        print("  by family:" + " " * 30 + "accuracy ceiling  pairs")
+        for kind in sorted(set(kinds)):
+            right, best = differences[kinds == kind] > 0, p[kinds == kind]
+            print(f"    {kind:>36} {right.mean():8.1%} {ceiling(best):7.1%} {len(best):6,}")
     result["ece"], table = calibration(differences)
     print(f"  calibration: ECE {result['ece']:.3f}\n    {'confidence':>10} {'accuracy':>9} {'pairs':>6}")
     for count, sure, right in table:
