@@ -12,7 +12,7 @@ reward model with its head set to zero. V_t is what the critic expects before to
 
     python train_ppo.py                                                   # the built-in world
     python train_ppo.py --reward judge --out out/demo/ppo-judge.pt         # without a proxy in between
-    python train_ppo.py --reward "out/demo/rm.pt - 0.02*length" --kl-target 4
+    python train_ppo.py --reward "out/demo/rm.pt - 0.02*length" --kl-target 2 --kl-horizon 500
     python train_ppo.py --init out/sft.pt --reward out/rm.pt --prompts hh.jsonl --watch "" --lr 1e-6
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), KL rising from 0 to where β holds it
