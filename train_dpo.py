@@ -152,8 +152,6 @@ def evaluate(policy, ref, examples, prompts, tokenizer, config: Config, device, 
 def main(config: Config) -> None:
     if config.loss not in ("dpo", "cdpo"):
         raise UserError(f"--loss {config.loss} is unknown; choose dpo or cdpo.")
-    if not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {config.label_smoothing}.")
     if already_finished(config):
         return
     device, autocast = setup(config)

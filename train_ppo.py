@@ -34,7 +34,6 @@ from nanoalign.checkpoint import (
     finish,
     load,
     load_policy,
-    load_reference,
     load_scalar,
     resume,
     save_partial,
@@ -51,6 +50,7 @@ from nanoalign.training import (
     compile_hidden,
     fingerprint,
     learning_rate,
+    load_reference,
     make_optimizer,
     optimizer_step,
     setup,
@@ -248,7 +248,7 @@ def forward(policy, critic: nn.Module, ids: Tensor, mask: Tensor, temperature: f
 # ---------------------------------------------------------------------------------------- a look at a run
 
 
-def sicknesses(row: dict, step: int, config: Config) -> dict[str, str]:
+def sicknesses(row: dict, step: int) -> dict[str, str]:
     """The metrics of an iteration → {each known sickness they show: what it means, and where to look}."""
     signs = {
         "KL is negative beyond noise": row["kl"] < -3 * row["kl_error"] - 1e-3,
@@ -448,7 +448,7 @@ def main(config: Config) -> None:
             **update, grad_norm=grad_norm, lr=lr,
             generation_s=generation_s, scoring_s=scoring_s, update_s=update_s,
         )  # fmt: skip
-        for name, meaning in sicknesses(row, step, config).items():
+        for name, meaning in sicknesses(row, step).items():
             if name not in warned:
                 print(f"  warning: {name}: {meaning}.")
                 warned.add(name)

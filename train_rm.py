@@ -381,8 +381,6 @@ def normalise(model: ScalarGPT, responses: list[Example], tokenizer, device, aut
 def main(config: Config) -> None:
     if config.ensemble < 1:
         raise UserError("--ensemble must be at least 1.")
-    if not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {config.label_smoothing}.")
     if config.score:
         score_file(config)
     elif config.ensemble == 1:

@@ -4,7 +4,6 @@ A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which al
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
-import copy
 import dataclasses
 import random
 from pathlib import Path
@@ -95,19 +94,6 @@ def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, 
 def load_scalar(path, device="cpu", stages: tuple[str, ...] = ("rm",)) -> tuple[ScalarGPT, Tokenizer, dict]:
     """A reward model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
     return _load_model(ScalarGPT, path, device, stages, "a reward model")
-
-
-def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
-    """The frozen model that KL is measured to: a copy of the policy, or one of its kind from `path`."""
-    if not path:
-        return copy.deepcopy(policy).eval().requires_grad_(False)
-    ref, own, _ = load_policy(path, device)
-    if own.name != tokenizer.name or ref.config != policy.config:
-        raise UserError(
-            f"the reference {path} has another tokenizer or shape than the policy; it must be a model of the "
-            "policy's own kind, such as the SFT checkpoint it comes from."
-        )
-    return ref.eval().requires_grad_(False)
 
 
 def random_state() -> dict:

@@ -263,12 +263,12 @@ def split_rows(rows: list, eval_path: str, kind: str, skip_bad_rows: bool = Fals
     twentieth prompt, so that no prompt is on both sides."""
     if eval_path:
         return rows, read_rows(eval_path, kind, skip_bad_rows)
-    number = {}
-    for row in rows:
-        number.setdefault(prompt_key(row), len(number))
+    keys, number = [prompt_key(row) for row in rows], {}
+    for key in keys:
+        number.setdefault(key, len(number))
     if len(number) < 2:
         raise UserError("a single prompt cannot be split; name held-out rows with --eval-data.")
-    held_out = [number[prompt_key(row)] % 20 == 1 for row in rows]
+    held_out = [number[key] % 20 == 1 for key in keys]
     return [r for r, out in zip(rows, held_out) if not out], [r for r, out in zip(rows, held_out) if out]
 
 

@@ -1,5 +1,6 @@
 """What every training script does alike: device, seed, optimiser, schedule, one step, a clean stop."""
 
+import copy
 import hashlib
 import math
 import random
@@ -14,8 +15,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError
-from nanoalign.checkpoint import partial_path
+from nanoalign.checkpoint import load_policy, partial_path
 from nanoalign.logprobs import compile_or_eager
+from nanoalign.model import GPT
+from nanoalign.tokenizer import Tokenizer
 
 
 def setup(config) -> tuple[torch.device, torch.autocast]:
@@ -37,6 +40,8 @@ def check(config) -> None:
         raise UserError(f"--out {config.out!r} is not a file name.")
     if getattr(config, "epochs", 1) <= 0:
         raise UserError("--epochs must be positive.")
+    if not 0 <= (smoothing := getattr(config, "label_smoothing", 0.0)) < 0.5:
+        raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {smoothing}.")
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -96,6 +101,19 @@ def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float
 def freeze(model: nn.Module) -> nn.Module:
     """A reference model: eval mode, no gradients."""
     return model.eval().requires_grad_(False)
+
+
+def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
+    """The frozen model that KL is measured to: a copy of the policy, or one of its kind from `path`."""
+    if not path:
+        return freeze(copy.deepcopy(policy))
+    ref, own, _ = load_policy(path, device)
+    if own.name != tokenizer.name or ref.config != policy.config:
+        raise UserError(
+            f"the reference {path} has another tokenizer or shape than the policy; it must be a model of the "
+            "policy's own kind, such as the SFT checkpoint it comes from."
+        )
+    return freeze(ref)
 
 
 def fingerprint(*parts) -> str:

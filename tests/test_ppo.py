@@ -11,7 +11,6 @@ from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT, ScalarHead
 from train_ppo import (
-    Config,
     adapt_beta,
     explained_variance,
     forward,
@@ -311,11 +310,11 @@ WELL = {
     ],
 )
 def test_each_known_sickness_has_its_own_warning(symptom, named):
-    assert not sicknesses(WELL, 20, Config())
-    [found] = sicknesses({**WELL, **symptom}, 20, Config())
+    assert not sicknesses(WELL, 20)
+    [found] = sicknesses({**WELL, **symptom}, 20)
     assert named in found
 
 
 def test_noise_is_no_sickness():
-    assert not sicknesses({**WELL, "kl": -0.2}, 20, Config())  # two standard errors below 0
-    assert not sicknesses({**WELL, "explained_variance": -0.5}, 3, Config())  # the critic starts at 0
+    assert not sicknesses({**WELL, "kl": -0.2}, 20)  # two standard errors below 0
+    assert not sicknesses({**WELL, "explained_variance": -0.5}, 3)  # the critic starts at 0
