@@ -18,9 +18,9 @@ from itertools import combinations
 from pathlib import Path
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import load_policy
-from nanoalign.data import read_rows, write_rows
+from nanoalign.checkpoint import CHAT, load_policy
 from nanoalign.generate import respond
+from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
 from nanoalign.world.people import agreement, ceiling, impression, people
 
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
     if config.samples < 2 or config.crowd < 2:
         raise UserError("comparing needs --samples of at least 2 and a --crowd of at least 2.")
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.policy, device, stages=("sft", "dpo", "ppo"))
+    policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     if any("kind" not in row["meta"] for row in prompts):
         raise UserError(

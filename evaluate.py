@@ -21,10 +21,10 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
-from nanoalign.data import read_rows
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import make_reward
+from nanoalign.rows import read_rows
 from nanoalign.training import setup
 from nanoalign.world.judge import judge
 

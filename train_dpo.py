@@ -3,16 +3,24 @@
     h = (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x))      token sums
     dpo    L = −log σ(βh)                          (Rafailov et al. 2023, eq. 7)
     cdpo   L = −(1−ε) log σ(βh) − ε log σ(−βh)     labels flip with probability ε (Mitchell 2023)
+    robust L = (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε)       the same, unbiased (Chowdhury et al. 2024)
+    ipo    L = (h̄ − 1/(2β))²                       h̄ of per-token means (Azar et al. 2023, eq. 17)
+    simpo  L = −log σ(β (m_w − m_l) − γ)           m the mean log-prob; no reference (Meng et al. 2024, eq. 6)
 
-The implicit reward of a response is β (log π − log π_ref); the optimum is π ∝ π_ref exp(r/β) for the reward
-r that explains the preferences best.
+The implicit reward of a response is β (log π − log π_ref); the optimum of dpo is π ∝ π_ref exp(r/β) for the
+reward r that explains the preferences best. With --sft-weight α, −α m_w is added (RPO: Pang et al. 2024).
 
     python train_dpo.py                                             # the built-in world
+    python train_dpo.py --loss simpo --gamma 0.5 --out out/demo/simpo.pt
+    python train_dpo.py --online out/demo/rm.pt --out out/demo/online.pt        # pairs from the policy itself
     python train_dpo.py --data hh.jsonl --init out/sft.pt --out out/dpo.pt --lr 1e-5
 
-A healthy run: the loss starts at ln 2 (checked), the accuracy rises above one half, the margin grows. The
-log-prob of the chosen responses usually *falls*, only less than that of the rejected: watch logp_chosen and
-logp_rejected.
+Deviations: IPO takes per-token means where its paper takes sums, so that a long response is not a strong
+one; its β is therefore per token. SimPO's γ is subtracted as it is: not the ratio γ/β that the paper tunes.
+
+A healthy run: dpo, cdpo and robust start at ln 2, ipo at 1/(4β²) (checked); the accuracy rises above one
+half, the margin grows. The log-prob of the chosen responses usually *falls*, only less than that of the
+rejected: watch logp_chosen and logp_rejected.
 """
 
 import copy
@@ -20,15 +28,26 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import finish, load_policy, resume, save_partial, write
-from nanoalign.data import BatchOrder, collate, micro_batches, pair_examples, read_rows, split_rows
-from nanoalign.generate import respond, sample_kl
-from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial, write
+from nanoalign.data import (
+    BatchOrder,
+    collate,
+    micro_batches,
+    pair_examples,
+    prompt_examples,
+    prompt_key,
+    split_rows,
+)
+from nanoalign.generate import respond, rollouts, sample_kl
+from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
+from nanoalign.rewards import make_reward, reward_files
+from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,
@@ -41,6 +60,7 @@ from nanoalign.training import (
     setup,
 )  # fmt: skip
 
+LOSSES = ("dpo", "cdpo", "robust", "ipo", "simpo")
 LOGGED = ("loss", "reward_chosen", "reward_rejected", "accuracy", "logp_chosen", "logp_rejected")
 
 
@@ -50,11 +70,17 @@ class Config:
     data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen and rejected, or HH transcripts
     eval_data: str = ""  # held-out pairs; empty: every twentieth prompt's
     out: str = "out/demo/dpo.pt"  # the checkpoint to write; metrics go beside it
-    loss: str = "dpo"  # dpo, or cdpo for labels that may be wrong
-    beta: float = 0.1  # β: how strongly the policy is held to the reference
-    label_smoothing: float = 0.1  # ε of cdpo: the share of labels thought to be flipped
+    loss: str = "dpo"  # dpo; cdpo or robust for labels that may be wrong; ipo; simpo
+    beta: float = 0.0  # β: how strongly the policy is held to the reference; 0: the papers' 0.1, for simpo 2
+    gamma: float = 1.0  # γ of simpo: the margin that is asked for
+    label_smoothing: float = 0.1  # ε of cdpo and robust: the share of labels thought to be flipped
+    sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
+    online: str = ""  # a reward (see nanoalign/rewards.py) that picks the better of two fresh samples; the
+    # data then gives prompts and held-out pairs only
+    online_every: int = 8  # steps between collections of fresh pairs
     cache_reference: str = ""  # a file for the reference's log-probs: computed once, read by later runs
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
+    max_new_tokens: int = 96  # length limit of a sampled response
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
@@ -88,11 +114,89 @@ def dpo_loss(
     return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
-def pair_logprobs(model, batch, tokenizer, device) -> tuple[Tensor, Tensor]:
-    """Pairs → summed response log-probs of the chosen and of the rejected, (B,) each, in one forward pass."""
+def robust_dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As dpo_loss, but its mean over labels flipped with probability ε is the loss of the clean labels.
+
+    Chowdhury et al. 2024, eq. 12.
+    """
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    clean, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+    return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Mean log-probs per response token (B,) → loss (B,), least at a margin of 1/(2β).
+
+    Azar et al. 2023, eq. 17.
+    """
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (h - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """Mean log-probs per response token (B,) → loss (B,) (Meng et al. 2024, eq. 6). γ is not divided by β."""
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def preference_loss(config, logps, ref_logps, tokens) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob sums of both sides (2, B), the reference's, their lengths → loss, implicit rewards (B,).
+
+    The losses differ in what they call a response's log-prob, and in the shape that they put on the margin.
+    """
+    if config.loss in ("ipo", "simpo"):
+        logps, ref_logps = logps / tokens, ref_logps / tokens
+    chosen, rejected, ref_chosen, ref_rejected = *logps, *ref_logps
+    if config.loss == "ipo":
+        loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+    elif config.loss == "simpo":
+        loss = simpo_loss(chosen, rejected, config.beta, config.gamma)
+    else:
+        kind = robust_dpo_loss if config.loss == "robust" else dpo_loss
+        epsilon = config.label_smoothing if config.loss in ("cdpo", "robust") else 0.0
+        loss = kind(chosen, rejected, ref_chosen, ref_rejected, config.beta, epsilon)
+    return loss, config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
+
+
+def pair_logprobs(model, batch, tokenizer, device) -> Tensor:
+    """Pairs → summed response log-probs of the chosen and of the rejected (2, B), in one forward pass."""
     ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)
     logp = token_logprobs(model, ids.to(device, non_blocking=True), mask)  # (2B, T)
-    return masked_sum(logp, mask).chunk(2)
+    return masked_sum(logp, mask).view(2, -1)
+
+
+def response_tokens(batch, device) -> Tensor:
+    """Pairs → the number of response tokens of the chosen and of the rejected (2, B)."""
+    counts = [[int(mask.sum()) for _, mask in side] for side in zip(*batch)]
+    return torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def online_pairs(policy, rows, prompts, reward, tokenizer, config: Config, device, seed: int) -> list:
+    """Prompts → pairs of the policy's own samples, two to each: the better one by the reward is chosen.
+
+    An unfinished response loses to a finished one; a tie makes no pair.
+    """
+    sampled = [None] * (2 * len(prompts))  # (example, score)
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    for indices, rollout in rollouts(policy, tokenizer, asked, config.max_new_tokens, seed):
+        score = reward([rows[i // 2] for i in indices], rollout)
+        score = torch.where(rollout.ended, score, -torch.inf).tolist()
+        ends = (last_scored(rollout.mask) + 1).tolist()
+        for i, ids, mask, end, s in zip(
+            indices, rollout.ids.cpu().numpy(), rollout.mask.cpu().numpy(), ends, score
+        ):
+            sampled[i] = (ids[:end], mask[:end]), s
+    both = zip(sampled[::2], sampled[1::2])
+    return [(a, b) if s > t else (b, a) for (a, s), (b, t) in both if s != t]
 
 
 @torch.no_grad()
@@ -123,7 +227,7 @@ def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocas
     for start in range(0, len(examples), config.batch_size):
         batch = examples[start : start + config.batch_size]
         with autocast:
-            logp.append(torch.stack(pair_logprobs(ref, batch, tokenizer, device), dim=1))
+            logp.append(pair_logprobs(ref, batch, tokenizer, device).T)
         progress.advance(len(batch))
     write(path, {"key": key, "logp": torch.cat(logp).cpu()})
     return torch.cat(logp)
@@ -131,39 +235,69 @@ def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocas
 
 @torch.no_grad()
 def evaluate(policy, ref, examples, prompts, tokenizer, config: Config, device, autocast) -> dict:
-    """Held-out loss and accuracy, and the KL to the reference on the policy's own samples."""
+    """Held-out loss and accuracy, and the KL to the reference (if any) on the policy's own samples."""
     losses, hits = [], []
     for start in range(0, len(examples), config.batch_size):
         batch = examples[start : start + config.batch_size]
         with autocast:
-            chosen, rejected = pair_logprobs(policy, batch, tokenizer, device)
-            ref_chosen, ref_rejected = pair_logprobs(ref, batch, tokenizer, device)
-        losses.append(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta))
-        hits.append((chosen - ref_chosen > rejected - ref_rejected).float())
-    with autocast:
-        kl = sample_kl(policy, ref, tokenizer, prompts, 96, config.seed)
-    return {
-        "eval_loss": torch.cat(losses).mean().item(),
-        "eval_accuracy": torch.cat(hits).mean().item(),
-        "eval_kl": kl.mean().item(),
-    }
+            logps = pair_logprobs(policy, batch, tokenizer, device)
+            ref_logps = pair_logprobs(ref, batch, tokenizer, device) if ref else torch.zeros_like(logps)
+        tokens = response_tokens(batch, device)
+        loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens)
+        losses.append(loss)
+        hits.append((reward_chosen > reward_rejected).float())
+    result = {"eval_loss": torch.cat(losses).mean().item(), "eval_accuracy": torch.cat(hits).mean().item()}
+    if ref:
+        with autocast:
+            kl = sample_kl(policy, ref, tokenizer, prompts, config.max_new_tokens, config.seed)
+        result["eval_kl"] = kl.mean().item()
+    return result
+
+
+def check_start(loss: float, config: Config, device) -> None:
+    """Policy and reference are the same model, so h = 0."""
+    due = 1 / (2 * config.beta) ** 2 if config.loss == "ipo" else math.log(2)
+    print(f"step-0 check: loss {loss:.6f}, {'1/(4β²)' if config.loss == 'ipo' else 'ln 2'} = {due:.6f}")
+    if not abs(loss - due) <= (1e-2 if device.type == "cuda" else 1e-4) * max(1, due):  # bf16 or fp32
+        raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
+
+
+def check_flags(config: Config) -> None:
+    if config.loss not in LOSSES:
+        raise UserError(f"--loss {config.loss} is unknown; choose from {', '.join(LOSSES)}.")
+    if config.cache_reference and (config.online or config.loss == "simpo"):
+        raise UserError("--cache-reference is for fixed pairs and a loss with a reference.")
+    if config.online_every < 1 or config.max_new_tokens < 1:
+        raise UserError("--online-every and --max-new-tokens must be at least 1.")
+    config.beta = config.beta or (2.0 if config.loss == "simpo" else 0.1)
 
 
 def main(config: Config) -> None:
-    if config.loss not in ("dpo", "cdpo"):
-        raise UserError(f"--loss {config.loss} is unknown; choose dpo or cdpo.")
+    check_flags(config)
     if already_finished(config):
         return
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo", "ppo"))
-    ref = freeze(copy.deepcopy(policy))
+    policy, tokenizer, _ = load_policy(config.init, device, CHAT)
+    ref = None if config.loss == "simpo" else freeze(copy.deepcopy(policy))
+    reward = make_reward(config.online, tokenizer, device) if config.online else None
 
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
-    examples, _ = pair_examples(rows, tokenizer, max_length)
     eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in eval_rows[:128]]
+    if reward:
+        rows = list({prompt_key(row): row for row in rows}.values())  # each prompt once
+        rows, asked = prompt_examples(rows, tokenizer, policy.config.context - config.max_new_tokens)
+        order = BatchOrder(
+            [len(ids) for ids in asked], config.batch_size * config.online_every, config.seed, pool=1
+        )
+        steps, material = order.steps_per_epoch * config.online_every, asked
+    else:
+        examples, _ = pair_examples(rows, tokenizer, max_length)
+        order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
+        steps, material = order.steps_per_epoch, [part for pair in examples for side in pair for part in side]
+    steps = max(1, round(config.epochs * steps))
     cached = None
     if config.cache_reference:
         cached = reference_logprobs(ref, examples, tokenizer, config, device, autocast)
@@ -171,45 +305,59 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     if config.compile:
         compile_hidden(policy)
-        compile_hidden(ref)
-    order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
-    steps = max(1, round(config.epochs * order.steps_per_epoch))
-    data = fingerprint(policy.embed.weight, *(part for pair in examples for side in pair for part in side))
-    first_step = resume(config, policy, optimizer, stage="dpo", data=data)["step"]
+        ref and compile_hidden(ref)
+    files = [Path(path).read_bytes() for path in reward_files(config.online)]
+    data = fingerprint(policy.embed.weight, *material, *files)
+    state = resume(config, policy, optimizer, stage="dpo", data=data)
+    first_step = state["step"]
+    if "fresh" in state:  # the pairs collected last, of which some steps are still to come
+        examples = [[(ids.numpy(), mask.numpy()) for ids, mask in pair] for pair in state["fresh"]]
     metrics = cli.Metrics(config, steps, device, first_step)
+    metrics.models("policy", *(["reference"] if ref else []), *reward_files(config.online))
     stop = CleanStop()
-    smoothing = config.label_smoothing if config.loss == "cdpo" else 0.0
 
     for step in range(first_step, steps):
-        indices = order[step]
+        if not reward:
+            indices = order[step]
+        else:
+            collection, turn = divmod(step, config.online_every)
+            if turn == 0:
+                picked = order[collection]
+                fresh = [rows[i] for i in picked], [asked[i] for i in picked]
+                with autocast:
+                    seed = config.seed + 10_000 * (collection + 1)
+                    examples = online_pairs(policy, *fresh, reward, tokenizer, config, device, seed)
+            indices = np.arange(len(examples))[turn :: config.online_every]
+            if not len(indices):
+                raise UserError(
+                    f"of {len(picked)} prompts only {len(examples)} gave two samples that the reward tells "
+                    "apart; raise --batch-size, or use another reward."
+                )
         pairs = len(indices)  # of the whole optimiser step
         sums = torch.zeros(len(LOGGED), device=device)
         for micro in micro_batches(indices, config.micro_batch):
             batch = [examples[i] for i in micro]
             with autocast:
-                chosen, rejected = pair_logprobs(policy, batch, tokenizer, device)
-                if cached is None:
+                logps = pair_logprobs(policy, batch, tokenizer, device)
+                if cached is not None:
+                    ref_logps = cached[torch.from_numpy(micro).to(device, non_blocking=True)].T
+                elif ref:
                     with torch.no_grad():
-                        ref_chosen, ref_rejected = pair_logprobs(ref, batch, tokenizer, device)
+                        ref_logps = pair_logprobs(ref, batch, tokenizer, device)
                 else:
-                    ref_chosen, ref_rejected = cached[
-                        torch.from_numpy(micro).to(device, non_blocking=True)
-                    ].unbind(dim=1)
-            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, smoothing)  # (B,)
+                    ref_logps = torch.zeros_like(logps)
+            tokens = response_tokens(batch, device)
+            loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens)  # (B,)
+            if config.sft_weight:
+                loss = loss - config.sft_weight * logps[0] / tokens[0]
             (loss.sum() / pairs).backward()
             with torch.no_grad():
-                reward_chosen = config.beta * (chosen - ref_chosen)
-                reward_rejected = config.beta * (rejected - ref_rejected)
                 right = (reward_chosen > reward_rejected).float()
-                values = (loss, reward_chosen, reward_rejected, right, chosen, rejected)
+                values = (loss, reward_chosen, reward_rejected, right, *logps)
                 sums += torch.stack([value.sum() for value in values])
             metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
-        if step == 0:  # policy and reference are the same model, so h = 0
-            print(f"step-0 check: loss {sums[0].item() / pairs:.6f}, ln 2 = {math.log(2):.6f}")
-            if abs(sums[0].item() / pairs - math.log(2)) > (
-                1e-2 if device.type == "cuda" else 1e-4
-            ):  # bf16 or fp32
-                raise UserError("the loss must start at ln 2: policy and reference disagree.")
+        if step == 0 and ref and not config.sft_weight:
+            check_start(sums[0].item() / pairs, config, device)
         lr = learning_rate(step, steps, config.lr, config.warmup)
         grad_norm = optimizer_step(policy, optimizer, lr, config.clip)
 
@@ -224,11 +372,17 @@ def main(config: Config) -> None:
             metrics.note(step=done, **result)
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
             with autocast:
-                texts = respond(policy, tokenizer, prompts[:4], 96, config.seed)[0]
+                texts = respond(policy, tokenizer, prompts[:4], config.max_new_tokens, config.seed)[0]
             for row, text in zip(eval_rows, texts):
                 print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}")
         if save_now:
-            save_partial(config, policy, optimizer, stage="dpo", tokenizer=tokenizer, step=done, data=data)
+            fresh = {}
+            if reward:
+                as_tensors = [[tuple(map(torch.tensor, side)) for side in pair] for pair in examples]
+                fresh["fresh"] = as_tensors
+            save_partial(
+                config, policy, optimizer, stage="dpo", tokenizer=tokenizer, step=done, data=data, **fresh
+            )
         if stopping:
             stop.leave(config, done)
     finish(config, policy, stage="dpo", tokenizer=tokenizer, step=steps)

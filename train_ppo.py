@@ -31,6 +31,7 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import (
+    CHAT,
     finish,
     load,
     load_policy,
@@ -38,11 +39,12 @@ from nanoalign.checkpoint import (
     resume,
     save_partial,
 )
-from nanoalign.data import BatchOrder, micro_batches, prompt_examples, read_rows, split_rows
+from nanoalign.data import BatchOrder, micro_batches, prompt_examples, split_rows, thin
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
 from nanoalign.model import ScalarGPT, ScalarHead
-from nanoalign.rewards import make_reward, measure, reward_files
+from nanoalign.rewards import reward_files
+from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
     Stopwatch,
@@ -55,8 +57,8 @@ from nanoalign.training import (
     optimizer_step,
     setup,
 )  # fmt: skip
+from nanoalign.watch import Watch, watched_rewards
 
-STAGES = ("sft", "dpo", "ppo")  # the checkpoints a policy can start from
 SHOWN = (
     "score",
     "kl",
@@ -197,18 +199,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
 
 
-MEANINGS = {
-    "KL is negative beyond noise": "sampled and scored log-probs disagree; look at the mask (does it run "
-    "past the end token?), at --top-k and --top-p, at the temperature",
-    "the ratio is off 1 at the first minibatch": "old and new log-probs come from different paths; look at "
-    "dtype, temperature and alignment",
-    "the end-token rate collapses": "the policy forgets to stop; look at --missing-eos-score (is it below "
-    "every real score?) and at what the reward thinks of long responses",
-    "explained variance is below 0": "the critic predicts worse than a constant; look at the scale of the "
-    "score, at --clip-value, --vf-coef and --epochs",
-    "all lengths are at the limit": "the reward pays for length; take 0.02*length off it, or raise --beta",
-}
-
 # ----------------------------------------------------------------------------------------------- models
 
 
@@ -243,31 +233,6 @@ def forward(policy, critic: nn.Module, ids: Tensor, mask: Tensor, temperature: f
     logp = token_logprobs(policy, ids, mask, temperature, entropy, hidden)
     values = critic(ids) if isinstance(critic, ScalarGPT) else critic(hidden)
     return logp, F.pad(values[:, :-1], (1, 0))  # V_t is read at position t − 1
-
-
-# ---------------------------------------------------------------------------------------- a look at a run
-
-
-def sicknesses(row: dict, step: int) -> dict[str, str]:
-    """The metrics of an iteration → {each known sickness they show: what it means, and where to look}."""
-    signs = {
-        "KL is negative beyond noise": row["kl"] < -3 * row["kl_error"] - 1e-3,
-        "the ratio is off 1 at the first minibatch": row["ratio_error"] > 0.03,
-        "the end-token rate collapses": row["ended"] < 0.5,
-        "explained variance is below 0": step >= 10 and row["explained_variance"] < 0,
-        "all lengths are at the limit": row["at_limit"] > 0.9,
-    }
-    return {name: MEANINGS[name] for name, ill in signs.items() if ill}
-
-
-def print_table(history: list[dict]) -> None:
-    """Every held-out evaluation of the run, a line each."""
-    print("\nheld out" + "".join(f"{name:>10}" for name in history[0]))
-    for row in history:
-        print(
-            f"{'':8}"
-            + "".join(f"{value:10.3f}" if name != "step" else f"{value:10}" for name, value in row.items())
-        )
 
 
 def update_stats(logp, old_logp, values, old_values, advantages, mask, pg_loss, vf_loss, loss, config):
@@ -324,19 +289,16 @@ def main(config: Config) -> None:
     if already_finished(config):
         return
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.init, device, STAGES)
+    policy, tokenizer, _ = load_policy(config.init, device, CHAT)
     ref = load_reference(config.reference, policy, tokenizer, device)
     critic = load_critic(config, policy, tokenizer, device)
-    rewards = {"score": make_reward(config.reward, tokenizer, device)}
-    for name in filter(None, config.watch.split(", ")):
-        rewards[Path(name).stem] = make_reward(name, tokenizer, device)
+    rewards = watched_rewards(config.reward, config.watch, tokenizer, device)
 
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "prompts", config.skip_bad_rows)
     room = policy.config.context - config.max_new_tokens
     rows, prompts = prompt_examples(rows, tokenizer, room)
-    stride = max(1, len(eval_rows) // config.eval_prompts)  # files may be sorted by kind
-    eval_rows, eval_prompts = prompt_examples(eval_rows[::stride][: config.eval_prompts], tokenizer, room)
+    eval_rows, eval_prompts = prompt_examples(thin(eval_rows, config.eval_prompts), tokenizer, room)
     sampling = {
         "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size,
         "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p,
@@ -351,28 +313,24 @@ def main(config: Config) -> None:
     files = [Path(path).read_bytes() for path in reward_files(config.reward)]
     data = fingerprint(policy.embed.weight, ref.embed.weight, *critic.state_dict().values(), *prompts, *files)
     state = resume(config, policy, optimizer, stage="ppo", data=data)
-    first_step, beta, history = state["step"], state.get("beta", config.beta), state.get("history", [])
+    first_step, beta = state["step"], state.get("beta", config.beta)
     if "critic" in state:
         critic.load_state_dict(state["critic"])
     metrics = cli.Metrics(config, config.steps, device, first_step, SHOWN)
-    stop, warned = CleanStop(), set()
+    metrics.models(
+        "policy", "reference", "critic" + " (a head)" * config.shared_critic, *reward_files(config.reward)
+    )
+    watch = Watch(eval_rows, eval_prompts, rewards, state.get("history", []), seed=config.seed, **sampling)
+    stop = CleanStop()
 
     def look(step: int) -> None:
-        """Evaluate, print, remember."""
         with autocast:
-            means, texts, scores = measure(
-                policy, ref, tokenizer, eval_rows, eval_prompts, rewards, seed=config.seed, **sampling
-            )
-        history.append({"step": step, **means})
-        metrics.note(step=step, **{f"eval_{name}": value for name, value in means.items()})
-        print("  held-out " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
-        for row, text, score in list(zip(eval_rows, texts, scores))[:4]:
-            print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r} ({score:+.2f})")
+            watch.look(step, policy, ref, tokenizer, metrics)
 
     if first_step == 0:
         look(0)
     for step in range(first_step, config.steps):
-        watch = Stopwatch(device)
+        clock = Stopwatch(device)
         # Rollout: the policy answers a batch of prompts.
         indices = order[step]
         with autocast:
@@ -381,7 +339,7 @@ def main(config: Config) -> None:
             [(by_length, rollout)] = rollouts(policy, tokenizer, asked, seed=seed, **sampling)
         batch, ids, mask = [rows[indices[i]] for i in by_length], rollout.ids, rollout.mask
         scored = mask.cpu()  # for counting without waiting for a GPU
-        generation_s = watch.lap()
+        generation_s = clock.lap()
 
         # Score: the reward of each whole response, the log-probs of policy and reference, the values.
         with torch.no_grad(), autocast:
@@ -396,7 +354,7 @@ def main(config: Config) -> None:
             token_rewards = whiten(token_rewards, mask, keep_mean=True)
         advantages, returns = gae(token_rewards, old_values, mask, config.gamma, config.lam)
         advantages = whiten(advantages, mask)
-        scoring_s = watch.lap()
+        scoring_s = clock.lap()
 
         # Update: epochs over shuffled minibatches.
         lr = learning_rate(step, config.steps, config.lr, config.warmup)
@@ -430,7 +388,7 @@ def main(config: Config) -> None:
                         check_start(first, kl, step, config, device)
                 grad_norm = optimizer_step(trained, optimizer, lr, config.clip)
                 updates += 1
-        update_s = watch.lap()
+        update_s = clock.lap()
 
         lengths = mask.sum(-1).float()
         shares = torch.tensor([share for share, _ in stats], device=device)
@@ -448,10 +406,7 @@ def main(config: Config) -> None:
             **update, grad_norm=grad_norm, lr=lr,
             generation_s=generation_s, scoring_s=scoring_s, update_s=update_s,
         )  # fmt: skip
-        for name, meaning in sicknesses(row, step).items():
-            if name not in warned:
-                print(f"  warning: {name}: {meaning}.")
-                warned.add(name)
+        watch.warn(row, step)
         if config.kl_target:
             beta = adapt_beta(beta, row["kl"], config.kl_target, len(indices), config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:
@@ -459,12 +414,12 @@ def main(config: Config) -> None:
         if done % config.save_every == 0 or stopping:
             save_partial(
                 config, policy, optimizer, stage="ppo", tokenizer=tokenizer, step=done, data=data,
-                critic=critic.state_dict(), beta=beta, history=history,
+                critic=critic.state_dict(), beta=beta, history=watch.history,
             )  # fmt: skip
         if stopping:
             stop.leave(config, done)
-    print_table(history)
-    finish(config, policy, stage="ppo", tokenizer=tokenizer, step=config.steps, history=history)
+    watch.table()
+    finish(config, policy, stage="ppo", tokenizer=tokenizer, step=config.steps, history=watch.history)
 
 
 if __name__ == "__main__":

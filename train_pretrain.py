@@ -20,10 +20,11 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, resume, save_partial
-from nanoalign.data import BatchOrder, micro_batches, pack, read_rows
+from nanoalign.data import BatchOrder, micro_batches, pack
 from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT, parameter_count, preset
+from nanoalign.rows import read_rows
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import (
     CleanStop,

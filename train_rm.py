@@ -34,18 +34,10 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import beside, finish, load_policy, load_scalar, resume, save_partial
-from nanoalign.data import (
-    BatchOrder,
-    Example,
-    collate,
-    micro_batches,
-    pair_examples,
-    read_rows,
-    split_rows,
-    write_rows,
-)
+from nanoalign.data import BatchOrder, Example, collate, micro_batches, pair_examples, split_rows
 from nanoalign.model import ScalarGPT
 from nanoalign.rewards import model_reward, response_scores, score_texts
+from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,

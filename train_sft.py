@@ -20,17 +20,10 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, load_policy, resume, save_partial
-from nanoalign.data import (
-    BatchOrder,
-    chat_examples,
-    collate,
-    micro_batches,
-    parse_prompt,
-    read_rows,
-    split_rows,
-)
+from nanoalign.data import BatchOrder, chat_examples, collate, micro_batches, split_rows
 from nanoalign.generate import respond
 from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.rows import parse_prompt, read_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,

@@ -23,9 +23,10 @@ import numpy as np
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import prompt_examples, read_rows, write_rows
+from nanoalign.data import prompt_examples, thin
 from nanoalign.generate import rollouts
 from nanoalign.rewards import make_reward
+from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
 
 
@@ -60,8 +61,9 @@ def draw(config: Config) -> None:
     rows = read_rows(config.prompts, "prompts")
     if min(config.samples, config.limit) < 1:
         raise UserError("--samples and --limit must be at least 1.")
-    rows = rows[:: max(1, len(rows) // config.limit)][: config.limit]
-    rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - config.max_new_tokens)
+    rows, prompts = prompt_examples(
+        thin(rows, config.limit), tokenizer, policy.config.context - config.max_new_tokens
+    )
     rewards = [make_reward(name, tokenizer, device) for name in (config.reward, "judge")]
     N = config.samples
     scores = np.zeros((2, len(rows) * N))

@@ -15,6 +15,7 @@ from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
 FORMAT = "nanoalign-1"
+CHAT = ("sft", "dpo", "kto", "orpo", "ppo", "grpo")  # the stages whose checkpoints are chat policies
 
 
 def beside(path: str, ending: str) -> Path:

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -128,6 +129,14 @@ class Progress:
             self.shown = now
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in MB: on a GPU the tensors, on a CPU all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def readable_rows(path: Path) -> list[dict]:
     """The rows of a metrics file, up to one that a crash cut short."""
     rows = []
@@ -168,7 +177,8 @@ class Metrics:
         }  # fmt: skip
         for row in [*kept, header]:
             self.file.write(json.dumps(row) + "\n")
-        self.steps, self.start_step, self.tokens = steps, start_step, 0
+        self.device, self.steps, self.start_step = device, steps, start_step
+        self.tokens = self.tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
         self.begin = time.monotonic()
 
     def log(self, step: int, **values) -> dict:
@@ -178,8 +188,11 @@ class Metrics:
             values.update(zip(names, torch.stack([values[k].detach().float() for k in names]).tolist()))
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         elapsed = time.monotonic() - self.begin
-        rate = round(self.tokens / max(elapsed, 1e-9))
-        self.note(step=step, **values, tokens_per_s=rate, elapsed=round(elapsed, 2))
+        rate = round((self.tokens - self.tokens_before) / max(elapsed, 1e-9))
+        self.note(
+            step=step, **values, tokens=self.tokens, tokens_per_s=rate, elapsed=round(elapsed, 2),
+            peak_mb=peak_memory(self.device),
+        )  # fmt: skip
         left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
         shown = "  ".join(
             f"{k} {v:.4g}" for k, v in values.items() if k in (self.shown or values.keys() - {"lr"})
@@ -193,6 +206,11 @@ class Metrics:
                 "checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."
             )
         return values
+
+    def models(self, *names: str) -> None:
+        """Say which models this run holds in memory."""
+        print(f"models in memory: {', '.join(names)}")
+        self.note(event="models", names=names)
 
     def note(self, **row) -> None:
         """A row that is not a training step: an evaluation, a step-0 check, the end."""

@@ -15,10 +15,9 @@ from nanoalign.data import (
     micro_batches,
     pack,
     pair_examples,
-    read_rows,
     split_rows,
-    write_rows,
 )
+from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
 
 WORLD = get_tokenizer("world")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from evaluate import mean_and_error, win_rate
-from nanoalign.data import pair_examples, parse_pair
+from nanoalign.data import pair_examples
 from nanoalign.model import GPT, GPTConfig
+from nanoalign.rows import parse_pair
 from nanoalign.tokenizer import get_tokenizer
 from train_dpo import dpo_loss, pair_logprobs
 
@@ -153,8 +154,8 @@ def test_pair_logprobs_are_sums_over_each_response_and_its_end_token(model):
 
 def test_a_pairs_logprobs_do_not_depend_on_its_batch_or_padding(model):
     with torch.no_grad():
-        together = torch.stack(pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu"))
-        alone = [torch.stack(pair_logprobs(model, examples(p), TOKENIZER, "cpu")) for p in PAIRS]
+        together = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
+        alone = [pair_logprobs(model, examples(p), TOKENIZER, "cpu") for p in PAIRS]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
 
 
@@ -162,7 +163,7 @@ def test_swapping_the_sides_swaps_the_logprobs(model):
     with torch.no_grad():
         chosen, rejected = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
         swapped = pair_logprobs(model, examples(*((p, r, c) for p, c, r in PAIRS)), TOKENIZER, "cpu")
-    torch.testing.assert_close(torch.stack((rejected, chosen)), torch.stack(swapped), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack((rejected, chosen)), swapped, rtol=1e-4, atol=1e-4)
 
 
 def test_only_response_tokens_are_counted_and_each_of_them_once():

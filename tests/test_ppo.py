@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT, ScalarHead
+from nanoalign.watch import sicknesses
 from train_ppo import (
     adapt_beta,
     explained_variance,
@@ -18,7 +19,6 @@ from train_ppo import (
     kl_estimate,
     policy_loss,
     shape_rewards,
-    sicknesses,
     value_loss,
     whiten,
 )

@@ -12,7 +12,8 @@ import train_pretrain
 import train_sft
 from nanoalign import UserError
 from nanoalign.checkpoint import load
-from nanoalign.data import pair_examples, read_rows
+from nanoalign.data import pair_examples
+from nanoalign.rows import read_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the real rows are not in {DATA}")

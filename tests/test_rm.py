@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanoalign.data import pair_examples, parse_pair
+from nanoalign.data import pair_examples
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import response_scores
+from nanoalign.rows import parse_pair
 from nanoalign.tokenizer import get_tokenizer
 from train_rm import (
     accuracy,

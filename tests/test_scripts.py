@@ -28,8 +28,8 @@ import train_rm
 import train_sft
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy, load_scalar, partial_path, save
-from nanoalign.data import read_rows
 from nanoalign.model import GPT
+from nanoalign.rows import read_rows
 from nanoalign.tokenizer import SPECIALS, get_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def whole(request, job):
 def rows(out):
     """The metrics of a run, without what depends on the clock."""
     lines = Path(out).with_suffix(".metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    clock = ("tokens_per_s", "elapsed", "generation_s", "scoring_s", "update_s")
+    clock = ("tokens_per_s", "elapsed", "peak_mb", "generation_s", "scoring_s", "update_s")
     return [
         {k: v for k, v in row.items() if k not in clock} for row in map(json.loads, lines) if "step" in row
     ]

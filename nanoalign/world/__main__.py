@@ -3,6 +3,7 @@
     pretrain.jsonl  pretrain_held_out.jsonl   {"text"}: web-like documents
     sft.jsonl       sft_held_out.jsonl        {"prompt", "completion", "meta"}: demonstrations, flaws included
     prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: for collecting preferences; the test
+    sums.jsonl      sums_held_out.jsonl       {"prompt", "meta"}: step arithmetic only, answers in meta
 
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
@@ -11,13 +12,13 @@ import random
 from dataclasses import dataclass
 
 from nanoalign import UserError, cli
-from nanoalign.data import write_rows
+from nanoalign.rows import write_rows
 from nanoalign.world.text import FAMILIES, answer, documents, request
 
-SIZES = {  # pages of web text, demonstrations, training prompts, held-out prompts per family
-    "tiny": (1_000, 600, 120, 10),
-    "small": (44_000, 12_000, 4_800, 60),
-    "large": (400_000, 60_000, 20_000, 200),
+SIZES = {  # pages of web text, demonstrations, training prompts, held-out prompts per family, sums
+    "tiny": (1_000, 600, 120, 10, 60),
+    "small": (44_000, 12_000, 4_800, 60, 3_000),
+    "large": (400_000, 60_000, 20_000, 200, 12_000),
 }
 
 
@@ -47,8 +48,8 @@ def distinct_requests(rng: random.Random, count: int, held_out: bool, kind: str 
 def main(config: Config) -> None:
     if config.size not in SIZES:
         raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
-    pages, demonstrations, prompts, per_family = SIZES[config.size]
-    rng = random.Random(f"{config.size}-{config.seed}")
+    pages, demonstrations, prompts, per_family, sums = SIZES[config.size]
+    rng, own = random.Random(f"{config.size}-{config.seed}"), random.Random(f"sums-{config.seed}")
     files = {
         "pretrain": (row for _ in range(pages) for row in documents(rng)),
         "pretrain_held_out": (row for _ in range(max(50, pages // 100)) for row in documents(rng)),
@@ -58,6 +59,8 @@ def main(config: Config) -> None:
         "prompts_held_out": (
             row for kind in FAMILIES for row in distinct_requests(rng, per_family, True, kind)
         ),
+        "sums": distinct_requests(own, sums, False, "arithmetic"),
+        "sums_held_out": distinct_requests(own, sums // 6, True, "arithmetic"),
     }
     for name, rows in files.items():
         write_rows(f"{config.out}/{name}.jsonl", rows)

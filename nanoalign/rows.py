@@ -1,0 +1,255 @@
+"""JSONL files → validated rows.
+
+The kinds of rows, and the forms each accepts (any row may carry "meta"):
+
+    text      {"text"} or a plain text file
+    chat      {"messages"} · {"prompt", "completion"} · GSM8K's {"question", "answer"} · a pair's chosen side
+    pairs     {"prompt", "chosen", "rejected"}, strings or messages · HH transcripts {"chosen", "rejected"};
+              optionally a "margin"
+    labelled  {"prompt", "completion", "label": bool} · a pair, as one row up and one down · GSM8K's model
+              solutions {"question", NAME: {"solution", "is_correct"}}, a row per solution
+    steps     {"prompt", "completions": [str…], "labels": [bool|null…]}
+    prompts   {"prompt"} as a string or messages · {"question"} · whatever a chat or pair row starts with
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from nanoalign import UserError
+from nanoalign.tokenizer import ROLES
+
+
+class RowError(ValueError):
+    """What is wrong with one row: the field, and what was expected."""
+
+
+def _parse_json(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # malformed, a number of too many digits, nested too deeply
+        raise RowError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+    if "\\ud" in line.lower() and re.search(r"[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise RowError("a \\ud… escape is half of a character: not valid Unicode")
+    if not isinstance(row, dict):
+        raise RowError(f"expected a JSON object, found {line[:40]!r}")
+    return row
+
+
+def _meta(row: dict) -> dict:
+    if not isinstance(row.get("meta", {}), dict):
+        raise RowError(f'field "meta": expected an object, found {_describe(row, "meta")}')
+    return row.get("meta", {})
+
+
+def _text(row: dict, field: str) -> str:
+    if not isinstance(row.get(field), str):
+        raise RowError(f'field "{field}": expected a string, found {_describe(row, field)}')
+    return row[field]
+
+
+def _describe(row: dict, field: str) -> str:
+    return f"{json.dumps(row[field])[:60]}" if field in row else f"only the fields {sorted(row)}"
+
+
+def _messages(row: dict, field: str) -> list[dict]:
+    """A list of messages with role and content; a plain string is one user message."""
+    value = row.get(field)
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise RowError(
+            f'field "{field}": expected a string or a list of messages, found {_describe(row, field)}'
+        )
+    for i, message in enumerate(value):
+        good = (
+            isinstance(message, dict)
+            and message.get("role") in ROLES
+            and isinstance(message.get("content"), str)
+        )
+        if not good:
+            raise RowError(
+                f'field "{field}", message {i}: expected {{"role": {"|".join(ROLES)}, "content": string}}, '
+                f"found {json.dumps(message)[:60]}"
+            )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _transcript(row: dict, field: str) -> list[dict]:
+    """An Anthropic HH transcript, "\\n\\nHuman: …\\n\\nAssistant: …" → messages."""
+    pieces = re.split(r"(?:^|\n\n)(Human|Assistant):", _text(row, field))
+    if len(pieces) < 5 or pieces[0].strip():
+        raise RowError(
+            f'field "{field}": expected "\\n\\nHuman: …\\n\\nAssistant: …" (the row has no "prompt")'
+        )
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": t.strip()} for r, t in zip(pieces[1::2], pieces[2::2])]
+
+
+def _side(row: dict, field: str) -> list[dict]:
+    if isinstance(row.get(field), list):
+        return _messages(row, field)
+    if "prompt" in row:
+        return [{"role": "assistant", "content": _text(row, field)}]
+    return _transcript(row, field)
+
+
+def parse_pair(row: dict) -> dict:
+    """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}, and "margin" if the row has one."""
+    prompt = _messages(row, "prompt") if "prompt" in row else []
+    sides = [prompt + _side(row, field) for field in ("chosen", "rejected")]
+    repeated = [side[: 2 * len(prompt)] == prompt * 2 for side in sides]
+    if prompt and all(repeated):  # each side repeats the prompt
+        sides = [side[len(prompt) :] for side in sides]
+    for field, side in zip(("chosen", "rejected"), sides):
+        if len(side) < 2 or side[-1]["role"] != "assistant":
+            raise RowError(f'field "{field}": expected to end with an assistant message after a prompt')
+    if sides[0][:-1] != sides[1][:-1]:
+        raise RowError(
+            'fields "chosen" and "rejected": expected the same prompt, differing only in the last message'
+        )
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+        raise RowError(f'field "margin": expected a number, found {_describe(row, "margin")}')
+    chosen, rejected = (side[-1]["content"] for side in sides)
+    parsed = {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row)}
+    return {**parsed, "margin": margin} if "margin" in row else parsed
+
+
+def parse_chat(row: dict) -> dict:
+    """→ {"messages", "meta"}, with at least one assistant turn to learn from."""
+    if "messages" in row:
+        messages = _messages(row, "messages")
+    elif "chosen" in row:
+        pair = parse_pair(row)
+        messages = [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]
+    elif "question" in row:
+        messages = [*_messages(row, "question"), {"role": "assistant", "content": _text(row, "answer")}]
+    else:
+        messages = [*_messages(row, "prompt"), {"role": "assistant", "content": _text(row, "completion")}]
+    if not any(m["role"] == "assistant" for m in messages):
+        raise RowError('field "messages": expected at least one assistant message to learn from')
+    return {"messages": messages, "meta": _meta(row)}
+
+
+def parse_labelled(row: dict) -> list[dict]:
+    """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}: one, or as many as are in it."""
+    if "chosen" in row:
+        pair = parse_pair(row)
+        sides = ((pair["chosen"], True), (pair["rejected"], False))
+        return [
+            {"prompt": pair["prompt"], "completion": c, "label": y, "meta": pair["meta"]} for c, y in sides
+        ]
+    if "question" in row:
+        verdicts = [v for v in row.values() if isinstance(v, dict) and {"solution", "is_correct"} <= v.keys()]
+        if not verdicts:
+            raise RowError('expected a {"solution", "is_correct"} of some model beside the "question"')
+        sides = [{"completion": v["solution"], "label": v["is_correct"]} for v in verdicts]
+        return [one for v in sides for one in parse_labelled({"prompt": row["question"], **v})]
+    if not isinstance(row.get("label"), bool):
+        raise RowError(f'field "label": expected true or false, found {_describe(row, "label")}')
+    prompt, completion = _messages(row, "prompt"), _text(row, "completion")
+    return [{"prompt": prompt, "completion": completion, "label": row["label"], "meta": _meta(row)}]
+
+
+def parse_steps(row: dict) -> dict:
+    """→ {"prompt": messages, "completions": [str], "labels": [bool | None], "meta"}."""
+    steps, labels = row.get("completions"), row.get("labels")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
+        raise RowError(
+            f'field "completions": expected a list of strings, found {_describe(row, "completions")}'
+        )
+    if not isinstance(labels, list) or not all(x is None or isinstance(x, bool) for x in labels):
+        raise RowError(
+            f'field "labels": expected a list of true, false or null, found {_describe(row, "labels")}'
+        )
+    if len(steps) != len(labels):
+        raise RowError(f'fields "completions" and "labels": {len(steps)} steps but {len(labels)} labels')
+    return {
+        "prompt": _messages(row, "prompt"),
+        "completions": steps,
+        "labels": labels,
+        "meta": _meta(row),
+    }
+
+
+def parse_prompt(row: dict) -> dict:
+    """→ {"prompt": messages ending with the user, "meta"}. The answer of a GSM8K row goes into meta."""
+    if "chosen" in row:
+        prompt = parse_pair(row)["prompt"]
+    elif "messages" in row:
+        prompt = _messages(row, "messages")
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    else:
+        prompt = _messages(row, "question" if "question" in row else "prompt")
+    if not prompt:
+        raise RowError("expected a prompt before the first assistant message")
+    gold = {"answer": row["answer"]} if "question" in row and "answer" in row else {}
+    return {"prompt": prompt, "meta": {**gold, **_meta(row)}}
+
+
+def parse_text(row: dict) -> dict:
+    """→ {"text": str}."""
+    return {"text": _text(row, "text")}
+
+
+PARSERS = {
+    "text": parse_text,
+    "chat": parse_chat,
+    "pairs": parse_pair,
+    "labelled": parse_labelled,
+    "steps": parse_steps,
+    "prompts": parse_prompt,
+}
+
+# ---------------------------------------------------------------------------------------------- a file
+
+
+def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
+    """Every row of a JSONL file, validated as `kind` (see the module's docstring). "text" also reads plain
+    text.
+
+    Raises UserError naming file, line, field and what was expected; with `skip_bad_rows` drops and counts
+    instead.
+    """
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; check the path, or run `make demo` to build the world's."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    if not content.strip():
+        raise UserError(f"{path} is empty; expected rows of kind {kind!r}.")
+    if kind == "text" and not path.endswith((".jsonl", ".json")):
+        return [{"text": content}]
+    rows, bad = [], 0
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            parsed = PARSERS[kind](_parse_json(line))
+            rows += parsed if isinstance(parsed, list) else [parsed]
+        except RowError as error:
+            bad += 1
+            if not skip_bad_rows:
+                raise UserError(
+                    f"{path}, line {number}: {error}. (--skip-bad-rows drops such rows.)"
+                ) from None
+    if bad:
+        print(f"data: {path}: skipped {bad} bad rows of {bad + len(rows)}")
+    if not rows:
+        raise UserError(f"{path} has no usable row of kind {kind!r}.")
+    return rows
+
+
+def write_rows(path: str, rows) -> None:
+    """Write rows as JSONL, whole or not at all: to a temporary name, then renamed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.writing")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.replace(path)
