@@ -11,6 +11,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 FLAGS = --seed $(SEED) --device $(DEVICE)
 seeds = $(shell seq 0 $$(($(SEEDS) - 1)))
+lab-seeds = $(if $(filter 1,$(SEEDS)),$(SEED),$(seeds))
+lab-out = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
 export PYTHONUNBUFFERED := 1
 .DELETE_ON_ERROR:
 .SUFFIXES:
@@ -41,7 +43,7 @@ setup: .venv/installed  ## create .venv and install what is needed
 # ------------------------------------------------------------------------------------------------ pipeline
 
 .PHONY: demo
-demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO, reward model → PPO → scorecard
+demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO, KTO, ORPO, PPO, GRPO → scorecard
 	@cat $<
 	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 
@@ -84,7 +86,8 @@ $(OUT)/ppo.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt train_ppo.py
 	@rm -f $@
 	$(PPO) --init $(OUT)/sft.pt --reward $(OUT)/rm.pt --out $@
 
-CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt $(OUT)/ppo.pt
+BOARD = $(OUT)/scoreboard
+CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt $(BOARD)/kto.pt $(BOARD)/orpo.pt $(OUT)/ppo.pt $(BOARD)/grpo.pt
 $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --out $(OUT)/scorecard.json $(FLAGS) > $@
@@ -101,6 +104,59 @@ results: .venv/installed  ## the demo over several seeds, and its tables for doc
 $(OUT)/greedy.json: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) evaluate.py nanoalign/world/judge.py
 	$(PY) evaluate.py --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --prompts $< \
 	  --temperature 0 --samples 1 --out $@ $(FLAGS) > /dev/null
+
+# ------------------------------------------------------------------------------------------------ scoreboard
+# Every method from the same SFT checkpoint (ORPO from the base model), on the same prompts and preferences, and
+# with as many responses through the policy's training: RESPONSES, and for ORPO also those that SFT has seen.
+
+METHODS = dpo cdpo robust ipo simpo rpo online kto chosen orpo ppo grpo dr_grpo dapo rloo
+RESPONSES = $(if $(filter tiny,$(SIZE)),512,8448)
+SFT_RESPONSES = $(if $(filter tiny,$(SIZE)),1710,11400)
+from-pairs = --data $(OUT)/pairs.jsonl --init $(OUT)/sft.pt --lr 1e-4 --steps $$(($(RESPONSES) / 64))
+from-prompts = --prompts $(WORLD)/prompts.jsonl --init $(OUT)/sft.pt --reward $(OUT)/rm.pt --micro-batch 16 \
+  --steps $$(($(RESPONSES) / 256))
+method-dpo = train_dpo.py $(from-pairs)
+method-cdpo = train_dpo.py --loss cdpo $(from-pairs)
+method-robust = train_dpo.py --loss robust $(from-pairs)
+method-ipo = train_dpo.py --loss ipo $(from-pairs)
+method-simpo = train_dpo.py --loss simpo $(from-pairs)
+method-rpo = train_dpo.py --sft-weight 1 $(from-pairs)
+method-online = train_dpo.py --online $(OUT)/rm.pt --beta 0.2 $(from-pairs)
+method-kto = train_kto.py --data $(OUT)/pairs.jsonl --init $(OUT)/sft.pt --lr 1e-4 --steps $$(($(RESPONSES) / 32))
+method-orpo = train_orpo.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
+  --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 64))
+method-chosen = train_sft.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
+  --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 32))#  the control: only imitate the chosen side
+method-ppo = train_ppo.py $(from-prompts)
+method-grpo = train_grpo.py $(from-prompts)
+method-dr_grpo = train_grpo.py --kind dr_grpo $(from-prompts)
+method-dapo = train_grpo.py --kind dapo $(from-prompts)
+method-rloo = train_grpo.py --kind rloo $(from-prompts)
+
+.PHONY: scoreboard
+scoreboard: .venv/installed  ## every method under one budget, measured; SEEDS=3 repeats it (docs/methods.md)
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(call lab-out,$$seed)/scoreboard/scorecard.json SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+	done
+	$(PY) bench/scoreboard.py $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/scoreboard)
+
+$(BOARD)/%.pt: $(OUT)/pairs.jsonl $(OUT)/rm.pt
+	@rm -f $@
+	$(PY) $(method-$*) --out $@ --resume $(FLAGS)
+
+BOARD_CHECKPOINTS = $(OUT)/sft.pt $(METHODS:%=$(BOARD)/%.pt)
+$(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
+	$(PY) evaluate.py --checkpoints $(BOARD_CHECKPOINTS) --baseline $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
+	  --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(BOARD)/scorecard.txt
+
+# A verifiable reward: step arithmetic, right or wrong.
+.PHONY: sums
+sums: .venv/installed $(OUT)/sums.pt  ## GRPO on step arithmetic, rewarded for the exact answer
+SUMS = $(WORLD)/sums.jsonl --eval-data $(WORLD)/sums_held_out.jsonl --eval-prompts 500
+$(OUT)/sums.pt: $(OUT)/sft.pt train_grpo.py
+	@rm -f $@
+	$(PY) train_grpo.py --prompts $(SUMS) --init $< --reward answer --watch "" --beta 0.01 --lr 1e-4 --epochs 1 \
+	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,60) --eval-every 10 --out $@ --resume $(FLAGS)
 
 # ------------------------------------------------------------------------------------------------ laboratory
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
@@ -120,12 +176,10 @@ run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/r
 
 .PHONY: hacking iterate
 hacking: .venv/installed  ## reward hacking and its mitigations, measured; SEEDS=3 repeats it
-	@for seed in $(if $(filter 1,$(SEEDS)),$(SEED),$(seeds)); do \
-	  $(MAKE) --no-print-directory $(call lab-folder,$$seed)/scorecard.json SEED=$$seed $(call lab-out,$$seed) || exit 1; \
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(call lab-out,$$seed)/hacking/scorecard.json SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
 	done
-	$(PY) bench/hacking.py report $(foreach seed,$(if $(filter 1,$(SEEDS)),$(SEED),$(seeds)),$(call lab-folder,$(seed)))
-lab-folder = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))/hacking
-lab-out = OUT=$(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
+	$(PY) bench/hacking.py report $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/hacking)
 
 $(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	@rm -f $@

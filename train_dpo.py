@@ -39,9 +39,9 @@ from nanoalign.data import (
     BatchOrder,
     collate,
     micro_batches,
+    one_per_prompt,
     pair_examples,
     prompt_examples,
-    prompt_key,
     split_rows,
 )
 from nanoalign.generate import respond, rollouts, sample_kl
@@ -75,13 +75,16 @@ class Config:
     gamma: float = 1.0  # γ of simpo: the margin that is asked for
     label_smoothing: float = 0.1  # ε of cdpo and robust: the share of labels thought to be flipped
     sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
-    online: str = ""  # a reward (see nanoalign/rewards.py) that picks the better of two fresh samples; the
+    online: str = (
+        ""  # a reward (see nanoalign/rewards.py) that labels pairs of fresh samples, σ(r_a − r_b); the
+    )
     # data then gives prompts and held-out pairs only
     online_every: int = 8  # steps between collections of fresh pairs
     cache_reference: str = ""  # a file for the reference's log-probs: computed once, read by later runs
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     max_new_tokens: int = 96  # length limit of a sampled response
     epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
     lr: float = 2e-4  # peak learning rate
@@ -181,22 +184,27 @@ def response_tokens(batch, device) -> Tensor:
 
 @torch.no_grad()
 def online_pairs(policy, rows, prompts, reward, tokenizer, config: Config, device, seed: int) -> list:
-    """Prompts → pairs of the policy's own samples, two to each: the better one by the reward is chosen.
+    """Prompts → pairs of the policy's own samples, two to each.
 
-    An unfinished response loses to a finished one; a tie makes no pair.
+    a is chosen with probability σ(r_a − r_b), as Bradley and Terry's people would, so that DPO's optimum is
+    that of the reward. An unfinished response loses to a finished one; two alike make no pair.
     """
-    sampled = [None] * (2 * len(prompts))  # (example, score)
+    examples, scores = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts))
     asked = [prompt for prompt in prompts for _ in range(2)]
     for indices, rollout in rollouts(policy, tokenizer, asked, config.max_new_tokens, seed):
         score = reward([rows[i // 2] for i in indices], rollout)
-        score = torch.where(rollout.ended, score, -torch.inf).tolist()
+        scores[indices] = torch.where(rollout.ended, score, -torch.inf).to(scores)
         ends = (last_scored(rollout.mask) + 1).tolist()
-        for i, ids, mask, end, s in zip(
-            indices, rollout.ids.cpu().numpy(), rollout.mask.cpu().numpy(), ends, score
-        ):
-            sampled[i] = (ids[:end], mask[:end]), s
-    both = zip(sampled[::2], sampled[1::2])
-    return [(a, b) if s > t else (b, a) for (a, s), (b, t) in both if s != t]
+        for i, ids, mask, end in zip(indices, rollout.ids.cpu().numpy(), rollout.mask.cpu().numpy(), ends):
+            examples[i] = ids[:end], mask[:end]
+    first, second = scores.view(-1, 2).T
+    a_wins = (
+        torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed)) < (first - second).sigmoid()
+    )
+    differ = [a.shape != b.shape or (a != b).any() for (a, _), (b, _) in zip(examples[::2], examples[1::2])]
+    usable = torch.tensor(differ) & torch.maximum(first, second).isfinite()
+    pairs = zip(examples[::2], examples[1::2], a_wins.tolist(), usable.tolist())
+    return [(a, b) if wins else (b, a) for a, b, wins, good in pairs if good]
 
 
 @torch.no_grad()
@@ -285,10 +293,12 @@ def main(config: Config) -> None:
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
     eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
-    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in eval_rows[:128]]
+    shown = one_per_prompt(eval_rows)[:128]
+    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
     if reward:
-        rows = list({prompt_key(row): row for row in rows}.values())  # each prompt once
-        rows, asked = prompt_examples(rows, tokenizer, policy.config.context - config.max_new_tokens)
+        rows, asked = prompt_examples(
+            one_per_prompt(rows), tokenizer, policy.config.context - config.max_new_tokens
+        )
         order = BatchOrder(
             [len(ids) for ids in asked], config.batch_size * config.online_every, config.seed, pool=1
         )
@@ -297,7 +307,7 @@ def main(config: Config) -> None:
         examples, _ = pair_examples(rows, tokenizer, max_length)
         order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
         steps, material = order.steps_per_epoch, [part for pair in examples for side in pair for part in side]
-    steps = max(1, round(config.epochs * steps))
+    steps = config.steps or max(1, round(config.epochs * steps))
     cached = None
     if config.cache_reference:
         cached = reference_logprobs(ref, examples, tokenizer, config, device, autocast)
@@ -330,8 +340,8 @@ def main(config: Config) -> None:
             indices = np.arange(len(examples))[turn :: config.online_every]
             if not len(indices):
                 raise UserError(
-                    f"of {len(picked)} prompts only {len(examples)} gave two samples that the reward tells "
-                    "apart; raise --batch-size, or use another reward."
+                    f"of {len(picked)} prompts only {len(examples)} gave two different finished samples; "
+                    "raise --batch-size, or use another reward."
                 )
         pairs = len(indices)  # of the whole optimiser step
         sums = torch.zeros(len(LOGGED), device=device)
@@ -373,7 +383,7 @@ def main(config: Config) -> None:
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
             with autocast:
                 texts = respond(policy, tokenizer, prompts[:4], config.max_new_tokens, config.seed)[0]
-            for row, text in zip(eval_rows, texts):
+            for row, text in zip(shown, texts):
                 print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}")
         if save_now:
             fresh = {}

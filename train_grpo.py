@@ -12,18 +12,18 @@ over responses; dr_grpo 1/(B L_max), which does not favour short right and long 
 mean over all tokens, with ε_high 0.28 so that unlikely tokens can rise; rloo takes a whole response as one
 action: one ratio per response, 1/B.
 
-KL(π ‖ π_ref) either comes off the reward, r − β log π(y)/π_ref(y) (RLOO; unbiased), or is a term of the loss,
-β Σ w k_t (GRPO, with k3). Two models, policy and reference, besides the reward; with β = 0 the reference is
-only looked at.
+KL(π ‖ π_ref) comes off the reward, r − β log π(y)/π_ref(y), which leads to π* ∝ π_ref exp(r/β) exactly; or,
+with `--kl k3`, it is a term of the loss, β Σ w k_t, as in GRPO's paper, and leads elsewhere (docs/oracle.md).
+Two models, policy and reference, besides the reward.
 
     python train_grpo.py                                         # the built-in world, its reward model
     python train_grpo.py --reward answer --watch "" --prompts out/demo/world/sums.jsonl \\
         --eval-data out/demo/world/sums_held_out.jsonl --out out/demo/sums.pt     # a verifiable reward
     python train_grpo.py --kind rloo --group-size 4 --out out/demo/rloo.pt
 
-Deviations: the papers leave β at 0 (Dr. GRPO, DAPO) or 0.04; here all kinds have one default, so that they
-can be compared. DAPO's dynamic sampling is left out: groups without spread are counted (equal_groups), not
-redrawn.
+Deviations: KL is in the reward by default, and β the same for all kinds (the papers have 0 or 0.04), so that
+they can be compared. DAPO's dynamic sampling is left out: groups without spread are counted (equal_groups),
+not redrawn.
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score, an end-token rate near
 1, equal_groups well below 1.
@@ -79,9 +79,7 @@ class Config:
     minibatch: int = 64  # responses per optimiser step
     micro_batch: int = 0  # responses per forward and backward pass; 0: the whole minibatch at once
     beta: float = 0.2  # β: the price of a nat of KL
-    kl: str = (
-        ""  # where KL goes: reward, or k1, k2, k3 in the loss; empty: the paper's (rloo reward, others k3)
-    )
+    kl: str = "reward"  # what β multiplies: log π/π_ref off the reward, or k1, k2 or k3 as a term of the loss
     clip_low: float = 0.2  # ε_low: how far a ratio may fall
     clip_high: float = 0.0  # ε_high: how far it may rise; 0: the paper's (dapo 0.28, others 0.2)
     missing_eos_score: float = -1.0  # the score of a response without an end token
@@ -89,7 +87,7 @@ class Config:
     temperature: float = 1.0  # of sampling, and of every log-prob
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
     top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
-    lr: float = 2e-4  # peak learning rate
+    lr: float = 1e-4  # peak learning rate
     warmup: int = 5  # iterations of linear warmup, then a cosine to a tenth
     clip: float = 1.0  # gradient norm
     eval_every: int = 5  # iterations between held-out evaluations with samples
@@ -177,7 +175,7 @@ def check_start(log_ratio: Tensor, kl: Tensor, step: int, config: Config, device
 def check_flags(config: Config) -> None:
     if config.kind not in KINDS:
         raise UserError(f"--kind {config.kind} is unknown; choose from {', '.join(KINDS)}.")
-    if config.kl not in ("", "reward", "k1", "k2", "k3") or (config.kind == "rloo" and "k" in config.kl):
+    if config.kl not in ("reward", "k1", "k2", "k3") or (config.kind == "rloo" and "k" in config.kl):
         raise UserError(
             f"--kl {config.kl} is not for --kind {config.kind}; choose reward, or (not rloo) k1, k2 or k3."
         )
@@ -194,7 +192,6 @@ def check_flags(config: Config) -> None:
         raise UserError("--temperature must be positive: a greedy policy has no gradient.")
     if min(config.steps, config.epochs, config.minibatch, config.eval_prompts) < 1:
         raise UserError("--steps, --epochs, --minibatch and --eval-prompts must be at least 1.")
-    config.kl = config.kl or ("reward" if config.kind == "rloo" else "k3")
     config.clip_high = config.clip_high or (0.28 if config.kind == "dapo" else 0.2)
 
 

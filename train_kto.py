@@ -30,7 +30,15 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
-from nanoalign.data import BatchOrder, collate, join, labelled_examples, micro_batches, split_rows
+from nanoalign.data import (
+    BatchOrder,
+    collate,
+    join,
+    labelled_examples,
+    micro_batches,
+    one_per_prompt,
+    split_rows,
+)
 from nanoalign.generate import respond, sample_kl
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.rows import read_rows
@@ -58,6 +66,7 @@ class Config:
     undesirable_weight: float = 0.0  # λ_U; 0: by the rule
     max_length: int = 128  # tokens of prompt and response; longer rows are truncated, and counted
     epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # rows per optimiser step, at least 2
     micro_batch: int = 0  # rows per forward pass; 0: the whole batch at once
     lr: float = 2e-4  # peak learning rate
@@ -164,7 +173,8 @@ def main(config: Config) -> None:
     examples, rows = labelled_examples(rows, tokenizer, max_length)
     eval_examples, eval_rows = labelled_examples(eval_rows[:1000], tokenizer, max_length)
     labels, eval_labels = (torch.tensor([row["label"] for row in r]) for r in (rows, eval_rows))
-    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in eval_rows[:128]]
+    shown = one_per_prompt(eval_rows)[:128]
+    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
     up, down = int(labels.sum()), int((~labels).sum())
     by_rule = balanced_weights(up, down)
     weight_up, weight_down = config.desirable_weight or by_rule[0], config.undesirable_weight or by_rule[1]
@@ -180,7 +190,7 @@ def main(config: Config) -> None:
         compile_hidden(policy)
         compile_hidden(ref)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed, least=2)
-    steps = max(1, round(config.epochs * order.steps_per_epoch))
+    steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, labels, *(part for example in examples for part in example))
     first_step = resume(config, policy, optimizer, stage="kto", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
@@ -233,7 +243,7 @@ def main(config: Config) -> None:
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
             with autocast:
                 texts = respond(policy, tokenizer, prompts[:4], 96, config.seed)[0]
-            for row, text in zip(eval_rows, texts):
+            for row, text in zip(shown, texts):
                 print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}")
         if save_now:
             save_partial(config, policy, optimizer, stage="kto", tokenizer=tokenizer, step=done, data=data)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
-from nanoalign.data import BatchOrder, collate, micro_batches, pair_examples, split_rows
+from nanoalign.data import BatchOrder, collate, micro_batches, one_per_prompt, pair_examples, split_rows
 from nanoalign.generate import respond
 from nanoalign.logprobs import masked_mean, token_logprobs
 from nanoalign.rows import read_rows
@@ -51,6 +51,7 @@ class Config:
     nll: str = "all"  # imitate all of prompt and chosen response, as in the paper, or the response only
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate
@@ -135,13 +136,14 @@ def main(config: Config) -> None:
     max_length = min(config.max_length, policy.config.context)
     examples, _ = pair_examples(rows, tokenizer, max_length)
     eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
-    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in eval_rows[:4]]
+    shown = one_per_prompt(eval_rows)[:4]
+    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     if config.compile:
         compile_hidden(policy)
     order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
-    steps = max(1, round(config.epochs * order.steps_per_epoch))
+    steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for pair in examples for side in pair for part in side))
     first_step = resume(config, policy, optimizer, stage="orpo", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
@@ -176,7 +178,7 @@ def main(config: Config) -> None:
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
             with autocast:
                 texts = respond(policy, tokenizer, prompts, 96, config.seed)[0]
-            for row, text in zip(eval_rows, texts):
+            for row, text in zip(shown, texts):
                 print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}")
         if save_now:
             save_partial(config, policy, optimizer, stage="orpo", tokenizer=tokenizer, step=done, data=data)

@@ -44,6 +44,7 @@ class Config:
     out: str = "out/demo/sft.pt"  # the checkpoint to write; metrics go beside it
     max_length: int = 128  # tokens per example; longer ones are truncated, and counted
     epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # conversations per optimiser step
     micro_batch: int = 0  # conversations per forward pass; 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate
@@ -93,7 +94,7 @@ def main(config: Config) -> None:
     if config.compile:
         compile_hidden(policy)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
-    steps = max(1, round(config.epochs * order.steps_per_epoch))
+    steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for example in examples for part in example))
     first_step = resume(config, policy, optimizer, stage="sft", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)

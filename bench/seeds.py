@@ -9,6 +9,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 
+def over_seeds(values: list[float | None]) -> str:
+    """One value per seed → "mean ± standard error"; a dash where one is missing."""
+    if None in values:
+        return "–"
+    spread = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{spread}"
+
+
 def main(paths: list[str]) -> None:
     if not paths:
         sys.exit("error: name the scorecards, as written by evaluate.py.")
@@ -17,12 +25,9 @@ def main(paths: list[str]) -> None:
     names = [Path(path).stem for path in reports[0]["checkpoints"]]
     print(f"| {len(paths)} seeds | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for metric in checkpoints[0][0]["overall"]:
-        cells = []
-        for i in range(len(names)):
-            values = [report[i]["overall"][metric][0] for report in checkpoints]
-            known = all(value is not None for value in values)
-            spread = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if known and len(values) > 1 else ""
-            cells.append(f"{mean(values):.3f}{spread}" if known else "–")
+        cells = [
+            over_seeds([card[i]["overall"][metric][0] for card in checkpoints]) for i in range(len(names))
+        ]
         print(f"| {metric} | {' | '.join(cells)} |")
 
 

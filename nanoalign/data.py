@@ -36,9 +36,14 @@ def split_rows(rows: list, eval_path: str, kind: str, skip_bad_rows: bool = Fals
     return [r for r, out in zip(rows, held_out) if not out], [r for r, out in zip(rows, held_out) if out]
 
 
+def one_per_prompt(rows: list[dict]) -> list[dict]:
+    """The rows, but only one of each prompt."""
+    return list({prompt_key(row): row for row in rows}.values())
+
+
 def thin(rows: list, count: int) -> list:
     """At most `count` of the rows, evenly spaced: files may be sorted by kind."""
-    return rows[:: max(1, len(rows) // count)][:count]
+    return rows if len(rows) <= count else [rows[i * len(rows) // count] for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------- examples

@@ -1,0 +1,54 @@
+"""Every method under one budget, side by side: python bench/scoreboard.py out/seed*/scoreboard
+
+Each folder is one seed's, as `make scoreboard` fills it: a scorecard.json of all checkpoints, and beside each
+checkpoint X.pt its X.metrics.jsonl. Prints two markdown tables, means ± standard errors over the seeds: what
+the methods reach and what they cost, and every failure mode.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.seeds import over_seeds
+from nanoalign.cli import readable_rows
+
+MEASURES = ("utility", "win rate", "KL to reference", "length (words)", "reward")
+
+
+def cost(metrics: Path) -> dict:
+    """What a run took: models in memory, tokens through training, seconds, peak memory in MB."""
+    rows = readable_rows(metrics)
+    models = next((len(row["names"]) for row in rows if row.get("event") == "models"), 1)
+    last = [row for row in rows if "elapsed" in row][-1]
+    return {"models": models, "tokens": last["tokens"], "seconds": last["elapsed"], "MB": last["peak_mb"]}
+
+
+def main(folders: list[str]) -> None:
+    if not folders:
+        sys.exit("error: name the folders, such as out/seed0/scoreboard.")
+    try:
+        cards = [json.loads((Path(f) / "scorecard.json").read_text())["checkpoints"] for f in folders]
+    except OSError as error:
+        sys.exit(f"error: {error.filename} cannot be read; `make scoreboard` writes it.")
+    methods = [Path(path).stem for path in cards[0]]
+    by_method = [{Path(path).stem: c["overall"] for path, c in card.items()} for card in cards]
+    names = [f"seeds: {len(folders)}", *MEASURES, "models", "tokens", "seconds", "MB"]
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    for method in methods:
+        cells = [over_seeds([card[method][name][0] for card in by_method]) for name in MEASURES]
+        runs = [Path(f) / f"{method}.metrics.jsonl" for f in folders]
+        costs = [cost(run) for run in runs if run.exists()]
+        for name in ("models", "tokens", "seconds", "MB"):
+            cells.append(f"{sum(c[name] for c in costs) / len(costs):,.0f}" if costs else "–")
+        print(f"| {method} | {' | '.join(cells)} |")
+    failures = [name for name in by_method[0][methods[0]] if name not in MEASURES]
+    print(f"\n| | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
+    for name in failures:
+        cells = [over_seeds([card[method][name][0] for card in by_method]) for method in methods]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
