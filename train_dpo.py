@@ -76,9 +76,8 @@ class Config:
     label_smoothing: float = 0.1  # ε of cdpo and robust: the share of labels thought to be flipped
     sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
     online: str = (
-        ""  # a reward (see nanoalign/rewards.py) that labels pairs of fresh samples, σ(r_a − r_b); the
+        ""  # a reward (nanoalign/rewards.py) to label pairs of fresh samples; data gives the prompts
     )
-    # data then gives prompts and held-out pairs only
     online_every: int = 8  # steps between collections of fresh pairs
     cache_reference: str = ""  # a file for the reference's log-probs: computed once, read by later runs
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
@@ -299,9 +298,8 @@ def main(config: Config) -> None:
         rows, asked = prompt_examples(
             one_per_prompt(rows), tokenizer, policy.config.context - config.max_new_tokens
         )
-        order = BatchOrder(
-            [len(ids) for ids in asked], config.batch_size * config.online_every, config.seed, pool=1
-        )
+        lengths, size = [len(ids) for ids in asked], config.batch_size * config.online_every
+        order = BatchOrder(lengths, size, config.seed, pool=1, least=min(size // 2, len(asked)))
         steps, material = order.steps_per_epoch * config.online_every, asked
     else:
         examples, _ = pair_examples(rows, tokenizer, max_length)
@@ -331,8 +329,8 @@ def main(config: Config) -> None:
             indices = order[step]
         else:
             collection, turn = divmod(step, config.online_every)
+            picked = order[collection]
             if turn == 0:
-                picked = order[collection]
                 fresh = [rows[i] for i in picked], [asked[i] for i in picked]
                 with autocast:
                     seed = config.seed + 10_000 * (collection + 1)

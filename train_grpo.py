@@ -108,6 +108,7 @@ def group_advantages(scores: Tensor, group_size: int, kind: str = "grpo") -> Ten
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 responses to be its own baseline, not {group_size}.")
     groups = scores.view(-1, group_size)  # (B / G, G)
+    groups = groups - groups[:, :1]  # so that equal scores are exactly 0, rounding or not
     centred = groups - groups.mean(1, keepdim=True)
     if kind == "rloo":  # r_i − (G mean − r_i) / (G − 1)
         centred = centred * (group_size / (group_size - 1))
@@ -150,12 +151,15 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 # -------------------------------------------------------------------------------------------------- a run
 
 
-def update_stats(logp, old_logp, advantages, mask, ratio, kl_loss, loss, weight, config) -> Tensor:
-    """What is logged of a minibatch, in the order of UPDATE; sums that add up over micro-batches."""
+def update_stats(logp, old_logp, advantages, mask, ratio, kl_loss, loss, share, config) -> Tensor:
+    """What is logged of a minibatch, in the order of UPDATE; sums that add up over micro-batches.
+
+    share (B, T): the tokens' weights, scaled to add up to 1 over the minibatch.
+    """
     with torch.no_grad():
         beyond = (ratio - ratio.clamp(1 - config.clip_low, 1 + config.clip_high)) * advantages[:, None] > 0
         approxkl = 0.5 * (logp - old_logp).masked_fill(~mask, 0).square()
-        means = [masked_sum(x * weight, mask).sum() for x in (approxkl, beyond.float(), ratio)]
+        means = [masked_sum(x * share, mask).sum() for x in (approxkl, beyond.float(), ratio)]
         return torch.stack((*means, kl_loss, loss))
 
 
@@ -281,8 +285,9 @@ def main(config: Config) -> None:
                     loss.backward()
                     at += len(micro)
                     metrics.tokens += int(ends[micro].sum())
+                    share = weight / weights.sum()
                     update += update_stats(
-                        logp, old, a, m, ratio, kl_loss.detach(), loss.detach(), weight, config
+                        logp, old, a, m, ratio, kl_loss.detach(), loss.detach(), share, config
                     )
                     if updates == 0:
                         first.append((logp - old).detach()[m])

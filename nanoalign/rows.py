@@ -146,7 +146,8 @@ def parse_labelled(row: dict) -> list[dict]:
         if not verdicts:
             raise RowError('expected a {"solution", "is_correct"} of some model beside the "question"')
         sides = [{"completion": v["solution"], "label": v["is_correct"]} for v in verdicts]
-        return [one for v in sides for one in parse_labelled({"prompt": row["question"], **v})]
+        shared = {"prompt": row["question"], "meta": _meta(row)}
+        return [one for side in sides for one in parse_labelled({**shared, **side})]
     if not isinstance(row.get("label"), bool):
         raise RowError(f'field "label": expected true or false, found {_describe(row, "label")}')
     prompt, completion = _messages(row, "prompt"), _text(row, "completion")
@@ -226,13 +227,14 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
         raise UserError(f"{path} is empty; expected rows of kind {kind!r}.")
     if kind == "text" and not path.endswith((".jsonl", ".json")):
         return [{"text": content}]
-    rows, bad = [], 0
+    rows, good, bad = [], 0, 0
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             parsed = PARSERS[kind](_parse_json(line))
             rows += parsed if isinstance(parsed, list) else [parsed]
+            good += 1
         except RowError as error:
             bad += 1
             if not skip_bad_rows:
@@ -240,7 +242,7 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
                     f"{path}, line {number}: {error}. (--skip-bad-rows drops such rows.)"
                 ) from None
     if bad:
-        print(f"data: {path}: skipped {bad} bad rows of {bad + len(rows)}")
+        print(f"data: {path}: skipped {bad} bad rows of {bad + good}")
     if not rows:
         raise UserError(f"{path} has no usable row of kind {kind!r}.")
     return rows

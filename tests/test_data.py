@@ -12,10 +12,12 @@ from nanoalign.data import (
     chat_examples,
     collate,
     join,
+    labelled_examples,
     micro_batches,
     pack,
     pair_examples,
     split_rows,
+    thin,
 )
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
@@ -94,6 +96,11 @@ BAD = [  # kind, row, what the message must name besides file and line
     ("pairs", pair("Hi", [USER], "B"), ["chosen", "assistant"]),
     ("labelled", {"prompt": "Hi", "completion": "A", "label": 1}, ["label", "true or false", "1"]),
     ("labelled", {"prompt": "Hi", "label": True}, ["completion", "string"]),
+    ("labelled", {"prompt": "Hi", "chosen": "A"}, ["rejected", "string"]),
+    ("labelled", {"question": "Hi", "answer": "#### 4"}, ["solution", "is_correct", "question"]),
+    ("labelled", {"question": "Hi", "6b": {"solution": "4", "is_correct": "yes"}}, ["true or false", "yes"]),
+    ("labelled", {"question": "Hi", "6b": {"solution": 4, "is_correct": True}}, ["string", "4"]),
+    ("labelled", {"question": 3, "6b": {"solution": "4", "is_correct": True}}, ["prompt", "3"]),
     ("steps", {"prompt": "Hi", "completions": "1", "labels": [True]}, ["completions", "list"]),
     ("steps", {"prompt": "Hi", "completions": [], "labels": []}, ["completions"]),
     ("steps", {"prompt": "Hi", "completions": ["1"], "labels": [1]}, ["labels", "null"]),
@@ -111,6 +118,38 @@ BAD = [  # kind, row, what the message must name besides file and line
 @pytest.mark.parametrize("kind, row, expected", GOOD, ids=range(len(GOOD)))
 def test_every_accepted_form_is_read(file, kind, row, expected):
     assert read_rows(file(row), kind) == [expected]
+
+
+def labelled(prompt, completion, label, **meta):
+    return {"prompt": prompt, "completion": completion, "label": label, "meta": meta}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pair("Hi", "Hello.", "No.", source="x"),
+        pair([USER], [ASSISTANT], [{**ASSISTANT, "content": "No."}], source="x"),
+        {**pair("Hi", "Hello.", "No.", source="x"), "margin": 2.0},
+    ],
+)
+def test_a_pair_is_read_as_a_thumb_up_and_a_thumb_down_of_one_prompt(file, row):
+    up, down = labelled([USER], "Hello.", True, source="x"), labelled([USER], "No.", False, source="x")
+    assert read_rows(file(row, row), "labelled") == [up, down, up, down]
+    assert read_rows(file({"chosen": HH + "A", "rejected": HH + "B"}), "labelled") == [
+        labelled([USER, ASSISTANT, MORE], "A", True),
+        labelled([USER, ASSISTANT, MORE], "B", False),
+    ]
+
+
+def test_gsm8ks_model_solutions_are_read_as_a_labelled_row_each(file):
+    row = {
+        "question": "Hi", "ground_truth": "3 + 4 = 7 #### 7",
+        "6b_finetuning": {"solution": "8", "is_correct": False},
+        "6b_verification": {"solution": "3 + 4 = 7\nAnswer: 7", "is_correct": True},
+        "175b_note": {"comment": "no solution here"},
+    }  # fmt: skip
+    due = [labelled([USER], "8", False), labelled([USER], "3 + 4 = 7\nAnswer: 7", True)]
+    assert read_rows(file(row), "labelled") == due
 
 
 @pytest.mark.parametrize("kind, row, names", BAD, ids=range(len(BAD)))
@@ -188,6 +227,29 @@ def test_chat_rows_are_split_by_what_was_asked_and_texts_by_themselves():
     assert split_rows(rows, "", "chat")[1] == rows[-1:]
 
 
+def test_the_two_sides_of_a_pair_stay_on_one_side_of_the_split(file):
+    pairs = [pair([{**USER, "content": str(i)}], "yes", "no") for i in range(45)]
+    train, held_out = split_rows(read_rows(file(*pairs), "labelled"), "", "labelled")
+    assert [(row["prompt"][0]["content"], row["label"]) for row in held_out] == [
+        (prompt, label) for prompt in ("1", "21", "41") for label in (True, False)
+    ]
+    assert len(train) == 2 * 42
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 30])
+def test_thinned_rows_are_at_most_as_many_in_order_and_from_the_whole_file(count):
+    for size in (0, 1, count - 1, count, 2 * count, 7 * count):
+        kept = thin(list(range(size)), count)
+        assert len(kept) == min(size, count) and kept == sorted(set(kept))
+        assert size <= count or max(np.diff([-1, *kept, size])) <= size // count
+
+
+def test_a_file_sorted_by_kind_is_thinned_evenly_whatever_its_length():
+    for b in (1, 50, 99, 100, 350):
+        kept = thin(["a"] * 100 + ["b"] * b, 100)
+        assert len(kept) == 100 and abs(kept.count("b") - 100 * b / (100 + b)) <= 1
+
+
 def test_held_out_rows_can_be_those_of_a_file(file):
     row = {"text": "a"}
     assert split_rows([row], file({"text": "b"}), "text") == ([row], [{"text": "b"}])
@@ -220,6 +282,28 @@ def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):
     assert len(chat_examples(rows, WORLD, 20)) == 1 and "1 dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-length"):
         chat_examples(rows[1:], WORLD, 20)
+
+
+def test_labelled_examples_score_the_response_and_its_end_and_keep_their_rows(capsys):
+    long = "the " * 50
+    rows = [
+        labelled([USER], "yes", True),
+        labelled([{**USER, "content": long}], "dropped", True),  # no room for a response
+        labelled([USER, ASSISTANT, MORE], " yes", False),
+        labelled([USER], long, False),
+    ]
+    examples, kept = labelled_examples(rows, WORLD, 20)
+    assert kept == [rows[0], rows[2], rows[3]]
+    for (ids, mask), row in zip(examples, kept):
+        assert np.array_equal(ids[~mask], WORLD.prompt(row["prompt"])) and len(ids) <= 20
+        response = WORLD.response(row["completion"])
+        assert np.array_equal(ids[mask], response[: 20 - (~mask).sum()])
+        assert not mask[: (~mask).sum()].any()  # the prompt comes first
+    assert [ids[-1] == WORLD.end for ids, _ in examples] == [True, True, False]  # the last was cut short
+    out = capsys.readouterr().out
+    assert "3 labelled rows" in out and "1 truncated to 20" in out and "1 dropped" in out
+    with pytest.raises(UserError, match="--max-length"):
+        labelled_examples(rows[1:2], WORLD, 20)
 
 
 def test_a_pair_that_truncation_makes_identical_is_dropped_and_counted(capsys):
@@ -279,6 +363,21 @@ def test_rows_of_similar_length_share_a_batch():
     assert padding < 0.15  # 1/9 when sorted in pools of 8 batches; 1/2 unsorted
     longer = np.diff([batch.max() for batch in batches]) > 0
     assert 0.3 < longer.mean() < 0.7  # but within a pool no curriculum from short to long
+
+
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_a_last_batch_of_fewer_than_least_rows_joins_the_one_before_it(least):
+    for size in range(least, 25):
+        for batch_size in range(least, 8):
+            order = BatchOrder(np.arange(size) % 5, batch_size, seed=0, least=least)
+            steps, rest = divmod(size, batch_size)
+            due = [batch_size] * steps + [rest] * (rest > 0)
+            if len(due) > 1 and due[-1] < least:
+                due[-2:] = [batch_size + rest]
+            for epoch in range(2):
+                batches = [order[epoch * order.steps_per_epoch + s] for s in range(order.steps_per_epoch)]
+                assert sorted(map(len, batches)) == sorted(due) and min(map(len, batches)) >= least
+                assert sorted(np.concatenate(batches).tolist()) == list(range(size))
 
 
 def test_a_batch_size_of_zero_is_a_user_error():

@@ -1,17 +1,34 @@
-"""DPO against closed forms written here in numpy, and the bookkeeping that its log-probs depend on."""
+"""DPO and its variants against closed forms in numpy, and the bookkeeping that their log-probs depend on."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import train_dpo
 from evaluate import mean_and_error, win_rate
+from nanoalign import UserError
+from nanoalign.checkpoint import save
 from nanoalign.data import pair_examples
 from nanoalign.model import GPT, GPTConfig
-from nanoalign.rows import parse_pair
+from nanoalign.rows import parse_pair, write_rows
 from nanoalign.tokenizer import get_tokenizer
-from train_dpo import dpo_loss, pair_logprobs
+from train_dpo import (
+    Config,
+    check_flags,
+    check_start,
+    dpo_loss,
+    ipo_loss,
+    online_pairs,
+    pair_logprobs,
+    preference_loss,
+    response_tokens,
+    robust_dpo_loss,
+    simpo_loss,
+)
 
 TOKENIZER = get_tokenizer("world")
 
@@ -107,6 +124,145 @@ def test_extreme_log_probs_give_a_finite_loss_and_gradient(h, epsilon):
     assert chosen.grad.isfinite().all()
 
 
+# ------------------------------------------------------------------------------------- robust, IPO and SimPO
+
+
+@pytest.mark.parametrize("beta", [0.05, 1.0])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3, 0.45])
+def test_robust_dpo_over_labels_flipped_at_that_rate_is_the_clean_loss_on_average(beta, epsilon):
+    """Which determines it: L(h) and L(−h) are two unknowns in the two equations at h and −h."""
+    chosen, rejected, ref_chosen, ref_rejected = draw()
+    as_labelled = robust_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, epsilon)
+    flipped = robust_dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta, epsilon)
+    h = ((chosen - ref_chosen) - (rejected - ref_rejected)).numpy()
+    expectation = (1 - epsilon) * as_labelled + epsilon * flipped
+    assert as_labelled.shape == (64,)
+    np.testing.assert_allclose(expectation.numpy(), minus_log_sigmoid(beta * h), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
+def test_robust_dpo_is_ln_2_where_policy_and_reference_agree(epsilon):
+    chosen, rejected, _, _ = draw()
+    loss = robust_dpo_loss(chosen, rejected, chosen, rejected, 0.3, epsilon)
+    np.testing.assert_allclose(loss.numpy(), math.log(2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
+def test_ipo_is_least_and_0_at_a_margin_of_half_of_1_over_beta(beta):
+    h = torch.linspace(-8, 12, 81, dtype=torch.float64) / beta / 8  # −1/β … 1.5/β, among them 0.5/β
+    zero = torch.zeros_like(h)
+    loss = ipo_loss(h - 3, zero - 1, zero - 2, zero, beta)  # the margin: (h − 3 + 2) − (−1 − 0) = h
+    np.testing.assert_allclose(loss.numpy(), (h.numpy() - 1 / (2 * beta)) ** 2, atol=1e-9)
+    assert loss.min() < 1e-12 and h[loss.argmin()].item() == pytest.approx(0.5 / beta)
+    at_0 = ipo_loss(zero, zero, zero, zero, beta)
+    assert at_0[0].item() == pytest.approx(1 / (4 * beta**2))
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
+def test_simpo_asks_for_a_margin_of_gamma_itself_not_gamma_over_beta(beta, gamma):
+    chosen, rejected, _, _ = draw(scale=3.0)
+    expected = minus_log_sigmoid(beta * (chosen - rejected).numpy() - gamma)
+    np.testing.assert_allclose(simpo_loss(chosen, rejected, beta, gamma).numpy(), expected, rtol=1e-12)
+    even = simpo_loss(rejected + gamma / beta, rejected, beta, gamma)  # β times the difference is γ
+    np.testing.assert_allclose(even.numpy(), math.log(2), rtol=1e-9)
+
+
+def test_the_variants_defaults_are_the_papers():
+    means = draw(scale=2.0)
+    assert torch.equal(robust_dpo_loss(*means), dpo_loss(*means, beta=0.1, label_smoothing=0.0))
+    assert torch.equal(ipo_loss(*means), ipo_loss(*means, beta=0.1))
+    assert torch.equal(simpo_loss(*means[:2]), simpo_loss(*means[:2], beta=2.0, gamma=1.0))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda *x: robust_dpo_loss(*x, 0.3, 0.2),
+        lambda *x: ipo_loss(*x, 0.3),
+        lambda a, b, *_: simpo_loss(a, b),
+    ],
+    ids=["robust", "ipo", "simpo"],
+)
+def test_each_variants_gradient_is_that_of_finite_differences(loss):
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in draw(5, scale=3.0)])
+
+
+def with_flags(**flags):
+    config = Config(**flags)
+    check_flags(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "loss, beta", [("dpo", 0.1), ("cdpo", 0.1), ("robust", 0.1), ("ipo", 0.1), ("simpo", 2)]
+)
+def test_each_loss_has_the_beta_of_its_paper_unless_another_is_given(loss, beta):
+    assert with_flags(loss=loss).beta == beta and with_flags(loss=loss, beta=0.7).beta == 0.7
+    assert (with_flags(loss=loss).gamma, with_flags(loss=loss).label_smoothing) == (1.0, 0.1)
+
+
+TOKENS = torch.tensor([[4.0, 7.0, 1.0], [9.0, 2.0, 1.0]])
+
+
+def sums():
+    """Of the policy and of the reference, chosen and rejected: (2, 3) each."""
+    torch.manual_seed(0)
+    return [-TOKENS.double() * (1 + torch.rand(2, 3, dtype=torch.float64)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+def test_a_run_takes_sums_for_the_dpos_and_means_per_token_for_ipo_and_simpo(loss):
+    config = with_flags(loss=loss, beta=0.5, gamma=0.3, label_smoothing=0.2)
+    found, *rewards = preference_loss(config, *sums(), TOKENS)
+    lengths = TOKENS.numpy() if loss in ("ipo", "simpo") else 1
+    (better, worse), (ref_better, ref_worse) = (x.numpy() / lengths for x in sums())
+    h = (better - ref_better) - (worse - ref_worse)
+    right, wrong = minus_log_sigmoid(0.5 * h), minus_log_sigmoid(-0.5 * h)
+    expected = {
+        "dpo": right,  # whatever --label-smoothing
+        "cdpo": 0.8 * right + 0.2 * wrong,
+        "robust": (0.8 * right - 0.2 * wrong) / 0.6,
+        "ipo": (h - 1) ** 2,
+        "simpo": minus_log_sigmoid(0.5 * (better - worse) - 0.3),
+    }[loss]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(rewards[0].numpy(), 0.5 * (better - ref_better), rtol=1e-6)
+    np.testing.assert_allclose(rewards[1].numpy(), 0.5 * (worse - ref_worse), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+def test_saying_a_response_twice_leaves_ipo_and_simpo_alone_and_changes_the_dpos(loss):
+    """Every token again, with the same log-prob: sums double, means stay."""
+    config, twice = with_flags(loss=loss), torch.tensor([[2.0], [1.0]])
+    before = preference_loss(config, *sums(), TOKENS)[0]
+    after = preference_loss(config, *(x * twice for x in sums()), TOKENS * twice)[0]
+    if loss in ("ipo", "simpo"):
+        torch.testing.assert_close(before, after)
+    else:
+        assert ((before - after).abs() > 1e-3).all()
+
+
+def test_no_reference_has_any_influence_on_simpo():
+    logps, ref_logps = sums()
+    losses = [
+        preference_loss(with_flags(loss="simpo"), logps, r, TOKENS)[0] for r in (ref_logps, ref_logps * 9)
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo"])
+@pytest.mark.parametrize("beta", [0.1, 0.6])
+def test_the_step_0_check_knows_where_each_loss_starts(loss, beta):
+    config, (logps, _) = with_flags(loss=loss, beta=beta), sums()
+    start = preference_loss(config, logps, logps, TOKENS)[0].mean().item()
+    assert start == pytest.approx(1 / (4 * beta**2) if loss == "ipo" else math.log(2))
+    check_start(start, config, torch.device("cpu"))
+    for wrong in (start + 0.01, start - 0.01, math.nan):
+        with pytest.raises(UserError, match="policy and reference disagree"):
+            check_start(wrong, config, torch.device("cpu"))
+
+
 # -------------------------------------------------------------------------------- log-probs of pairs
 
 
@@ -189,6 +345,134 @@ def test_no_gradient_reaches_what_is_masked(model):
         picked = [logp[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]]
         assert not mask[: len(ids) - len(picked)].any() and ids[-1] == TOKENIZER.end and mask[-1]
         torch.testing.assert_close(total[0], torch.stack(picked).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_response_tokens_are_counted_with_the_end_token_and_without_the_prompt():
+    due = [[len(TOKENIZER.response(text)) for text in side] for side in list(zip(*PAIRS))[1:]]
+    assert response_tokens(examples(*PAIRS), "cpu").tolist() == due
+
+
+def first_step(model, folder, **flags):
+    """The metrics of a run's first optimiser step, over PAIRS."""
+    paths = [str(folder / name) for name in ("sft.pt", "pairs.jsonl", "dpo.pt")]
+    save(paths[0], model, stage="sft", tokenizer=TOKENIZER, config=Config(), step=0)
+    write_rows(paths[1], [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS])
+    start, data, out = paths
+    flags = {"steps": 1, "max_new_tokens": 4, "device": "cpu", **flags}
+    train_dpo.main(Config(init=start, data=data, eval_data=data, out=out, **flags))
+    lines = map(json.loads, Path(out).with_suffix(".metrics.jsonl").read_text().splitlines())
+    return next(row for row in lines if "loss" in row)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_sft_weight_adds_alpha_times_the_mean_nll_of_the_chosen(model, tmp_path, alpha):
+    nll = [-by_hand(model, prompt, better) / len(TOKENIZER.response(better)) for prompt, better, _ in PAIRS]
+    whole, pieces = (first_step(model, tmp_path, sft_weight=alpha, micro_batch=size) for size in (0, 2))
+    assert whole["loss"] == pytest.approx(math.log(2) + alpha * sum(nll) / 3, rel=1e-4)
+    for name in ("loss", "grad_norm"):  # micro-batches of two pairs and of one
+        assert pieces[name] == pytest.approx(whole[name], rel=1e-4)
+    plain = first_step(model, tmp_path)
+    assert plain["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert whole["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-2)
+
+
+def test_simpo_runs_without_a_reference_in_memory(model, tmp_path, capsys):
+    row = first_step(model, tmp_path, loss="simpo", gamma=0.4)
+    means = [
+        [by_hand(model, pair[0], text) / len(TOKENIZER.response(text)) for text in pair[1:]] for pair in PAIRS
+    ]
+    due = np.mean([minus_log_sigmoid(2 * (better - worse) - 0.4) for better, worse in means])
+    assert row["loss"] == pytest.approx(due, rel=1e-4)
+    assert "models in memory: policy\n" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- pairs from fresh samples
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A random model that ends most of its responses within six tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2, tied=False)).eval()
+    with torch.no_grad():
+        model.embed.weight.normal_()[:, 0] = 4.0
+        model.head.weight.normal_(0, 0.3)
+        model.head.weight[:, 0] = 0
+        model.head.weight[TOKENIZER.end, 0] = 2.5
+    return model
+
+
+def fresh(talker, scale, count=60, seed=0):
+    """Pairs of fresh samples, {prompt: (chosen, rejected)}; and what was drawn, {prompt: [(response, score,
+    whether it ended), …]}."""
+    texts = ["Why? " * (i % 5) + f"{i}" for i in range(count)]
+    rows = [{"prompt": [{"role": "user", "content": text}], "meta": {}} for text in texts]
+    prompts = [TOKENIZER.prompt(row["prompt"]) for row in rows]
+    drawn = {tuple(p.tolist()): [] for p in prompts}
+
+    def reward(batch, rollout):
+        scores = [scale * (sum(response) % 4) for response in rollout.responses()]
+        drafts = zip(rollout.responses(), scores, rollout.ended.tolist())
+        for row, ids, mask, (response, *rest) in zip(batch, rollout.ids, rollout.mask, drafts):
+            prompt = tuple(TOKENIZER.prompt(row["prompt"]).tolist())
+            assert tuple(ids[: mask.nonzero()[0]].tolist()) == prompt  # rows are those of the responses
+            drawn[prompt].append((tuple(response), *rest))
+        return torch.tensor(scores)
+
+    pairs, config = {}, Config(max_new_tokens=6)
+    for both in online_pairs(talker, rows, prompts, reward, TOKENIZER, config, "cpu", seed):
+        chosen, rejected = (tuple(ids[~mask].tolist()) for ids, mask in both)
+        assert chosen == rejected and chosen not in pairs
+        for ids, mask in both:  # the prompt, then one run of scored tokens, to the end
+            assert mask.tolist() == [i >= len(chosen) for i in range(len(ids))]
+        assert both[0][0][-1] == TOKENIZER.end
+        pairs[chosen] = tuple(tuple(ids[mask].tolist()) for ids, mask in both)
+    return pairs, drawn
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_of_two_fresh_samples_the_finished_and_then_the_much_better_one_is_chosen(talker, sign):
+    pairs, drawn = fresh(talker, scale=1000.0 * sign, count=200)
+    expected, seen = {}, set()
+    for prompt, (first, second) in drawn.items():
+        if not (first[2] or second[2]):
+            seen.add("neither finished")
+            assert prompt not in pairs
+        elif first[2] != second[2]:  # whatever the scores
+            better, worse = (first, second) if first[2] else (second, first)
+            seen.add("the worse paid finished" if better[1] < worse[1] else "one finished")
+            expected[prompt] = better[0], worse[0]
+        elif first[0] == second[0]:
+            seen.add("alike")
+            assert prompt not in pairs
+        elif first[1] == second[1]:
+            seen.add("equally good")
+            assert sorted(pairs.pop(prompt)) == sorted((first[0], second[0]))
+        else:
+            better, worse = (first, second) if first[1] > second[1] else (second, first)
+            seen.add("the first" if better is first else "the second")
+            expected[prompt] = better[0], worse[0]
+    assert len(seen) == 7, seen  # every case came up
+    assert pairs == expected
+
+
+def test_otherwise_a_fresh_sample_is_chosen_as_often_as_bradley_and_terry_say(talker):
+    pairs, drawn = fresh(talker, scale=0.6, count=1300)
+    wins, due = [], []
+    for prompt, (first, second) in drawn.items():
+        if first[2] and second[2] and first[0] != second[0]:
+            wins.append(pairs[prompt][0] == first[0])
+            due.append(1 / (1 + math.exp(second[1] - first[1])))
+    wins, due = np.array(wins), np.array(due)
+    assert len(wins) > 900 and len(set(due.round(6))) == 7
+    for gap in sorted(set(due.round(6))):  # of each difference of scores by itself
+        here = np.isclose(due, gap)
+        assert abs(wins[here].mean() - gap) < 4 * math.sqrt(gap * (1 - gap) / here.sum())
+    better, sure = np.where(due >= 0.5, wins, ~wins), np.maximum(due, 1 - due)
+    apart = sure > 0.51
+    error = math.sqrt((sure * (1 - sure))[apart].sum())
+    assert abs((better - sure)[apart].sum()) < 3 * error < 0.05 * apart.sum()
+    assert fresh(talker, 0.6)[0] == fresh(talker, 0.6)[0] != fresh(talker, 0.6, seed=1)[0]
 
 
 # -------------------------------------------------------------------------------- the scorecard's statistics

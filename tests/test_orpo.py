@@ -1,0 +1,204 @@
+"""ORPO against 60-digit arithmetic, and its two means against a loop over tokens."""
+
+import contextlib
+import math
+from decimal import Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+
+from nanoalign.data import pair_examples
+from nanoalign.model import GPT, GPTConfig
+from nanoalign.rows import parse_pair
+from nanoalign.tokenizer import get_tokenizer
+from train_orpo import LOGGED, Config, evaluate, log_odds, orpo_loss, pair_logprobs, parts
+
+TOKENIZER = get_tokenizer("world")
+MEANS = [0.0, -1e-12, -1e-7, -1e-6, -1.1e-6, -1e-5, -1e-4, -1e-3, -0.01, -0.1, -0.3, -0.69, -math.log(2),
+         -0.7, -1.0, -3.0, -8.0, -20.0, -50.0, -700.0]  # fmt: skip
+
+
+def exact_log_odds(mean: float) -> Decimal:
+    """ln(p / (1 − p)), p = e^mean, of exactly this float; means above −1e-6 count as −1e-6."""
+    with localcontext() as context:
+        context.prec = 60
+        m = min(Decimal(mean), Decimal("-1e-6"))
+        return m - (1 - m.exp()).ln()
+
+
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+# ------------------------------------------------------------------------------------------------- the odds
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_log_odds_equal_60_digit_arithmetic_from_certainty_to_e_to_the_minus_700(mean, dtype, error):
+    m = torch.tensor([mean], dtype=dtype)
+    expected = float(exact_log_odds(m.item()))
+    # in fp32 the clamp itself is at the float next to -1e-6
+    assert log_odds(m).item() == pytest.approx(expected, rel=error, abs=error)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_slope_of_log_odds_is_1_over_1_minus_p_and_0_where_clamped(mean):
+    m = torch.tensor([mean], dtype=torch.float64, requires_grad=True)
+    log_odds(m).sum().backward()
+    with localcontext() as context:
+        context.prec = 60
+        due = float(1 / (1 - Decimal(mean).exp())) if mean <= -1e-6 else 0.0
+    assert m.grad.item() == pytest.approx(due, rel=1e-9)
+
+
+def test_the_two_branches_meet_at_ln_2_where_the_odds_are_even(double):
+    around = -math.log(2) + torch.tensor([-1e-9, -1e-12, 0.0, 1e-12, 1e-9])
+    # the slope of the log odds there is 1 / (1 - 1/2) = 2
+    torch.testing.assert_close(log_odds(around), 2 * (around + math.log(2)), rtol=1e-4, atol=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("chosen", [-1e-6, -0.2, -0.69, -1.5, -50.0])
+@pytest.mark.parametrize("rejected", [-1e-6, -0.3, -0.7, -4.0, -50.0])
+def test_the_loss_is_its_closed_form(double, lam, chosen, rejected):
+    loss = orpo_loss(*(torch.tensor([x]) for x in (2.5, chosen, rejected)), lam)
+    ratio = float(exact_log_odds(chosen) - exact_log_odds(rejected))
+    assert loss.item() == pytest.approx(2.5 + lam * softplus(-ratio), rel=1e-10)
+
+
+def test_one_value_per_pair_and_lambda_is_a_tenth_by_default():
+    torch.manual_seed(0)
+    nll, chosen, rejected = 3 * torch.rand(7), -torch.rand(7), -torch.rand(7)
+    loss = orpo_loss(nll, chosen, rejected)
+    assert loss.shape == (7,) and torch.equal(loss, orpo_loss(nll, chosen, rejected, 0.1))
+    assert Config().lam == 0.1
+    torch.testing.assert_close(orpo_loss(nll, chosen, chosen) - nll, torch.full((7,), 0.1 * math.log(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_and_gradients_are_finite_at_every_pair_of_means(dtype):
+    """Among them −1e-7, where 1 − p rounds to 0 in the plain formula, and −50, where p does."""
+    grid = torch.tensor([(a, b) for a in MEANS for b in MEANS], dtype=dtype)
+    means = [grid[:, i].clone().requires_grad_() for i in (0, 1)]
+    loss = orpo_loss(torch.zeros(len(grid), dtype=dtype), *means, lam=1.0)
+    loss.sum().backward()
+    assert loss.isfinite().all() and all(m.grad.isfinite().all() for m in means)
+    assert (means[0].grad <= 0).all() and (means[1].grad >= 0).all()
+
+
+def test_the_gradient_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    means = [-3 * torch.rand(24, dtype=torch.float64) - 0.02 for _ in range(2)]
+    assert all((m > -math.log(2)).any() and (m < -math.log(2)).any() for m in means)  # both branches
+    inputs = [m.requires_grad_() for m in (torch.rand(24, dtype=torch.float64), *means)]
+    assert torch.autograd.gradcheck(lambda *x: orpo_loss(*x, lam=0.7), inputs)
+
+
+def test_the_loss_falls_with_the_chosen_and_rises_with_the_rejected_and_the_nll():
+    means = torch.tensor([m for m in MEANS if -9 < m <= -1e-5], dtype=torch.float64)  # falling
+    same, nll = torch.full_like(means, -0.5), torch.ones_like(means)
+    assert (orpo_loss(nll, means, same).diff() > 0).all()
+    assert (orpo_loss(nll, same, means).diff() < 0).all()
+    torch.testing.assert_close(orpo_loss(nll + 2, means, same) - orpo_loss(nll, means, same), 2 * nll)
+
+
+# ------------------------------------------------------------------------------------- log-probs of pairs
+
+PAIRS = (
+    ("What is the capital of France?", "Paris.", "The capital of France is Rome, as everyone knows."),
+    ("Hi", "Hello! How can I help you?", "Leave me alone."),
+    ("What is 3 + 4 + 5?", "3 + 4 = 7\n7 + 5 = 12\nAnswer: 12", "12"),
+)
+
+
+def examples(*pairs):
+    rows = [parse_pair({"prompt": p, "chosen": c, "rejected": r}) for p, c, r in pairs]
+    return pair_examples(rows, TOKENIZER, 64)[0]
+
+
+@pytest.fixture
+def model(double):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # far from uniform, so that no two tokens are alike
+    return model
+
+
+def token_by_token(model, prompt, response):
+    """log pi of every token after the first, of the prompt and of the response, from the plain logits."""
+    opening = TOKENIZER.prompt([{"role": "user", "content": prompt}]).tolist()
+    ids = opening + TOKENIZER.response(response).tolist()
+    assert ids[-1] == TOKENIZER.end
+    logp = model(torch.tensor([ids]))[0].log_softmax(-1).detach()
+    picked = [logp[t - 1, ids[t]].item() for t in range(1, len(ids))]
+    return picked[: len(opening) - 1], picked[len(opening) - 1 :]
+
+
+@pytest.mark.parametrize("nll", ["all", "response"])
+def test_the_nll_is_over_prompt_and_response_or_the_response_only_and_odds_are_of_response_means(model, nll):
+    found = pair_logprobs(model, examples(*PAIRS), TOKENIZER, Config(nll=nll), "cpu")
+    assert all(values.shape == (3,) for values in found)
+    for i, (prompt, better, worse) in enumerate(PAIRS):
+        opening, response = token_by_token(model, prompt, better)
+        imitated = opening + response if nll == "all" else response
+        due = [-np.mean(imitated), np.mean(response), np.mean(token_by_token(model, prompt, worse)[1])]
+        assert [values[i].item() for values in found] == pytest.approx(due, rel=1e-9)
+        assert abs(np.mean(opening) - np.mean(response)) > 0.1  # so the two can be told apart
+
+
+def test_by_default_the_prompt_is_imitated_too_as_in_the_paper():
+    assert Config().nll == "all"
+
+
+@pytest.mark.parametrize("nll", ["all", "response"])
+def test_a_pairs_values_do_not_depend_on_its_batch_or_padding(model, nll):
+    together = pair_logprobs(model, examples(*PAIRS), TOKENIZER, Config(nll=nll), "cpu")
+    alone = [pair_logprobs(model, examples(p), TOKENIZER, Config(nll=nll), "cpu") for p in PAIRS]
+    torch.testing.assert_close(torch.stack(together), torch.cat([torch.stack(a) for a in alone], dim=1))
+
+
+@pytest.mark.parametrize("nll", ["all", "response"])
+def test_a_model_without_preferences_has_a_mean_of_minus_ln_v_whatever_the_lengths(nll):
+    flat = GPT(GPTConfig(TOKENIZER.vocab_size, context=64, layers=1, width=8, heads=1))
+    torch.nn.init.zeros_(flat.embed.weight)
+    with torch.no_grad():
+        imitated, *means = pair_logprobs(flat, examples(*PAIRS), TOKENIZER, Config(nll=nll), "cpu")
+    due = torch.full((3, 3), -math.log(TOKENIZER.vocab_size))
+    torch.testing.assert_close(torch.stack((-imitated, *means)), due)
+
+
+def test_the_rejected_prompt_and_response_are_never_imitated(model):
+    """With λ = 0 nothing of the rejected side is learned."""
+    gradients = []
+    for worse in ("Rome.", "Leave me alone, will you?"):
+        batch = examples(("What is the capital of France?", "Paris.", worse))
+        nll, chosen, rejected = pair_logprobs(model, batch, TOKENIZER, Config(), "cpu")
+        orpo_loss(nll, chosen, rejected, 0.0).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_is_logged_adds_up_and_held_out_means_are_over_pairs(model):
+    values = pair_logprobs(model, examples(*PAIRS), TOKENIZER, Config(), "cpu")
+    logged = dict(zip(LOGGED, parts(*values, 0.3).tolist()))
+    nll, chosen, rejected = (v.tolist() for v in values)
+    for i in range(3):
+        ratio = float(exact_log_odds(chosen[i]) - exact_log_odds(rejected[i]))
+        due = {
+            "nll": nll[i], "log_odds_ratio": ratio, "odds_loss": softplus(-ratio),
+            "accuracy": float(ratio > 0), "loss": nll[i] + 0.3 * softplus(-ratio),
+            "logp_chosen": chosen[i], "logp_rejected": rejected[i],
+        }  # fmt: skip
+        assert {name: column[i] for name, column in logged.items()} == pytest.approx(due, rel=1e-6)
+    config, context = Config(lam=0.3, batch_size=2), contextlib.nullcontext()
+    means = evaluate(model, examples(*PAIRS), TOKENIZER, config, "cpu", context)
+    assert means == pytest.approx({f"eval_{name}": np.mean(column) for name, column in logged.items()})
