@@ -182,7 +182,7 @@ def response_tokens(batch, device) -> Tensor:
 
 
 @torch.no_grad()
-def online_pairs(policy, rows, prompts, reward, tokenizer, config: Config, device, seed: int) -> list:
+def online_pairs(policy, rows, prompts, reward, tokenizer, config: Config, seed: int) -> list:
     """Prompts → pairs of the policy's own samples, two to each.
 
     a is chosen with probability σ(r_a − r_b), as Bradley and Terry's people would, so that DPO's optimum is
@@ -295,12 +295,12 @@ def main(config: Config) -> None:
     shown = one_per_prompt(eval_rows)[:128]
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
     if reward:
-        rows, asked = prompt_examples(
+        rows, ids = prompt_examples(
             one_per_prompt(rows), tokenizer, policy.config.context - config.max_new_tokens
         )
-        lengths, size = [len(ids) for ids in asked], config.batch_size * config.online_every
-        order = BatchOrder(lengths, size, config.seed, pool=1, least=min(size // 2, len(asked)))
-        steps, material = order.steps_per_epoch * config.online_every, asked
+        lengths, size = [len(prompt) for prompt in ids], config.batch_size * config.online_every
+        order = BatchOrder(lengths, size, config.seed, pool=1, least=min(size // 2, len(ids)))
+        steps, material = order.steps_per_epoch * config.online_every, ids
     else:
         examples, _ = pair_examples(rows, tokenizer, max_length)
         order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
@@ -325,22 +325,22 @@ def main(config: Config) -> None:
     stop = CleanStop()
 
     for step in range(first_step, steps):
-        if not reward:
-            indices = order[step]
-        else:
+        if reward:
             collection, turn = divmod(step, config.online_every)
-            picked = order[collection]
             if turn == 0:
-                fresh = [rows[i] for i in picked], [asked[i] for i in picked]
+                picked = order[collection]
+                asked, about = [ids[i] for i in picked], [rows[i] for i in picked]
+                seed = config.seed + 10_000 * (collection + 1)
                 with autocast:
-                    seed = config.seed + 10_000 * (collection + 1)
-                    examples = online_pairs(policy, *fresh, reward, tokenizer, config, device, seed)
+                    examples = online_pairs(policy, about, asked, reward, tokenizer, config, seed)
             indices = np.arange(len(examples))[turn :: config.online_every]
             if not len(indices):
                 raise UserError(
-                    f"of {len(picked)} prompts only {len(examples)} gave two different finished samples; "
-                    "raise --batch-size, or use another reward."
+                    f"of {len(order[collection])} prompts only {len(examples)} gave two different finished "
+                    "samples; raise --batch-size, or use another reward."
                 )
+        else:
+            indices = order[step]
         pairs = len(indices)  # of the whole optimiser step
         sums = torch.zeros(len(LOGGED), device=device)
         for micro in micro_batches(indices, config.micro_batch):

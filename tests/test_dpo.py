@@ -420,7 +420,7 @@ def fresh(talker, scale, count=60, seed=0):
         return torch.tensor(scores)
 
     pairs, config = {}, Config(max_new_tokens=6)
-    for both in online_pairs(talker, rows, prompts, reward, TOKENIZER, config, "cpu", seed):
+    for both in online_pairs(talker, rows, prompts, reward, TOKENIZER, config, seed):
         chosen, rejected = (tuple(ids[~mask].tolist()) for ids, mask in both)
         assert chosen == rejected and chosen not in pairs
         for ids, mask in both:  # the prompt, then one run of scored tokens, to the end
