@@ -156,7 +156,7 @@ SUMS = $(WORLD)/sums.jsonl --eval-data $(WORLD)/sums_held_out.jsonl --eval-promp
 $(OUT)/sums.pt: $(OUT)/sft.pt train_grpo.py
 	@rm -f $@
 	$(PY) train_grpo.py --prompts $(SUMS) --init $< --reward answer --watch "" --beta 0.01 --lr 1e-4 --epochs 1 \
-	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,60) --eval-every 10 --out $@ --resume $(FLAGS)
+	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,60) --eval-every 20 --out $@ --resume $(FLAGS)
 
 # ------------------------------------------------------------------------------------------------ laboratory
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.

@@ -75,9 +75,7 @@ class Config:
     gamma: float = 1.0  # γ of simpo: the margin that is asked for
     label_smoothing: float = 0.1  # ε of cdpo and robust: the share of labels thought to be flipped
     sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
-    online: str = (
-        ""  # a reward (nanoalign/rewards.py) to label pairs of fresh samples; data gives the prompts
-    )
+    online: str = ""  # a reward (nanoalign/rewards.py): it labels pairs of fresh samples for data's prompts
     online_every: int = 8  # steps between collections of fresh pairs
     cache_reference: str = ""  # a file for the reference's log-probs: computed once, read by later runs
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
