@@ -146,8 +146,8 @@ $(BOARD)/%.pt: $(OUT)/pairs.jsonl $(OUT)/rm.pt
 
 BOARD_CHECKPOINTS = $(OUT)/sft.pt $(METHODS:%=$(BOARD)/%.pt)
 $(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
-	$(PY) evaluate.py --checkpoints $(BOARD_CHECKPOINTS) --baseline $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
-	  --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(BOARD)/scorecard.txt
+	$(PY) evaluate.py --checkpoints $(BOARD_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt \
+	  --reward $(OUT)/rm.pt --show 0 --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(BOARD)/scorecard.txt
 
 # A verifiable reward: step arithmetic, right or wrong.
 .PHONY: sums
@@ -197,7 +197,7 @@ $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
 
 LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
 $(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl
-	$(PY) evaluate.py --checkpoints $(LAB_CHECKPOINTS) --baseline $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
+	$(PY) evaluate.py --checkpoints $(LAB_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt --show 0 \
 	  --samples 2 --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(LAB)/scorecard.txt
 
 iterate: $(LAB)/iterated.pt  ## a second round: collect on the PPO policy, retrain the reward model, continue
