@@ -55,7 +55,7 @@ RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
 PPO_FLAGS_small = --micro-batch 16#  on a CPU, less padding is worth more than larger matrices
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 
-$(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py __main__.py) | .venv/installed
+$(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py steps.py __main__.py) | .venv/installed
 	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
 
 $(WORLD)/sft.jsonl $(WORLD)/prompts.jsonl $(WORLD)/prompts_held_out.jsonl: $(WORLD)/pretrain.jsonl
@@ -149,14 +149,57 @@ $(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
 	$(PY) evaluate.py --checkpoints $(BOARD_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt \
 	  --reward $(OUT)/rm.pt --show 0 --prompts $(WORLD)/prompts_held_out.jsonl --out $@ $(FLAGS) > $(BOARD)/scorecard.txt
 
-# A verifiable reward: step arithmetic, right or wrong.
-.PHONY: sums
-sums: .venv/installed $(OUT)/sums.pt  ## GRPO on step arithmetic, rewarded for the exact answer
-SUMS = $(WORLD)/sums.jsonl --eval-data $(WORLD)/sums_held_out.jsonl --eval-prompts 500
-$(OUT)/sums.pt: $(OUT)/sft.pt train_grpo.py
+# ------------------------------------------------------------------------------------------------ steps
+# Sums of several steps: a solver, rewarded for the right answer, or read step by step.
+
+$(WORLD)/solutions.jsonl $(WORLD)/problems.jsonl $(WORLD)/problems_held_out.jsonl: $(WORLD)/pretrain.jsonl
+	@test -f $@ || { rm -f $<; $(MAKE) --no-print-directory $<; }
+	@touch -c $@
+
+$(OUT)/solver.pt: $(WORLD)/solutions.jsonl $(OUT)/base.pt train_sft.py
 	@rm -f $@
-	$(PY) train_grpo.py --prompts $(SUMS) --init $< --reward answer --watch "" --beta 0.01 --lr 1e-4 --epochs 1 \
-	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,60) --eval-every 20 --out $@ --resume $(FLAGS)
+	$(PY) train_sft.py --data $< --init $(OUT)/base.pt --epochs 3 --adam-eps 1e-8 --out $@ --resume $(FLAGS)
+
+.PHONY: sums
+sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
+$(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
+	@rm -f $@
+	$(PY) train_grpo.py --prompts $< --eval-data $(WORLD)/problems_held_out.jsonl --eval-prompts 500 \
+	  --init $(OUT)/solver.pt --reward answer --watch "" --beta 0.01 --lr 2e-4 --epochs 1 --max-new-tokens 64 \
+	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,40) --eval-every 10 \
+	  --out $@ --resume $(FLAGS)
+
+STEPS = --prompts $(WORLD)/problems.jsonl --policy $(OUT)/solver.pt --temperature 1 $(FLAGS)
+$(OUT)/steps.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt collect.py
+	$(PY) collect.py --steps checker $(STEPS) --samples 2 --out $@
+
+$(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt collect.py
+	$(PY) collect.py --steps rollouts $(STEPS) --samples 1 --count 1000 --out $@
+
+$(OUT)/steps_held_out.jsonl: $(WORLD)/problems_held_out.jsonl $(OUT)/solver.pt collect.py
+	$(PY) collect.py --steps checker --prompts $< --policy $(OUT)/solver.pt --temperature 1 --samples 2 --out $@ $(FLAGS)
+
+PRM = $(PY) train_prm.py --init $(OUT)/solver.pt --eval-data $(OUT)/steps_held_out.jsonl --resume $(FLAGS)
+$(OUT)/prm.pt: $(OUT)/steps.jsonl $(OUT)/steps_held_out.jsonl train_prm.py
+	@rm -f $@
+	$(PRM) --data $< --out $@
+$(OUT)/orm.pt: $(OUT)/steps.jsonl $(OUT)/steps_held_out.jsonl train_prm.py
+	@rm -f $@
+	$(PRM) --data $< --outcome --out $@
+$(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl train_prm.py
+	@rm -f $@
+	$(PRM) --data $< --out $@
+
+.PHONY: prm
+prm: .venv/installed $(OUT)/best_of_n.txt $(OUT)/best_of_n.rollouts.txt  ## score every step: process reward models, best of n, search
+	@cat $(filter %.txt,$^)
+
+BEST = $(PY) best_of_n.py --policy $(OUT)/solver.pt --orm $(OUT)/orm.pt --problems $(WORLD)/problems_held_out.jsonl \
+  $(FLAGS) $(if $(filter tiny,$(SIZE)),--samples 4 --depth 4)
+$(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
+	$(BEST) --prm $< --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
+$(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt $(OUT)/orm.pt best_of_n.py
+	$(BEST) --prm $< --out $(@:.txt=.csv) > $@
 
 # ------------------------------------------------------------------------------------------------ laboratory
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.

@@ -9,6 +9,13 @@ could reach on these labels are computed exactly, not estimated.
 
     python collect.py                                          # the built-in world's people
     python collect.py --policy out/demo/dpo.pt --out out/demo/pairs2.jsonl     # a second round
+    python collect.py --steps checker --policy out/demo/solver.pt --prompts out/demo/world/problems.jsonl \
+        --out out/demo/steps.jsonl
+
+With --steps it collects step labels for train_prm.py: rows {"prompt", "completions", "labels", "label",
+"meta"} of K solutions a problem, "label" being whether the final answer is right. `checker`: the world's,
+exact. `rollouts`: without any labeller, a step's label is the share of M continuations from it that reach the
+right answer (Math-Shepherd: Wang et al. 2024, eq. 4, soft estimation), and of the last step whether it has.
 """
 
 import math
@@ -17,12 +24,17 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
+
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, load_policy
+from nanoalign.data import thin
 from nanoalign.generate import respond
+from nanoalign.rewards import final_answer
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
 from nanoalign.world.people import agreement, ceiling, impression, people
+from nanoalign.world.steps import check_steps
 
 
 @dataclass
@@ -33,6 +45,9 @@ class Config:
     annotator: str = "world"  # who compares: "world", the built-in people
     crowd: int = 5  # how many different people there are
     samples: int = 4  # responses per prompt (K)
+    count: int = 0  # how many of the prompts; 0: all
+    steps: str = ""  # collect step labels instead: checker (the world's) or rollouts (Monte Carlo)
+    continuations: int = 8  # M: of --steps rollouts, from each step
     rank: bool = True  # order all K: K(K−1)/2 pairs a prompt; --no-rank: pair them off, K/2 a prompt
     max_new_tokens: int = 96  # length limit of a response
     temperature: float = 0.7  # of sampling: fewer blunders than at 1, and closer comparisons
@@ -76,12 +91,69 @@ def label(prompts: list[dict], responses: list[list[tuple[str, bool]]], config: 
     return pairs, thumbs, probabilities
 
 
+def label_steps(policy, tokenizer, prompts: list[dict], drawn: list, config: Config, sampling: dict):
+    """Solutions drawn[i]: (text, ended) of prompts[i] → rows of steps with their labels.
+
+    What comes after the last line break of a solution without an end token is no whole step.
+    """
+    solutions = []
+    for row, (text, ended) in zip(prompts, drawn):
+        steps = text.split("\n")[: None if ended else -1]
+        if steps:
+            solutions.append((row, steps))
+    right = [final_answer("\n".join(steps)) == row["meta"]["answer"] for row, steps in solutions]
+    if config.steps == "checker":
+        labels = [check_steps(row["meta"], steps) for row, steps in solutions]
+    else:
+        labels = monte_carlo(policy, tokenizer, solutions, right, config, sampling)
+    return [
+        {
+            "prompt": row["prompt"],
+            "completions": steps,
+            "labels": values,
+            "label": reached,
+            "meta": row["meta"],
+        }
+        for (row, steps), values, reached in zip(solutions, labels, right)
+    ]
+
+
+def monte_carlo(policy, tokenizer, solutions: list, right: list[bool], config: Config, sampling: dict):
+    """(problem, steps) → for each step the share of M continuations from it that reach the right answer."""
+    M, keys, asked = config.continuations, [], {}
+    for row, steps in solutions:
+        question = row["prompt"][-1]["content"]
+        keys.append([(question, *steps[:i]) for i in range(1, len(steps))])
+        asked.update((key, row) for key in keys[-1])  # a prefix that two solutions share is continued once
+    ids = []
+    for key, row in asked.items():
+        prefix = tokenizer.encode(" " + "\n".join(key[1:]) + "\n")
+        ids += [np.append(tokenizer.prompt(row["prompt"]), prefix)] * M
+    texts, _ = respond(policy, tokenizer, ids, seed=config.seed + 1, what="continue", **sampling)
+    gold = [row["meta"]["answer"] for row in asked.values() for _ in range(M)]
+    hits = np.array([final_answer(text) == answer for text, answer in zip(texts, gold)]).reshape(-1, M)
+    share = dict(zip(asked, hits.mean(axis=1).tolist()))
+    return [[*(share[key] for key in prefixes), float(end)] for prefixes, end in zip(keys, right)]
+
+
+def report_steps(rows: list[dict], config: Config) -> None:
+    right = [row for row in rows if row["label"]]
+    lucky = sum(min(row["labels"]) < 0.5 for row in right) / max(1, len(right))
+    count = sum(len(row["labels"]) for row in rows)
+    print(f"collect: {len(rows):,} solutions, {count:,} steps → {config.out}")
+    print(
+        f"collect: {len(right) / len(rows):.1%} reach the right answer, {lucky:.1%} of these by a wrong step"
+    )
+
+
 def gumbel(rng: random.Random) -> float:
     """A draw from the standard Gumbel distribution: the difference of two is logistic."""
     return -math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12)))
 
 
 def main(config: Config) -> None:
+    if config.steps not in ("", "checker", "rollouts"):
+        raise UserError(f"--steps {config.steps} is unknown; choose checker or rollouts.")
     if config.annotator != "world":
         raise UserError(f"there is no annotator {config.annotator!r}; choose from: world.")
     if config.samples < 2 or config.crowd < 2:
@@ -89,18 +161,25 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    prompts = thin(prompts, config.count) if config.count else prompts
     if any("kind" not in row["meta"] for row in prompts):
         raise UserError(
             f"{config.prompts} has rows without meta: the world's people only judge the world's prompts."
         )
 
     ids = [tokenizer.prompt(row["prompt"]) for row in prompts for _ in range(config.samples)]
+    sampling = {
+        "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
+        "top_k": config.top_k, "top_p": config.top_p,
+    }  # fmt: skip
     with autocast:
-        texts, ended = respond(
-            policy, tokenizer, ids, config.max_new_tokens, config.seed, what="collect",
-            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        )  # fmt: skip
-    drawn = list(zip(texts, ended))
+        drawn = list(zip(*respond(policy, tokenizer, ids, seed=config.seed, what="collect", **sampling)))
+        if config.steps:
+            each = [row for row in prompts for _ in range(config.samples)]
+            rows = label_steps(policy, tokenizer, each, drawn, config, sampling)
+            write_rows(config.out, rows)
+            report_steps(rows, config)
+            return
     responses = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
     pairs, thumbs, probabilities = label(prompts, responses, config)
     if not pairs:

@@ -23,7 +23,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
-from nanoalign.rewards import make_reward
+from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.training import setup
 from nanoalign.world.judge import judge
@@ -109,7 +109,7 @@ def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
                 )
                 kl[indices] = (logp - ref_logp).sum(-1).cpu().numpy()
             if reward:
-                rewards[indices] = reward([rows[i // K] for i in indices], rollout).cpu().numpy()
+                rewards[indices] = total(reward([rows[i // K] for i in indices], rollout)).cpu().numpy()
             for i, response, ended in zip(indices, rollout.responses(), rollout.ended.tolist()):
                 texts[i] = tokenizer.decode_response(response)
                 verdicts[i] = judge(rows[i // K], texts[i], ended)

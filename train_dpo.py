@@ -46,7 +46,7 @@ from nanoalign.data import (
 )
 from nanoalign.generate import respond, rollouts, sample_kl
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
-from nanoalign.rewards import make_reward, reward_files
+from nanoalign.rewards import make_reward, reward_files, total
 from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
@@ -189,7 +189,7 @@ def online_pairs(policy, rows, prompts, reward, tokenizer, config: Config, seed:
     examples, scores = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts))
     asked = [prompt for prompt in prompts for _ in range(2)]
     for indices, rollout in rollouts(policy, tokenizer, asked, config.max_new_tokens, seed):
-        score = reward([rows[i // 2] for i in indices], rollout)
+        score = total(reward([rows[i // 2] for i in indices], rollout))
         scores[indices] = torch.where(rollout.ended, score, -torch.inf).to(scores)
         ends = (last_scored(rollout.mask) + 1).tolist()
         for i, ids, mask, end in zip(indices, rollout.ids.cpu().numpy(), rollout.mask.cpu().numpy(), ends):

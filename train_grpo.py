@@ -41,8 +41,9 @@ from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
 from nanoalign.data import BatchOrder, micro_batches, prompt_examples, split_rows, thin
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
-from nanoalign.rewards import reward_files
+from nanoalign.rewards import on_last_token, reward_files, total, unless_unfinished
 from nanoalign.rows import read_rows
+from nanoalign.steps import step_ends
 from nanoalign.training import (
     CleanStop,
     Stopwatch,
@@ -117,6 +118,19 @@ def group_advantages(scores: Tensor, group_size: int, kind: str = "grpo") -> Ten
     return centred.flatten()
 
 
+def step_advantages(rewards: Tensor, ends: Tensor, group_size: int, kind: str = "grpo") -> Tensor:
+    """Rewards (B, T) of the steps that end at ends (B, T) bool → advantages (B, T): a token's is the sum of
+    the rewards of the steps that end there or later, less the mean of all steps of the group and, but for
+    dr_grpo, over their standard deviation (Shao et al. 2024, §4.1.3)."""
+    B, T = rewards.shape
+    values, counted = rewards.view(-1, group_size * T), ends.reshape(-1, group_size * T)
+    count = counted.sum(1, keepdim=True)
+    centred = (values - masked_sum(values, counted)[:, None] / count).masked_fill(~counted, 0)
+    if kind != "dr_grpo":
+        centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+    return centred.view(B, T).flip(1).cumsum(1).flip(1)
+
+
 def token_weights(mask: Tensor, kind: str, max_new_tokens: int) -> Tensor:
     """mask (B, T) of a whole optimiser step → what each token's loss weighs in it (B, T), 0 outside mask."""
     B, lengths = len(mask), mask.sum(-1, keepdim=True)
@@ -128,14 +142,14 @@ def token_weights(mask: Tensor, kind: str, max_new_tokens: int) -> Tensor:
 def policy_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, kind: str, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs (B, T), advantages (B,) → the clipped surrogate and the ratio of each token (B, T).
+    """Log-probs (B, T), advantages (B,) or (B, T) → the clipped surrogate and the ratio of each token (B, T).
 
     Outside mask the ratio is 1. With kind "rloo" all tokens of a response have its ratio, and so its loss.
     """
     log_ratio = (logp - old_logp).masked_fill(~mask, 0)
     if kind == "rloo":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(logp).masked_fill(~mask, 0)
-    ratio, a = log_ratio.exp(), advantages[:, None]
+    ratio, a = log_ratio.exp(), advantages if advantages.dim() == 2 else advantages[:, None]
     return torch.maximum(-a * ratio, -a * ratio.clamp(1 - low, 1 + high)), ratio
 
 
@@ -154,10 +168,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 def update_stats(logp, old_logp, advantages, mask, ratio, kl_loss, loss, share, config) -> Tensor:
     """What is logged of a minibatch, in the order of UPDATE; sums that add up over micro-batches.
 
-    share (B, T): the tokens' weights, scaled to add up to 1 over the minibatch.
+    advantages (B, T) or (B, 1); share (B, T): the tokens' weights, scaled to add up to 1 over the minibatch.
     """
     with torch.no_grad():
-        beyond = (ratio - ratio.clamp(1 - config.clip_low, 1 + config.clip_high)) * advantages[:, None] > 0
+        beyond = (ratio - ratio.clamp(1 - config.clip_low, 1 + config.clip_high)) * advantages > 0
         approxkl = 0.5 * (logp - old_logp).masked_fill(~mask, 0).square()
         means = [masked_sum(x * share, mask).sum() for x in (approxkl, beyond.float(), ratio)]
         return torch.stack((*means, kl_loss, loss))
@@ -196,6 +210,8 @@ def check_flags(config: Config) -> None:
         raise UserError("--temperature must be positive: a greedy policy has no gradient.")
     if min(config.steps, config.epochs, config.minibatch, config.eval_prompts) < 1:
         raise UserError("--steps, --epochs, --minibatch and --eval-prompts must be at least 1.")
+    if config.kind == "rloo" and "prm-steps:" in config.reward:
+        raise UserError("--kind rloo compares whole responses; take prm-min: in place of prm-steps:.")
     config.clip_high = config.clip_high or (0.28 if config.kind == "dapo" else 0.2)
 
 
@@ -253,12 +269,17 @@ def main(config: Config) -> None:
 
         # Score: the reward of each whole response, the log-probs of policy and reference; compare in groups.
         with torch.no_grad(), autocast:
-            score = torch.where(rollout.ended, rewards["score"](batch, rollout), config.missing_eos_score)
+            score = unless_unfinished(rewards["score"](batch, rollout), rollout, config.missing_eos_score)
             old_logp, entropy = token_logprobs(policy, ids, scored, config.temperature, entropy=True)
             ref_logp = token_logprobs(ref, ids, scored, config.temperature)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
-        shaped = score - config.beta * kl if config.kl == "reward" else score
-        advantages = group_advantages(shaped, G, config.kind)
+        penalty = config.beta * kl if config.kl == "reward" else torch.zeros_like(kl)
+        if score.dim() == 1:
+            advantages = group_advantages(score - penalty, G, config.kind)
+        else:
+            ends = step_ends(ids, mask, tokenizer) | (on_last_token(torch.ones_like(kl), mask) > 0)
+            advantages = step_advantages(score - on_last_token(penalty, mask), ends, G, config.kind)
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(mask)
         scoring_s = clock.lap()
 
         # Update: epochs over shuffled minibatches.
@@ -274,7 +295,7 @@ def main(config: Config) -> None:
                 for micro in micro_batches(minibatch, config.micro_batch):
                     T, picked = int(ends[micro].max()), torch.from_numpy(micro).to(device, non_blocking=True)
                     x, m, old, reference = (t[picked, :T] for t in (ids, mask, old_logp, ref_logp))
-                    a, weight = advantages[picked], weights[at : at + len(micro), :T]
+                    a, weight = advantages[picked, :T], weights[at : at + len(micro), :T]
                     with autocast:
                         logp = token_logprobs(policy, x, scored[micro, :T], config.temperature)
                     loss, ratio = policy_loss(logp, old, a, m, config.kind, config.clip_low, config.clip_high)
@@ -299,11 +320,11 @@ def main(config: Config) -> None:
                 updates += 1
         update_s = clock.lap()
 
-        lengths, groups = mask.sum(-1).float(), score.view(-1, G)
+        lengths, groups = mask.sum(-1).float(), total(score).view(-1, G)
         done, stopping = step + 1, bool(stop)
         row = metrics.log(
             done,
-            score=score.mean(), kl=kl.mean(), kl_error=kl.std(correction=0) / len(kl) ** 0.5,
+            score=total(score).mean(), kl=kl.mean(), kl_error=kl.std(correction=0) / len(kl) ** 0.5,
             entropy=masked_sum(entropy, mask).sum() / mask.sum(), ended=rollout.ended.float().mean(),
             length=lengths.mean(), at_limit=(lengths >= config.max_new_tokens).float().mean(),
             equal_groups=(groups.amax(1) == groups.amin(1)).float().mean(),

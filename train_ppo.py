@@ -43,7 +43,7 @@ from nanoalign.data import BatchOrder, micro_batches, prompt_examples, split_row
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
 from nanoalign.model import ScalarGPT, ScalarHead
-from nanoalign.rewards import reward_files
+from nanoalign.rewards import on_last_token, reward_files, total, unless_unfinished
 from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
@@ -125,9 +125,9 @@ class Config:
 
 def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Score (B,), log-probs (B, T) → reward per token (B,T): the KL penalty everywhere in mask, and the score
-    on the last response token itself (Ziegler et al. 2019, eq. 2)."""
+    on the last response token itself (Ziegler et al. 2019, eq. 2); a dense score (B, T) stays where it is."""
     rewards = (-beta * (logp - ref_logp)).masked_fill(~mask, 0)
-    return rewards.scatter_add(1, last_scored(mask)[:, None], score[:, None].to(rewards.dtype))
+    return rewards + (on_last_token(score, mask) if score.dim() == 1 else score)
 
 
 def gae(
@@ -208,8 +208,8 @@ def load_critic(config: Config, policy, tokenizer, device) -> nn.Module:
         critic = head = ScalarHead(policy.config.width).to(device)
     else:
         path = config.critic or (reward_files(config.reward) or [config.init])[0]
-        if load(path)["stage"] == "rm":
-            critic, own, _ = load_scalar(path, device)
+        if load(path)["stage"] in ("rm", "prm"):
+            critic, own, _ = load_scalar(path, device, ("rm", "prm"))
         else:
             trunk, own, _ = load_policy(path, device)
             critic = ScalarGPT.from_policy(trunk)
@@ -343,7 +343,7 @@ def main(config: Config) -> None:
 
         # Score: the reward of each whole response, the log-probs of policy and reference, the values.
         with torch.no_grad(), autocast:
-            score = torch.where(rollout.ended, rewards["score"](batch, rollout), config.missing_eos_score)
+            score = unless_unfinished(rewards["score"](batch, rollout), rollout, config.missing_eos_score)
             (old_logp, entropy), old_values = forward(policy, critic, ids, scored, config.temperature, True)
             ref_logp = token_logprobs(ref, ids, scored, config.temperature)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
@@ -399,7 +399,8 @@ def main(config: Config) -> None:
         done, stopping = step + 1, bool(stop)
         row = metrics.log(
             done,
-            score=score.mean(), kl=kl.mean(), kl_error=kl.std(correction=0) / len(kl) ** 0.5, beta=beta,
+            score=total(score).mean(), kl=kl.mean(), kl_error=kl.std(correction=0) / len(kl) ** 0.5,
+            beta=beta,
             entropy=mean_over(entropy, mask), ended=rollout.ended.float().mean(), length=lengths.mean(),
             at_limit=(lengths >= config.max_new_tokens).float().mean(),
             explained_variance=explained_variance(old_values, returns, mask),

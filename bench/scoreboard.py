@@ -1,8 +1,8 @@
 """Every method under one budget, side by side: python bench/scoreboard.py out/seed*/scoreboard
 
 Each folder is one seed's, as `make scoreboard` fills it: a scorecard.json of all checkpoints, and beside each
-checkpoint X.pt its X.metrics.jsonl. Prints two markdown tables, means ± standard errors over the seeds: what
-the methods reach and what they cost, and every failure mode.
+checkpoint X.pt its X.metrics.jsonl. Prints markdown tables: what the methods reach and every failure mode,
+means ± standard errors over the seeds, and what they cost.
 """
 
 import json
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.seeds import over_seeds
 from nanoalign.cli import readable_rows
 
+COSTS = ("models", "tokens", "seconds", "MB")
 MEASURES = ("utility", "win rate", "KL to reference", "length (words)", "reward")
 
 
@@ -34,20 +35,28 @@ def main(folders: list[str]) -> None:
         sys.exit(f"error: {error.filename} cannot be read; `make scoreboard` writes it.")
     methods = [Path(path).stem for path in cards[0]]
     by_method = [{Path(path).stem: c["overall"] for path, c in card.items()} for card in cards]
-    names = [f"seeds: {len(folders)}", *MEASURES, "models", "tokens", "seconds", "MB"]
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for method in methods:
-        cells = [over_seeds([card[method][name][0] for card in by_method]) for name in MEASURES]
-        runs = [Path(f) / f"{method}.metrics.jsonl" for f in folders]
-        costs = [cost(run) for run in runs if run.exists()]
-        for name in ("models", "tokens", "seconds", "MB"):
-            cells.append(f"{sum(c[name] for c in costs) / len(costs):,.0f}" if costs else "–")
-        print(f"| {method} | {' | '.join(cells)} |")
     failures = [name for name in by_method[0][methods[0]] if name not in MEASURES]
-    print(f"\n| | {' | '.join(methods)} |\n|---|{'---|' * len(methods)}")
-    for name in failures:
-        cells = [over_seeds([card[method][name][0] for card in by_method]) for method in methods]
-        print(f"| {name} | {' | '.join(cells)} |")
+    for names in (MEASURES, failures):
+        rows = [
+            [method, *(over_seeds([card[method][name][0] for card in by_method]) for name in names)]
+            for method in methods
+        ]
+        table([f"seeds: {len(folders)}", *names], rows)
+    costs = {
+        method: [run for f in folders if (run := Path(f) / f"{method}.metrics.jsonl").exists()]
+        for method in methods
+    }
+    rows = []
+    for method, runs in costs.items():
+        if runs:
+            taken = [cost(run) for run in runs]
+            rows.append([method, *(f"{sum(c[name] for c in taken) / len(taken):,.0f}" for name in COSTS)])
+    table(["mean of the runs", *COSTS], rows)
+
+
+def table(names: list[str], rows: list[list[str]]) -> None:
+    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
 
 
 if __name__ == "__main__":

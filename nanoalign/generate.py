@@ -5,7 +5,7 @@ the padding, and so on: every row at its own position. There is no left padding,
 where the log-prob kernel will find it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,8 +77,12 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    stops: Sequence[int] = (),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield step by step the sampled token, its log-prob and which rows are still writing, each (B,)."""
+    """Yield step by step the sampled token, its log-prob and which rows are still writing, each (B,).
+
+    A row also stops, without having ended, after any token of `stops`.
+    """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise UserError(
             f"cannot sample with temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens "
@@ -91,7 +95,7 @@ def stream(
     cache = KVCache(model.config, B, min(P + max_new_tokens, context), device, model.embed.weight.dtype)
     positions = torch.arange(P, device=device).expand(B, P)
     hidden = model.hidden(prompts, cache, positions)[cache.rows[:, 0], lengths - 1]  # (B, D)
-    alive = torch.ones(B, dtype=torch.bool, device=device)
+    alive, stops = torch.ones(B, dtype=torch.bool, device=device), torch.tensor(stops, device=device)
     for t in range(max_new_tokens):
         position = lengths + t
         alive = alive & (position < context)
@@ -101,6 +105,8 @@ def stream(
         yield token, logp, alive
         if end_id is not None:
             alive = alive & (token != end_id)
+        if len(stops):
+            alive = alive & ~torch.isin(token, stops)
         if t + 1 < max_new_tokens:
             position = position.clamp(max=context - 1)[:, None]  # a row at the limit is no longer alive
             hidden = model.hidden(token[:, None], cache, position, length=min(P + t + 1, context))[:, -1]
@@ -118,8 +124,9 @@ def generate(
 ):
     """Sample a response for every row → Rollout.
 
-    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed. Rows stop at their
-    end token, after `max_new_tokens`, or at the model's context; their masks stop at what they generated.
+    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed, stops. Rows stop at
+    their end token, after `max_new_tokens`, or at the model's context; their masks stop at what they
+    generated.
     """
     B, P = prompts.shape
     T = min(P + max_new_tokens, model.config.context)

@@ -1,7 +1,7 @@
 """What scores a response: one expression, one function.
 
     reward = make_reward("out/demo/rm.pt - 0.02*length", tokenizer, device)
-    scores = reward(rows, rollout)                       # (B,) fp32, on the rollout's device
+    scores = reward(rows, rollout)                       # (B,) fp32, on the rollout's device; dense: (B, T)
 
 An expression is a signed sum of terms, each `name` or `number*name`; + and − stand between spaces:
 
@@ -9,6 +9,9 @@ An expression is a signed sum of terms, each `name` or `number*name`; + and − 
     mean:out/demo/rm.*.pt          an ensemble (a glob, or names joined by commas): its mean,
     min:out/demo/rm.*.pt           its minimum (Coste et al. 2023, worst-case optimisation),
     mean-2std:out/demo/rm.*.pt     or its mean less 2 standard deviations
+    prm-min:out/demo/prm.pt        a process reward model: the minimum over the response's steps of the
+                                   probability that the step is right; prm-product and prm-last likewise
+    prm-steps:out/demo/prm.pt      densely: each step's probability, at the token that ends it
     judge                          the built-in world's judge (rows need the world's meta)
     answer                         1 where the final answer ("#### n" or "Answer: n") is the one in meta
     length                         the number of response tokens
@@ -27,6 +30,7 @@ from nanoalign.data import collate, join
 from nanoalign.generate import Rollout, rollouts
 from nanoalign.logprobs import last_scored, token_logprobs
 from nanoalign.model import ScalarGPT
+from nanoalign.steps import AGGREGATES, aggregate, step_probabilities
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze
 from nanoalign.world.judge import judge
@@ -49,14 +53,47 @@ def model_reward(model: ScalarGPT) -> Reward:
     return score
 
 
-def _reward_model(path: str, tokenizer: Tokenizer, device) -> Reward:
-    model, own, _ = load_scalar(path, device)
+def on_last_token(score: Tensor, mask: Tensor) -> Tensor:
+    """Scores (B,) → (B, T): each on the last scored token of its row, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=score.device).scatter(1, last_scored(mask)[:, None], score[:, None])
+
+
+def total(score: Tensor) -> Tensor:
+    """Scores (B,), or dense ones (B, T) → (B,)."""
+    return score if score.dim() == 1 else score.sum(-1)
+
+
+def unless_unfinished(score: Tensor, rollout: Rollout, missing_eos_score: float) -> Tensor:
+    """The scores, (B,) or (B, T), but `missing_eos_score` in place of those of a response without an end
+    token."""
+    missing = torch.full_like(rollout.ended, missing_eos_score, dtype=score.dtype)
+    if score.dim() == 1:
+        return torch.where(rollout.ended, score, missing)
+    return torch.where(rollout.ended[:, None], score, on_last_token(missing, rollout.mask))
+
+
+def _load(path: str, tokenizer: Tokenizer, device, stage: str) -> ScalarGPT:
+    model, own, _ = load_scalar(path, device, (stage,))
     if own.name != tokenizer.name:
         raise UserError(
             f"{path} reads tokens of {own.name!r}, the policy writes tokens of {tokenizer.name!r}: "
             "train a reward model from the policy's own SFT checkpoint."
         )
-    return model_reward(freeze(model))
+    return freeze(model)
+
+
+def _reward_model(path: str, tokenizer: Tokenizer, device) -> Reward:
+    return model_reward(_load(path, tokenizer, device, "rm"))
+
+
+def _process_model(how: str, path: str, tokenizer: Tokenizer, device) -> Reward:
+    model = _load(path, tokenizer, device, "prm")
+
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        p, ends = step_probabilities(model, rollout.ids, rollout.mask, tokenizer)
+        return p.masked_fill(~ends, 0.0) if how == "steps" else aggregate(p, ends, how)
+
+    return score
 
 
 def _ensemble(kind: str, pattern: str, tokenizer: Tokenizer, device) -> Reward:
@@ -96,7 +133,7 @@ def final_answer(text: str) -> float | None:
     return float(re.sub(r"[$,]", "", found[-1])) if found else None
 
 
-def _number(answer) -> float | None:
+def gold_answer(answer) -> float | None:
     """The right answer as a row states it: a number, "5", or a worked solution that ends in "#### 5"."""
     if isinstance(answer, str):
         return final_answer(answer if "###" in answer or "Answer:" in answer else f"#### {answer}")
@@ -105,7 +142,7 @@ def _number(answer) -> float | None:
 
 def _answer(tokenizer: Tokenizer) -> Reward:
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        gold = [_number(row["meta"].get("answer")) for row in rows]
+        gold = [gold_answer(row["meta"].get("answer")) for row in rows]
         if None in gold:
             raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
         given = [final_answer(tokenizer.decode_response(r)) for r in rollout.responses()]
@@ -122,6 +159,8 @@ def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
     kind, colon, pattern = name.partition(":")
     if colon and re.fullmatch(r"mean|min|mean-\d*\.?\d+std", kind):
         return _ensemble(kind, pattern, tokenizer, device)
+    if colon and kind.removeprefix("prm-") in (*AGGREGATES, "steps") and kind.startswith("prm-"):
+        return _process_model(kind.removeprefix("prm-"), pattern, tokenizer, device)
     if name.endswith(".pt") and not re.fullmatch(r"\w+", kind if colon else ""):
         return _reward_model(name, tokenizer, device)
     if name == "length":
@@ -129,8 +168,8 @@ def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
     if name in ("judge", "answer"):
         return {"judge": _judge, "answer": _answer}[name](tokenizer)
     raise UserError(
-        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:… or "
-        "mean-1std:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
+        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:…, "
+        "mean-1std:… or prm-min:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
     )
 
 
@@ -141,7 +180,8 @@ def reward_files(expression: str) -> list[str]:
 
 
 def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
-    """An expression (see the module's docstring) → reward(rows, rollout) → scores (B,).
+    """An expression (see the module's docstring) → reward(rows, rollout) → scores (B,), or (B, T) if a term
+    is dense: the others then stand on the last token.
 
     rows: the prompt rows of the rollout's rows. Raises UserError for an unknown term, a reward model with
     another tokenizer, and scores that are not finite.
@@ -154,9 +194,12 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
         terms.append((weight if sign == "+" else -weight, _term(name, tokenizer, device)))
 
     def reward(rows: list[dict], rollout: Rollout) -> Tensor:
-        scores = sum(weight * term(rows, rollout) for weight, term in terms)
+        parts = [weight * term(rows, rollout) for weight, term in terms]
+        if any(part.dim() == 2 for part in parts):
+            parts = [part if part.dim() == 2 else on_last_token(part, rollout.mask) for part in parts]
+        scores = sum(parts)
         if not scores.isfinite().all():
-            broken = int((~scores.isfinite()).sum())
+            broken = int((~total(scores).isfinite()).sum())
             raise UserError(
                 f"the reward {expression!r} is not a finite number for {broken} of {len(rows)} responses: "
                 "its checkpoint is broken, or was trained with too high an --lr."
@@ -185,7 +228,7 @@ def score_texts(
         ids, mask = collate([examples[i] for i in batch], tokenizer.pad)
         ended = torch.tensor([examples[i][0][-1] == tokenizer.end for i in batch])
         rollout = Rollout(*(x.to(device) for x in (ids, mask, torch.zeros(ids.shape), ended)))
-        scores[batch] = reward([rows[i] for i in batch], rollout).to(scores)
+        scores[batch] = total(reward([rows[i] for i in batch], rollout)).to(scores)
     return scores
 
 
@@ -197,7 +240,7 @@ def measure(policy, ref, tokenizer: Tokenizer, rows: list[dict], prompts: list, 
     temperature = sampling.get("temperature", 1.0)
     for indices, rollout in rollouts(policy, tokenizer, prompts, **sampling):
         batch = [rows[i] for i in indices]
-        parts = {name: reward(batch, rollout) for name, reward in rewards.items()}
+        parts = {name: total(reward(batch, rollout)) for name, reward in rewards.items()}
         first = next(iter(parts.values())).tolist()
         ref_logp = token_logprobs(ref, rollout.ids, rollout.mask, temperature)
         parts["kl"] = (token_logprobs(policy, rollout.ids, rollout.mask, temperature) - ref_logp).sum(-1)

@@ -8,12 +8,16 @@ The kinds of rows, and the forms each accepts (any row may carry "meta"):
               optionally a "margin"
     labelled  {"prompt", "completion", "label": bool} · a pair, as one row up and one down · GSM8K's model
               solutions {"question", NAME: {"solution", "is_correct"}}, a row per solution
-    steps     {"prompt", "completions": [str…], "labels": [bool|null…]}
+    steps     {"prompt", "completions": [str…], "labels": [bool|probability|null…]}, optionally "label": bool,
+              of the final answer · PRM800K's raw rows · Math-Shepherd's {"input", "label"} · a labelled row,
+              whose lines are the steps
     prompts   {"prompt"} as a string or messages · {"question"} · whatever a chat or pair row starts with
 """
 
+import ast
 import json
 import math
+import operator
 import re
 from pathlib import Path
 
@@ -154,25 +158,141 @@ def parse_labelled(row: dict) -> list[dict]:
     return [{"prompt": prompt, "completion": completion, "label": row["label"], "meta": _meta(row)}]
 
 
-def parse_steps(row: dict) -> dict:
-    """→ {"prompt": messages, "completions": [str], "labels": [bool | None], "meta"}."""
+def parse_steps(row: dict) -> list[dict]:
+    """→ rows {"prompt": messages, "completions": [str], "labels": [probability of being right | None],
+    "meta"}.
+
+    "label": bool is there where a verdict on the final answer is known, "neutral": [index of a step] in
+    PRM800K's, whose neutral steps count as right. A quality-control row has no rows.
+    """
+    if isinstance(row.get("label"), dict):
+        return _prm800k(row)
+    if "input" in row:
+        return [_math_shepherd(row)]
+    if "completions" not in row and ("question" in row or "completion" in row):
+        return [_by_line(one) for one in parse_labelled(row)]
     steps, labels = row.get("completions"), row.get("labels")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
         raise RowError(
             f'field "completions": expected a list of strings, found {_describe(row, "completions")}'
         )
-    if not isinstance(labels, list) or not all(x is None or isinstance(x, bool) for x in labels):
+    if not isinstance(labels, list) or not all(x is None or _probability(x) for x in labels):
         raise RowError(
-            f'field "labels": expected a list of true, false or null, found {_describe(row, "labels")}'
+            'field "labels": expected a list of true, false, a probability or null, found '
+            f"{_describe(row, 'labels')}"
         )
     if len(steps) != len(labels):
         raise RowError(f'fields "completions" and "labels": {len(steps)} steps but {len(labels)} labels')
-    return {
-        "prompt": _messages(row, "prompt"),
-        "completions": steps,
-        "labels": labels,
-        "meta": _meta(row),
-    }
+    if not isinstance(row.get("label", True), bool):
+        raise RowError(f'field "label": expected true or false, found {_describe(row, "label")}')
+    outcome = {"label": row["label"]} if "label" in row else {}
+    labels = [None if x is None else float(x) for x in labels]
+    return [_steps(row, _messages(row, "prompt"), steps, labels, **outcome)]
+
+
+def _probability(x) -> bool:
+    return isinstance(x, (bool, int, float)) and 0 <= x <= 1
+
+
+def _steps(row: dict, prompt: list[dict], steps: list[str], labels: list, **more) -> dict:
+    return {"prompt": prompt, "completions": steps, "labels": labels, "meta": _meta(row), **more}
+
+
+def _prm800k(row: dict) -> list[dict]:
+    """PRM800K's raw rows (Lightman et al. 2023): the chain of chosen completions with their ratings, and each
+    alternative as a row of its own after the steps it was offered to follow, which are not labelled again."""
+    if row.get("is_quality_control_question") or row.get("is_initial_screening_question"):
+        return []
+    try:
+        prompt, stages = _messages(row["question"], "problem"), row["label"]["steps"]
+        chain, ratings, rows = [], [], []
+        for stage in stages:
+            offered, chosen = stage.get("completions") or [], stage.get("chosen_completion")
+            for i, one in enumerate(offered):
+                if one.get("rating") not in (-1, 0, 1, None):
+                    raise RowError(f"a step has rating {one['rating']!r}: expected -1, 0, 1 or null")
+                if i != chosen:
+                    rows.append(([*chain, one["text"]], [*[None] * len(chain), one.get("rating")]))
+            one = stage.get("human_completion") if chosen is None else offered[chosen]
+            if one is None:  # no continuation was good enough: the solution ends here
+                break
+            chain, ratings = [*chain, one["text"]], [*ratings, one.get("rating")]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RowError(f"not PRM800K's format ({type(error).__name__}: {error})") from None
+    value = {None: None, -1: 0.0, 0: 1.0, 1: 1.0}
+    return [
+        _steps(
+            row, prompt, steps, [value[r] for r in rated], neutral=[i for i, r in enumerate(rated) if r == 0]
+        )
+        for steps, rated in [(chain, ratings), *rows]
+        if any(r is not None for r in rated)
+    ]
+
+
+def _math_shepherd(row: dict) -> dict:
+    """Math-Shepherd's rows (Wang et al. 2024): "label" is "input" with each "ки" that ends a step replaced by
+    + or −; a "ки" that is still there is text."""
+    given, judged = _text(row, "input"), _text(row, "label")
+    pieces, labels, text, at = [], [], "", 0
+    for piece in given.split("ки"):
+        text += piece
+        at += len(piece)
+        if judged[at : at + 1] in ("+", "-"):
+            pieces.append(text)
+            labels.append(float(judged[at] == "+"))
+            text, at = "", at + 1
+        elif judged[at : at + 2] == "ки":
+            text, at = text + "ки", at + 2
+    question, marker, first = (pieces or [""])[0].partition("Step 1:")
+    if not marker:
+        raise RowError('field "input": expected a question, "Step 1:" and steps that end in "ки"')
+    steps = [s.strip() for s in (marker + first, *pieces[1:])]
+    return _steps(row, [{"role": "user", "content": question.strip()}], steps, labels)
+
+
+def _by_line(row: dict) -> dict:
+    """A whole solution with a verdict → its lines as steps, labelled by their <<a*b=c>> annotations, if
+    any."""
+    lines = row["completion"].split("\n")
+    labels = [check_calculator(line) for line in lines]
+    return _steps(row, row["prompt"], lines, labels, label=row["label"])
+
+
+def check_calculator(line: str) -> float | None:
+    """0.0 if a <<expression=value>> of GSM8K's calculator in the line is false to the digits given, 1.0 if
+    all are true; None where there is none that can be worked out. It says whether the sum is right, not
+    whether it is the right sum."""
+    verdicts = [_is_equal(*equation) for equation in re.findall(r"<<([^<>=]*)=([^<>=]*)>>", line)]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return float(all(known)) if known else None
+
+
+def _is_equal(expression: str, stated: str) -> bool | None:
+    try:
+        value = _calculate(ast.parse(expression.replace(",", "").strip(), mode="eval").body)
+        number = float(stated.replace(",", ""))
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return None
+    decimals = len(stated.strip().partition(".")[2])
+    rounding = 0.5 * 10**-decimals if decimals else 0.0  # a whole number is meant to be exact
+    return abs(value - number) <= rounding + 1e-9 * abs(value)
+
+
+def _calculate(node) -> float:
+    """The value of a sum of numbers with + − * / and brackets."""
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return float(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_calculate(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
+            return _OPERATIONS[type(op)](_calculate(left), _calculate(right))
+    raise ValueError("not a sum")
+
+
+_OPERATIONS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+}  # fmt: skip
 
 
 def parse_prompt(row: dict) -> dict:
@@ -227,14 +347,14 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
         raise UserError(f"{path} is empty; expected rows of kind {kind!r}.")
     if kind == "text" and not path.endswith((".jsonl", ".json")):
         return [{"text": content}]
-    rows, good, bad = [], 0, 0
+    rows, good, bad, none = [], 0, 0, 0
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             parsed = PARSERS[kind](_parse_json(line))
             rows += parsed if isinstance(parsed, list) else [parsed]
-            good += 1
+            good, none = good + 1, none + (parsed == [])
         except RowError as error:
             bad += 1
             if not skip_bad_rows:
@@ -243,6 +363,8 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
                 ) from None
     if bad:
         print(f"data: {path}: skipped {bad} bad rows of {bad + good}")
+    if none:
+        print(f"data: {path}: {none} rows are for quality control and were left out")
     if not rows:
         raise UserError(f"{path} has no usable row of kind {kind!r}.")
     return rows

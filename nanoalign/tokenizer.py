@@ -43,6 +43,8 @@ class Tokenizer:
             first + SPECIALS.index(s) for s in ("<|end|>", "<|step|>", "<|pad|>")
         )
         self.role = {role: first + i for i, role in enumerate(ROLES)}
+        bytes_of = self.encoding.decode_single_token_bytes
+        self.newlines = [i for i in sorted(self._ordinary) if b"\n" in bytes_of(i)]  # tokens that end a line
 
     def encode(self, text: str) -> list[int]:
         """Text → ordinary tokens only, whatever the text spells."""

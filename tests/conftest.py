@@ -119,3 +119,19 @@ def rm(world, sft, pairs):
     path = str(world / "rm.pt")
     main(Config(sft, pairs, out=path))
     return path
+
+
+@pytest.fixture(scope="session")
+def steps_file(world):
+    """Rows of steps, labelled by the world's checker: its demonstrated solutions."""
+    from nanoalign.rows import read_rows, write_rows
+    from nanoalign.world.steps import check_steps
+
+    rows, path = [], str(world / "steps.jsonl")
+    for row in read_rows(f"{world}/solutions.jsonl", "chat"):
+        *prompt, answer = row["messages"]
+        steps, gold = answer["content"].split("\n"), f"Answer: {row['meta']['answer']}"
+        labels = check_steps(row["meta"], steps)
+        rows.append({"prompt": prompt, "completions": steps, "labels": labels, "label": steps[-1] == gold})
+    write_rows(path, rows)
+    return path

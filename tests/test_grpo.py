@@ -202,7 +202,7 @@ def test_what_lies_outside_the_mask_never_changes_loss_ratio_gradient_or_metrics
         loss = masked_sum(values * weight, MASK).sum()
         loss.backward()
         config = Config(kind=kind, clip_high=0.28)
-        stats = update_stats(logp, old, a, MASK, ratio, loss * 0, loss, weight, config)
+        stats = update_stats(logp, old, a[:, None], MASK, ratio, loss * 0, loss, weight, config)
         return [loss, ratio, logp.grad, stats]
 
     for a, b in zip(everything(-7.0), everything(junk)):
@@ -214,7 +214,9 @@ def test_metrics_are_weighed_like_the_loss(double):
     mask = torch.tensor([[False, True, True], [False, True, False]])
     a, zero, weight = torch.tensor([1.0, -1.0]), torch.zeros(2, 3), token_weights(mask, "grpo", 9)
     _, ratio = policy_loss(logp, zero, a, mask, "grpo", 0.2, 0.2)
-    stats = update_stats(logp, zero, a, mask, ratio, torch.tensor(0.3), torch.tensor(0.7), weight, check())
+    stats = update_stats(
+        logp, zero, a[:, None], mask, ratio, torch.tensor(0.3), torch.tensor(0.7), weight, check()
+    )
     squares = [math.log(1.5) ** 2 / 2, math.log(0.5) ** 2 / 2, math.log(1.5) ** 2 / 2]
     approxkl = (squares[0] + squares[1]) / 4 + squares[2] / 2
     # of the three tokens only the first is clipped: the others move the way their advantage does not

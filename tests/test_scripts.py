@@ -27,6 +27,7 @@ import train_kto
 import train_orpo
 import train_ppo
 import train_pretrain
+import train_prm
 import train_rm
 import train_sft
 from nanoalign import UserError, cli
@@ -38,7 +39,7 @@ from nanoalign.tokenizer import SPECIALS, get_tokenizer
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 WORLD = get_tokenizer("world")
-STAGES = ["pretrain", "sft", "dpo", "online", "kto", "orpo", "rm", "ppo", "grpo"]
+STAGES = ["pretrain", "sft", "dpo", "online", "kto", "orpo", "rm", "prm", "ppo", "grpo"]
 KINDS = ["grpo", "dr_grpo", "dapo", "rloo"]
 
 
@@ -71,7 +72,7 @@ def brief(world, sft):
 
 
 @pytest.fixture(scope="session")
-def job(world, base, sft, brief, pairs, rm, tmp_path_factory):
+def job(world, base, sft, brief, pairs, rm, steps_file, tmp_path_factory):
     """job(stage) → the script, and the Config of a run of a dozen small steps into a folder of its own."""
 
     def make(stage, **changes):
@@ -87,6 +88,7 @@ def job(world, base, sft, brief, pairs, rm, tmp_path_factory):
             "kto": (train_kto, {"data": thumbs(pairs), "init": sft, "lr": 1e-3, "warmup": 2}, 0.8),
             "orpo": (train_orpo, {"data": pairs, "init": base}, 0.14),
             "rm": (train_rm, {"data": pairs, "init": sft}, 0.8),
+            "prm": (train_prm, {"data": steps_file, "init": sft, "lr": 1e-3}, 0.5),
             "ppo": (train_ppo, {"init": sft, "reward": rm, "prompts": f"{world}/prompts.jsonl"}, 2),
             "grpo": (train_grpo, {"init": brief, "reward": rm, "prompts": f"{world}/prompts.jsonl"}, 2),
         }[stage]
@@ -595,8 +597,8 @@ def test_grpo_compares_the_answers_to_one_prompt(job, tmp_path, monkeypatch):
 
 def test_a_verifiable_reward_pays_for_right_sums(world, job):
     script, config = job(
-        "grpo", reward="answer", watch="", prompts=f"{world}/sums.jsonl", steps=2, max_new_tokens=32,
-        eval_data=f"{world}/sums_held_out.jsonl", missing_eos_score=0.0,
+        "grpo", reward="answer", watch="", prompts=f"{world}/problems.jsonl", steps=2, max_new_tokens=32,
+        eval_data=f"{world}/problems_held_out.jsonl", missing_eos_score=0.0,
     )  # fmt: skip
     script.main(config)
     assert all(0 <= row["score"] <= 1 and 0 <= row["equal_groups"] <= 1 for row in steps(config.out))

@@ -3,22 +3,26 @@
     pretrain.jsonl  pretrain_held_out.jsonl   {"text"}: web-like documents
     sft.jsonl       sft_held_out.jsonl        {"prompt", "completion", "meta"}: demonstrations, flaws included
     prompts.jsonl   prompts_held_out.jsonl    {"prompt", "meta"}: for collecting preferences; the test
-    sums.jsonl      sums_held_out.jsonl       {"prompt", "meta"}: step arithmetic only, answers in meta
+    problems.jsonl  problems_held_out.jsonl   {"prompt", "meta"}: sums of three to five steps, answers in meta
+    solutions.jsonl                           {"prompt", "completion", "meta"}: others of these, worked by
+    people
 
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 
 from nanoalign import UserError, cli
 from nanoalign.rows import write_rows
+from nanoalign.world.steps import problem, solution
 from nanoalign.world.text import FAMILIES, answer, documents, request
 
-SIZES = {  # pages of web text, demonstrations, training prompts, held-out prompts per family, sums
-    "tiny": (1_000, 600, 120, 10, 60),
-    "small": (44_000, 12_000, 4_800, 60, 3_000),
-    "large": (400_000, 60_000, 20_000, 200, 12_000),
+SIZES = {  # pages, demonstrations, training prompts, held-out prompts per family, problems, solutions
+    "tiny": (1_000, 600, 120, 10, 60, 200),
+    "small": (44_000, 12_000, 4_800, 60, 3_000, 6_000),
+    "large": (400_000, 60_000, 20_000, 200, 12_000, 24_000),
 }
 
 
@@ -34,11 +38,11 @@ def demonstration(rng: random.Random, held_out: bool) -> dict:
     return {"prompt": row["prompt"], "completion": answer(row, rng), "meta": row["meta"]}
 
 
-def distinct_requests(rng: random.Random, count: int, held_out: bool, kind: str = "") -> list[dict]:
-    """Up to `count` requests, no prompt twice."""
+def distinct(make, count: int) -> list[dict]:
+    """Up to `count` of the rows that `make` makes, no prompt twice."""
     rows = {}
     for _ in range(20 * count):
-        row = request(rng, held_out, kind)
+        row = make()
         rows.setdefault(row["prompt"], row)
         if len(rows) == count:
             break
@@ -48,19 +52,23 @@ def distinct_requests(rng: random.Random, count: int, held_out: bool, kind: str 
 def main(config: Config) -> None:
     if config.size not in SIZES:
         raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
-    pages, demonstrations, prompts, per_family, sums = SIZES[config.size]
-    rng, own = random.Random(f"{config.size}-{config.seed}"), random.Random(f"sums-{config.seed}")
+    pages, demonstrations, prompts, per_family, problems, solutions = SIZES[config.size]
+    rng, own = random.Random(f"{config.size}-{config.seed}"), random.Random(f"problems-{config.seed}")
+    sums = distinct(lambda: problem(own, False), problems + solutions)
     files = {
         "pretrain": (row for _ in range(pages) for row in documents(rng)),
         "pretrain_held_out": (row for _ in range(max(50, pages // 100)) for row in documents(rng)),
         "sft": (demonstration(rng, False) for _ in range(demonstrations)),
         "sft_held_out": (demonstration(rng, True) for _ in range(max(50, demonstrations // 50))),
-        "prompts": distinct_requests(rng, prompts, False),
+        "prompts": distinct(lambda: request(rng, False), prompts),
         "prompts_held_out": (
-            row for kind in FAMILIES for row in distinct_requests(rng, per_family, True, kind)
+            row
+            for kind in FAMILIES
+            for row in distinct(functools.partial(request, rng, True, kind), per_family)
         ),
-        "sums": distinct_requests(own, sums, False, "arithmetic"),
-        "sums_held_out": distinct_requests(own, sums // 6, True, "arithmetic"),
+        "problems": sums[:problems],
+        "problems_held_out": distinct(lambda: problem(own, True), problems // 6),
+        "solutions": ({**row, "completion": solution(row["meta"], own)} for row in sums[problems:]),
     }
     for name, rows in files.items():
         write_rows(f"{config.out}/{name}.jsonl", rows)

@@ -1,0 +1,64 @@
+"""Solutions in steps, as a process reward model reads them.
+
+    <|user|>Start with 7 …<|end|><|assistant|> 7 + 5 = 12<|step|>12 * 3 = 36<|step|>Answer: 36<|step|>
+
+A step ends where its line does. The token that ends it, a newline or the response's end token, is replaced by
+<|step|>, which no text can spell, and there the model's output is the logit of "this step is right". So a
+sampled response is read in place: the score of a step stands at the very token with which the policy closed
+it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoalign.data import Example
+from nanoalign.model import ScalarGPT
+from nanoalign.tokenizer import Tokenizer
+
+UNLABELLED = -100.0
+AGGREGATES = ("min", "product", "last")
+
+
+def step_example(
+    prompt: np.ndarray, steps: list[str], tokenizer: Tokenizer, max_length: int
+) -> Example | None:
+    """Prompt ids (P,), steps → ids and a mask true at the token that ends each step, cut at max_length; None
+    if no step is whole. The mask's k-th true token is that of the k-th step."""
+    ids = list(prompt)
+    ends = []
+    for i, step in enumerate(steps):
+        ids += [*tokenizer.encode(step if i else " " + step), tokenizer.step]
+        ends.append(len(ids) - 1)
+    ids = np.array(ids[:max_length], dtype=np.int64)
+    ends = [end for end in ends if end < max_length]
+    return (ids, np.isin(np.arange(len(ids)), ends)) if ends else None
+
+
+def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """ids and response mask (B, T) → bool (B, T): the response's tokens that end a step."""
+    breaks = torch.tensor([*tokenizer.newlines, tokenizer.end], device=ids.device)
+    return mask & torch.isin(ids, breaks)
+
+
+@torch.no_grad()
+def step_probabilities(
+    model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer
+) -> tuple[Tensor, Tensor]:
+    """Sampled ids and response mask (B, T) → P(step is right) (B, T) and where steps end, bool (B, T)."""
+    ends = step_ends(ids, mask, tokenizer)
+    return model(ids.masked_fill(ends, tokenizer.step)).float().sigmoid(), ends
+
+
+def aggregate(p: Tensor, ends: Tensor, how: str) -> Tensor:
+    """P(step is right) (B, T) where steps end → one number per solution (B,), 0 where no step has ended.
+
+    The minimum over the steps, their product (Lightman et al. 2023, §2.6), or the last step's value.
+    """
+    if how == "last":
+        positions = torch.arange(p.shape[1], device=p.device)
+        value = p.gather(1, positions.masked_fill(~ends, 0).amax(1, keepdim=True)).squeeze(1)
+    else:
+        ones = p.masked_fill(~ends, 1.0)
+        value = ones.amin(1) if how == "min" else ones.prod(1)
+    return value.masked_fill(~ends.any(1), 0.0)
