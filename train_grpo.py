@@ -17,16 +17,20 @@ with `--kl k3`, it is a term of the loss, β Σ w k_t, as in GRPO's paper, and l
 Two models, policy and reference, besides the reward.
 
     python train_grpo.py                                         # the built-in world, its reward model
-    python train_grpo.py --reward answer --watch "" --prompts out/demo/world/sums.jsonl \\
-        --eval-data out/demo/world/sums_held_out.jsonl --out out/demo/sums.pt     # a verifiable reward
     python train_grpo.py --kind rloo --group-size 4 --out out/demo/rloo.pt
+    python train_grpo.py --init out/demo/solver.pt --reward answer --watch "" --max-new-tokens 64 --beta 0.01
+        \\ --prompts out/demo/world/problems.jsonl --out out/demo/sums.pt            # a verifiable reward
+
+A reward of steps (prm-steps:out/demo/prm.pt) makes A_i,t: the sum of the normalised rewards of the steps that
+end at t or later (DeepSeekMath, §4.1.3).
 
 Deviations: KL is in the reward by default, and β the same for all kinds (the papers have 0 or 0.04), so that
 they can be compared. DAPO's dynamic sampling is left out: groups without spread are counted (equal_groups),
 not redrawn.
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score, an end-token rate near
-1, equal_groups well below 1.
+1, equal_groups well below 1. In the demo the score goes from 0 to 0.8 of the reward model's standard
+deviations at a KL of 1.5, and responses grow from 14 to 17 tokens.
 """
 
 from dataclasses import dataclass

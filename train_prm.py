@@ -149,7 +149,7 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 def calibration_error(p: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
     """Probabilities and labels (N,) → the expected calibration error (Guo et al. 2017, eq. 3)."""
-    index = np.minimum((p * bins).astype(int), bins - 1)
+    index = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1])
     gaps = np.abs(np.bincount(index, p, bins) - np.bincount(index, labels, bins))
     return float(gaps.sum() / len(p))
 
