@@ -166,7 +166,7 @@ $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
 	@rm -f $@
 	$(PY) train_grpo.py --prompts $< --eval-data $(WORLD)/problems_held_out.jsonl --eval-prompts 500 \
 	  --init $(OUT)/solver.pt --reward answer --watch "" --beta 0.01 --lr 2e-4 --epochs 1 --max-new-tokens 64 \
-	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,40) --eval-every 10 \
+	  --batch-size 512 --minibatch 512 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,30) --eval-every 10 \
 	  --out $@ --resume $(FLAGS)
 
 STEPS = --prompts $(WORLD)/problems.jsonl --policy $(OUT)/solver.pt --temperature 1 $(FLAGS)
@@ -200,6 +200,20 @@ $(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
 	$(BEST) --prm $< --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
 $(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt $(OUT)/orm.pt best_of_n.py
 	$(BEST) --prm $< --out $(@:.txt=.csv) > $@
+
+# Policies trained against the process model: do they learn to write more, or emptier, steps?
+.PHONY: prm-hacking
+HACKED = $(foreach run,ppo-steps ppo-min grpo-steps grpo-min,$(OUT)/prm-hacking/$(run).pt)
+prm-hacking: .venv/installed $(HACKED) $(OUT)/sums.pt  ## PPO and GRPO against the process model, densely and as one score
+	$(PY) bench/prm.py policies --checkpoints $(OUT)/solver.pt $(OUT)/sums.pt $(HACKED) --prm $(OUT)/prm.pt \
+	  --problems $(WORLD)/problems_held_out.jsonl
+
+$(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
+	@rm -f $@
+	$(PY) train_$(word 1,$(subst -, ,$*)).py --reward prm-$(word 2,$(subst -, ,$*)):$< --watch answer --init $(OUT)/solver.pt \
+	  --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl --beta 0.01 --lr 2e-4 --max-new-tokens 96 \
+	  --batch-size 256 --minibatch 128 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,30) --eval-every 10 \
+	  --out $@ --resume $(FLAGS)
 
 # ------------------------------------------------------------------------------------------------ laboratory
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.

@@ -15,16 +15,17 @@ SLIPS = 0.2  # share of demonstrated solutions with a wrong step
 FUDGES = 0.5  # share of those whose author knows the answer and writes it down all the same
 
 _WORDS = {"+": "add {}", "-": "subtract {}", "*": "multiply by {}", "/": "divide by {}"}
-_OPENINGS = {
-    False: (
-        "Start with {}, {} and {}. What do you get?",
-        "Take {}, {} and {}. What is the result?",
-        "What comes out if you take {}, {} and {}?",
-        "The number is {}. Now {} and {}. What is it then?",
-        "Think of {}, {} and {}. Where do you end?",
-    ),
-    True: ("Begin with {}, {} and {}. Which number is that?",),
+_OPENINGS = {  # and closings: any of the one with any of the other
+    False: ("Start with", "Take", "Think of", "Pick", "The number is", "You have", "Let it be", "There are"),
+    True: ("Begin with",),
 }
+_CLOSINGS = {
+    False: (
+        "What do you get?", "What is the result?", "What is it then?", "Where do you end?", "What comes out?",
+        "How much is it now?", "What is left?", "Say what it is.",
+    ),
+    True: ("Which number is that?",),
+}  # fmt: skip
 _EQUATION = re.compile(r"(?:\d*x = )?(-?\d+) ([-+*/]) (-?\d+) = (-?\d+)")
 
 
@@ -52,7 +53,8 @@ def problem(rng: random.Random, held_out: bool) -> dict:
         if ((start + 3 * ops[0][1] + 7 * ops[1][1]) % 5 == 4) == held_out:
             break
     *most, last = (_WORDS[op].format(n) for op, n in ops)
-    prompt = rng.choice(_OPENINGS[held_out]).format(start, ", ".join(most), last)
+    opening, closing = rng.choice(_OPENINGS[held_out]), rng.choice(_CLOSINGS[held_out])
+    prompt = f"{opening} {start}, {', '.join(most)} and {last}. {closing}"
     return {"prompt": prompt, "meta": {"kind": "arithmetic", "answer": value, "steps": lines}}
 
 
