@@ -36,11 +36,13 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
-from nanoalign.data import thin
+from nanoalign.data import collate, thin
 from nanoalign.generate import rollouts
+from nanoalign.model import GPT, ScalarGPT
 from nanoalign.rewards import final_answer, gold_answer
 from nanoalign.rows import read_rows
 from nanoalign.steps import AGGREGATES, aggregate, step_probabilities
+from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze, setup
 from nanoalign.world.steps import check_steps
 
@@ -161,18 +163,16 @@ def tree_search(
     return [sorted(found, key=lambda c: -c[0]) for found in done]
 
 
+@dataclass
 class Solver:
     """A policy that writes solutions and a process model that reads them; counts the tokens written."""
 
-    def __init__(self, policy, prm, tokenizer, config: Config, device):
-        self.policy, self.prm, self.tokenizer, self.config, self.device = (
-            policy,
-            prm,
-            tokenizer,
-            config,
-            device,
-        )
-        self.tokens, self.calls = 0, 0
+    policy: GPT
+    prm: ScalarGPT
+    tokenizer: Tokenizer
+    config: Config
+    tokens: int = 0
+    calls: int = 0
 
     def expand(self, nodes: list[tuple[int, tuple]]) -> list[tuple[tuple[int, tuple], bool]]:
         """Nodes (length of the prompt, ids so far) → each continued by `expansions` sampled steps."""
@@ -198,27 +198,23 @@ class Solver:
         values = []
         for at in range(0, len(nodes), 256):
             batch = nodes[at : at + 256]
-            ids = [torch.tensor(ids) for _, ids in batch]
-            ids = torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad).to(self.device)
-            columns = torch.arange(ids.shape[1], device=self.device)
-            starts = torch.tensor([start for start, _ in batch], device=self.device)[:, None]
-            mask = (columns >= starts) & (ids != self.tokenizer.pad)
-            values += aggregate(
-                *step_probabilities(self.prm, ids, mask, self.tokenizer), self.config.by
-            ).tolist()
+            examples = [(np.array(ids), np.arange(len(ids)) >= start) for start, ids in batch]
+            device = self.policy.embed.weight.device
+            ids, mask = (x.to(device) for x in collate(examples, self.tokenizer.pad))
+            p, ends = step_probabilities(self.prm, ids, mask, self.tokenizer)
+            values += aggregate(p, ends, self.config.by).tolist()
         return values
-
-
-def solve(node: tuple[int, tuple], tokenizer) -> str:
-    return tokenizer.decode_response(node[1][node[0] :])
 
 
 # --------------------------------------------------------------------------------------------------- a run
 
 
 def draw(policy, models: dict, tokenizer, rows: list[dict], config: Config) -> dict:
-    """N solutions of each problem → texts, right, answers, tokens and scores, (P, N) each; the steps' p of
-    --show."""
+    """N solutions of each problem → texts, their steps' p, answers, tokens, right, and scores by name, (P, N)
+    each.
+
+    A solution without an end token scores 0.
+    """
     N, prompts = config.samples, [tokenizer.prompt(row["prompt"]) for row in rows]
     gold = [gold_answer(row["meta"].get("answer")) for row in rows]
     if None in gold:
@@ -234,12 +230,12 @@ def draw(policy, models: dict, tokenizer, rows: list[dict], config: Config) -> d
         at = np.divmod(np.array(indices), N)
         p, ends = step_probabilities(models["prm"], rollout.ids, rollout.mask, tokenizer)
         for how in AGGREGATES:
-            scores[f"prm-{how}"][at] = aggregate(p, ends, how).cpu()
+            scores[f"prm-{how}"][at] = (aggregate(p, ends, how) * rollout.ended).cpu()
         for i, row, end in zip(indices, p.cpu(), ends.cpu()):
             drawn["steps"].flat[i] = row[end].tolist()
         if "orm" in models:
             p, ends = step_probabilities(models["orm"], rollout.ids, rollout.mask, tokenizer)
-            scores["orm"][at] = aggregate(p, ends, "last").cpu()
+            scores["orm"][at] = (aggregate(p, ends, "last") * rollout.ended).cpu()
         texts = [tokenizer.decode_response(response) for response in rollout.responses()]
         drawn["texts"][at] = texts
         drawn["answers"][at] = [math.nan if (a := final_answer(t)) is None else a for t in texts]
@@ -284,7 +280,8 @@ def plot(table: dict, path: str) -> None:
             list(curve), means, errors, label=name, capsize=2, ls="--" if name in ("pass", "mean") else "-"
         )
     axes.set(xscale="log", xlabel="n: solutions drawn", ylabel="share of problems right")
-    axes.set_xticks(list(curve), list(curve))
+    sizes = list(next(iter(table.values())))
+    axes.set_xticks(sizes, sizes)
     axes.minorticks_off()
     axes.legend(fontsize="small")
     figure.tight_layout()
@@ -293,18 +290,23 @@ def plot(table: dict, path: str) -> None:
 
 
 def search(
-    kind: str, policy, prm, tokenizer, rows: list[dict], drawn: dict, config: Config, device
+    kind: str, policy, prm, tokenizer, rows: list[dict], drawn: dict, config: Config
 ) -> dict[int, tuple[float, float]]:
     """Search over steps, beside best-of-n at the same number of generated tokens, printed → {that n: (share
     right, standard error)}."""
-    solver = Solver(policy, prm, tokenizer, config, device)
+    solver = Solver(policy, prm, tokenizer, config)
     prompts = [tokenizer.prompt(row["prompt"]).tolist() for row in rows]
     found = tree_search(
         [(len(ids), tuple(ids)) for ids in prompts], solver.expand, solver.score, config.width,
         config.expansions, config.depth, diverse=kind == "dvts",
     )  # fmt: skip
     gold = [gold_answer(row["meta"]["answer"]) for row in rows]
-    right = [bool(f) and final_answer(solve(f[0][1], tokenizer)) == g for f, g in zip(found, gold)]
+
+    def best(solutions: list) -> tuple:
+        (_, (start, ids)), *_ = solutions
+        return ids[start:]
+
+    right = [bool(f) and final_answer(tokenizer.decode_response(best(f))) == g for f, g in zip(found, gold)]
     tokens, each = solver.tokens / len(rows), drawn["tokens"].mean()
     n = min(config.samples, max(1, round(tokens / each)))
     scores = drawn["scores"][f"prm-{config.by}"]
@@ -350,7 +352,7 @@ def main(config: Config) -> None:
         table = curves(drawn["right"], drawn["answers"], drawn["scores"], config.subsets, config.seed)
         print_table(table, len(rows))
         for kind in config.search:
-            table[kind] = search(kind, policy, models["prm"], tokenizer, rows, drawn, config, device)
+            table[kind] = search(kind, policy, models["prm"], tokenizer, rows, drawn, config)
     for i in range(min(config.show, len(rows))):
         print_steps(rows[i], drawn["texts"][i, 0], drawn["steps"][i, 0], drawn["right"][i, 0])
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
