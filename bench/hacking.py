@@ -21,6 +21,9 @@ from statistics import mean, stdev
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from best_of_n import best_at
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples, thin
@@ -41,18 +44,6 @@ class Config:
     max_new_tokens: int = 48  # length limit of a response
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
-
-
-def best_of_n(proxy: np.ndarray, value: np.ndarray, n: int) -> np.ndarray:
-    """proxy, value (prompts, N) → E[value of the response with the highest proxy among n], (prompts,).
-
-    Exact over all n-subsets of the N: the response of rank i from the top (0 first) is the best of a subset
-    with probability C(N−1−i, n−1) / C(N, n).
-    """
-    N = proxy.shape[1]
-    ranked = np.take_along_axis(value, np.argsort(-proxy, axis=1, kind="stable"), axis=1)
-    weights = np.array([math.comb(N - 1 - i, n - 1) / math.comb(N, n) for i in range(N)])
-    return ranked @ weights
 
 
 def draw(config: Config) -> None:
@@ -79,8 +70,8 @@ def draw(config: Config) -> None:
     curve = []
     for n in (n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= N):
         row = {"n": n, "eval_kl": math.log(n) - (n - 1) / n}  # a bound (Beirami et al. 2024)
-        row["eval_score"] = float(best_of_n(proxy, proxy, n).mean())
-        row["eval_judge"] = float(best_of_n(proxy, judged, n).mean())
+        row["eval_score"] = mean(best_at(p, p, n) for p in proxy)
+        row["eval_judge"] = mean(best_at(j, p, n) for j, p in zip(judged, proxy))
         curve.append(row)
     write_rows(config.out, curve)
     print(f"best-of-n: {len(rows)} prompts × {N} samples → {config.out}")

@@ -1,30 +1,13 @@
 """The laboratory's arithmetic: best-of-n by enumeration, fits that recover what made the curve."""
 
-import itertools
 import json
 import math
 
 import numpy as np
 import pytest
 
-from bench.hacking import at_kl, best_of_n, curve, fit, report
+from bench.hacking import at_kl, curve, fit, report
 from nanoalign import UserError
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_best_of_n_is_the_mean_over_all_subsets(n):
-    rng = np.random.default_rng(0)
-    proxy, value = rng.normal(size=(2, 3, 5))
-    expected = [
-        np.mean(
-            [
-                value[row][max(subset, key=lambda i: proxy[row][i])]
-                for subset in itertools.combinations(range(5), n)
-            ]
-        )
-        for row in range(3)
-    ]
-    assert best_of_n(proxy, value, n) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])
