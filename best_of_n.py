@@ -85,8 +85,8 @@ def pass_at(right: np.ndarray, n: int) -> float:
 
 
 def best_at(right: np.ndarray, scores: np.ndarray, n: int) -> float:
-    """right (or any value) and scores (N,) → the mean value of the one with the highest score in a random subset
-    of n: the chance that it is right. Equal scores share it."""
+    """right (or any value) and scores (N,) → the mean value of the one with the highest score in a random
+    subset of n: the chance that it is right. Equal scores share it."""
     _, level, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     below, total = np.cumsum(sizes) - sizes, math.comb(len(scores), n)
     wins = [
