@@ -156,7 +156,9 @@ def main(config: Config) -> None:
         raise UserError(f"--steps {config.steps} is unknown; choose checker or rollouts.")
     if config.annotator != "world":
         raise UserError(f"there is no annotator {config.annotator!r}; choose from: world.")
-    if config.samples < 2 or config.crowd < 2:
+    if min(config.samples, config.continuations) < 1 or config.count < 0:
+        raise UserError("--samples and --continuations must be at least 1, --count not negative.")
+    if not config.steps and min(config.samples, config.crowd) < 2:
         raise UserError("comparing needs --samples of at least 2 and a --crowd of at least 2.")
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)

@@ -281,8 +281,8 @@ def test_calibration_error_is_the_gap_between_confidence_and_truth_per_bin():
 
 
 def test_the_first_error_must_be_named_exactly_and_a_sound_solution_not_at_all():
-    p = [np.array(x) for x in ([0.9, 0.2, 0.1], [0.4, 0.1], [0.9, 0.9], [0.8, 0.3], [0.9, 0.6])]
-    labels = [np.array(x) for x in ([1, 0, 1], [1, 0], [1, 0], [1, 1], [1, 1])]
+    p = [np.array(x) for x in ([0.9, 0.2, 0.1], [0.4, 0.1], [0.9, 0.9, 0.1], [0.8, 0.3], [0.9, 0.6])]
+    labels = [np.array(x) for x in ([1, 0, 1], [1, 0], [1, 0, 0], [1, 1], [1, 1])]
     found = first_error(p, labels)
     assert found == {
         "exact": pytest.approx(1 / 3),
