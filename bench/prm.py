@@ -64,7 +64,7 @@ def curves(config: Curves) -> None:
             seeds.append({(r["selector"], int(r["n"])): float(r["right"]) for r in csv.DictReader(file)})
     shared = [key for key in seeds[0] if all(key in seed for seed in seeds)]
     names, sizes = list(dict.fromkeys(k for k, _ in shared)), sorted({n for _, n in shared})
-    print(f"| seeds: {len(seeds)} | {' | '.join(f'n = {n}' for n in sizes)} |\\n|{'---|' * (len(sizes) + 1)}")
+    print(f"| seeds: {len(seeds)} | {' | '.join(f'n = {n}' for n in sizes)} |\n|{'---|' * (len(sizes) + 1)}")
     for name in names:
         cells = [over_seeds([s[name, n] for s in seeds]) if (name, n) in shared else "–" for n in sizes]
         print(f"| {name} | {' | '.join(cells)} |")
@@ -85,7 +85,7 @@ def curves(config: Curves) -> None:
 def policies(config: Policies) -> None:
     device, autocast = setup(config)
     rows = read_rows(config.problems, "prompts")
-    print(f"| {len(rows)} problems | {' | '.join(MEASURES)} |\\n|{'---|' * (len(MEASURES) + 1)}")
+    print(f"| {len(rows)} problems | {' | '.join(MEASURES)} |\n|{'---|' * (len(MEASURES) + 1)}")
     for path in config.checkpoints:
         policy, tokenizer, _ = load_policy(path, device, CHAT)
         score = {how: make_reward(f"prm-{how}:{config.prm}", tokenizer, device) for how in ("min", "steps")}
@@ -100,7 +100,7 @@ def policies(config: Policies) -> None:
                 batch, rollout.responses(), least.tolist(), sums.tolist(), lengths.tolist()
             ):
                 text = tokenizer.decode_response(response)
-                steps = text.split("\\n")
+                steps = text.split("\n")
                 again = sum(not step.strip() or step in steps[:i] for i, step in enumerate(steps))
                 values.append((
                     final_answer(text) == row["meta"]["answer"], *own[:2], len(steps),
