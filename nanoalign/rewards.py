@@ -55,7 +55,7 @@ def model_reward(model: ScalarGPT) -> Reward:
 
 def on_last_token(score: Tensor, mask: Tensor) -> Tensor:
     """Scores (B,) → (B, T): each on the last scored token of its row, 0 elsewhere."""
-    return torch.zeros(mask.shape, device=score.device).scatter(1, last_scored(mask)[:, None], score[:, None])
+    return score.new_zeros(mask.shape).scatter(1, last_scored(mask)[:, None], score[:, None])
 
 
 def total(score: Tensor) -> Tensor:
