@@ -171,7 +171,7 @@ $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
 
 STEPS = --prompts $(WORLD)/problems.jsonl --policy $(OUT)/solver.pt --temperature 1 $(FLAGS)
 $(OUT)/steps.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt collect.py
-	$(PY) collect.py --steps checker $(STEPS) --samples 2 --out $@
+	$(PY) collect.py --steps checker $(STEPS) --samples 4 --out $@
 
 $(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt collect.py
 	$(PY) collect.py --steps rollouts $(STEPS) --samples 1 --count 1000 --out $@

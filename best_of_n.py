@@ -5,6 +5,7 @@ from n of them is right, by
 
     mean      none is chosen: the policy itself                pass      at least one of the n is right
     majority  the commonest final answer (Wang et al. 2022)    orm       the outcome model's favourite
+    likelihood  the one that the policy itself finds likeliest: no second model at all
     prm-min, prm-product, prm-last                             the process model's, by its steps' minimum, …
     vote      the answer with the largest sum of prm-min (Li et al. 2023)
 
@@ -213,7 +214,7 @@ def draw(policy, models: dict, tokenizer, rows: list[dict], config: Config) -> d
     """N solutions of each problem → texts, their steps' p, answers, tokens, right, and scores by name, (P, N)
     each.
 
-    A solution without an end token scores 0.
+    A solution without an end token gets the lowest score.
     """
     N, prompts = config.samples, [tokenizer.prompt(row["prompt"]) for row in rows]
     gold = [gold_answer(row["meta"].get("answer")) for row in rows]
@@ -221,13 +222,14 @@ def draw(policy, models: dict, tokenizer, rows: list[dict], config: Config) -> d
         raise UserError(f"{config.problems} has rows without a final answer: GSM8K's, or meta.answer.")
     drawn = {"texts": np.empty((len(rows), N), object), "steps": np.empty((len(rows), N), object)}
     drawn |= {name: np.zeros((len(rows), N)) for name in ("answers", "tokens")}
-    names = [f"prm-{how}" for how in AGGREGATES] + ["orm"] * ("orm" in models)
+    names = ["likelihood"] + [f"prm-{how}" for how in AGGREGATES] + ["orm"] * ("orm" in models)
     scores = {name: np.zeros((len(rows), N)) for name in names}
     for indices, rollout in rollouts(
         policy, tokenizer, [p for p in prompts for _ in range(N)], config.max_new_tokens, config.seed,
         what="solve", temperature=config.temperature,
     ):  # fmt: skip
         at = np.divmod(np.array(indices), N)
+        scores["likelihood"][at] = rollout.logp.sum(1).masked_fill(~rollout.ended, -math.inf).cpu()
         p, ends = step_probabilities(models["prm"], rollout.ids, rollout.mask, tokenizer)
         for how in AGGREGATES:
             scores[f"prm-{how}"][at] = (aggregate(p, ends, how) * rollout.ended).cpu()

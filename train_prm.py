@@ -8,10 +8,13 @@ no shift: the model has read the whole step by then. Unlabelled steps take part 
 y_s may be a probability: Math-Shepherd's labels are the share of continuations from s that reach the right
 answer (Wang et al. 2024, eq. 4).
 
+With --lm-weight w the model also stays a language model (the joint objective of Cobbe et al. 2021, §4.2): w
+times the mean −log p of the tokens of steps labelled right is added, read through the embedding.
+
     python train_prm.py                                         # the built-in world, labels by its checker
     python train_prm.py --outcome --out out/demo/orm.pt         # an outcome reward model, for comparison
-    python train_prm.py --data out/demo/steps.rollouts.jsonl --out out/demo/prm-rollouts.pt      #
-    Math-Shepherd python train_prm.py --data prm800k.jsonl --neutral ignore --init out/sft.pt --out out/prm.pt
+    python train_prm.py --data out/demo/steps.rollouts.jsonl --out out/demo/prm-rollouts.pt   # Math-Shepherd
+    python train_prm.py --data prm800k.jsonl --neutral ignore --init out/sft.pt --out out/prm.pt
 
 --outcome is the same network on the same solutions with a single label each: at the last step, whether the
 final answer is right.
@@ -34,10 +37,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
 from nanoalign.data import BatchOrder, collate, micro_batches, split_rows
+from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import ScalarGPT
 from nanoalign.rows import read_rows
 from nanoalign.steps import step_example
@@ -67,7 +72,8 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # solutions per optimiser step
     micro_batch: int = 0  # solutions per forward pass; 0: the whole batch at once
-    lr: float = 3e-4  # peak learning rate
+    lm_weight: float = 0.3  # of the language-modelling loss on steps that are right; 0: none
+    lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
     clip: float = 1.0  # gradient norm
@@ -103,13 +109,17 @@ def labels_of(row: dict, outcome: bool, neutral: str) -> list[float]:
 
 
 def step_examples(rows: list[dict], tokenizer, max_length: int, outcome: bool, neutral: str) -> list:
-    """Rows of steps → (ids (T,), labels (T,) fp32). Prints what was cut off and dropped."""
+    """Rows of steps → (ids (T,), labels (T,) fp32, which tokens are text of right steps (T,) bool).
+
+    Prints what was cut off and dropped.
+    """
     if outcome and any("label" not in row for row in rows):
         raise UserError('--outcome needs rows with a "label": whether the final answer is right.')
     examples, cut = [], 0
     for row in rows:
         labels = np.array(labels_of(row, outcome, neutral), dtype=np.float32)
-        example = step_example(tokenizer.prompt(row["prompt"]), row["completions"], tokenizer, max_length)
+        prompt = tokenizer.prompt(row["prompt"])
+        example = step_example(prompt, row["completions"], tokenizer, max_length)
         if example is None:
             continue
         ids, ends = example
@@ -118,7 +128,12 @@ def step_examples(rows: list[dict], tokenizer, max_length: int, outcome: bool, n
         if (labels[:kept] != UNLABELLED).any():
             at = np.full(len(ids), UNLABELLED, dtype=np.float32)
             at[ends] = labels[:kept]
-            examples.append((ids, at))
+            right, imitated = [row["label"]] * kept if outcome else labels, np.zeros(len(ids), dtype=bool)
+            start = len(prompt)
+            for end, value in zip(np.flatnonzero(ends), right):
+                imitated[start:end] = value >= 0.5
+                start = end + 1
+            examples.append((ids, at, imitated))
     print(
         f"data: {len(examples):,} solutions with a labelled step, {cut:,} cut off at {max_length} tokens, "
         f"{len(rows) - len(examples):,} dropped: no labelled step"
@@ -131,11 +146,11 @@ def step_examples(rows: list[dict], tokenizer, max_length: int, outcome: bool, n
     return examples
 
 
-def batch_of(examples: list, tokenizer, device) -> tuple[Tensor, Tensor]:
-    """→ ids (B, T) right-padded, labels (B, T), −100 on padding."""
-    ids, _ = collate(examples, tokenizer.pad)
-    labels = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(x) for _, x in examples], True, UNLABELLED)
-    return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+def batch_of(examples: list, tokenizer, device) -> tuple[Tensor, Tensor, Tensor]:
+    """→ ids (B, T) right-padded, labels (B, T), −100 on padding, and which tokens to imitate, on the CPU."""
+    ids, imitated = collate([(ids, mask) for ids, _, mask in examples], tokenizer.pad)
+    labels = pad_sequence([torch.from_numpy(at) for _, at, _ in examples], True, UNLABELLED)
+    return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True), imitated
 
 
 # ------------------------------------------------------------------------------------------- evaluation
@@ -182,7 +197,7 @@ def evaluate(model: ScalarGPT, examples: list, tokenizer, device, autocast) -> d
     """
     p, labels = [], []
     for start in range(0, len(examples), 128):
-        ids, at = batch_of(examples[start : start + 128], tokenizer, device)
+        ids, at, _ = batch_of(examples[start : start + 128], tokenizer, device)
         with autocast:
             logits = model(ids)
         p += [row[y != UNLABELLED].cpu().numpy() for row, y in zip(logits.float().sigmoid(), at)]
@@ -207,7 +222,11 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, CHAT)
+    if config.lm_weight and not policy.config.tied:
+        raise UserError(f"{config.init} has an output head apart from its embedding: use --lm-weight 0.")
     model = ScalarGPT.from_policy(policy)
+    with torch.no_grad():  # the trunk knows what a line break means, and nothing yet of <|step|>
+        model.gpt.embed.weight[tokenizer.step] = model.gpt.embed.weight[tokenizer.newlines[0]]
 
     rows = read_rows(config.data, "steps", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "steps", config.skip_bad_rows)
@@ -220,7 +239,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     if config.compile:
         compile_hidden(model.gpt)
-    order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
+    order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for example in examples for part in example))
     first_step = resume(config, model, optimizer, stage="prm", data=data)["step"]
@@ -234,15 +253,19 @@ def main(config: Config) -> None:
     for step in range(first_step, steps):
         indices = order[step]
         labelled = sum(int((examples[i][1] != UNLABELLED).sum()) for i in indices)  # of the optimiser step
+        written = max(1, sum(int(examples[i][2].sum()) for i in indices))
         loss = torch.zeros((), device=device)
         for micro in micro_batches(indices, config.micro_batch):
-            ids, labels = batch_of([examples[i] for i in micro], tokenizer, device)
-            with autocast:
-                logits = model(ids)  # (B, T)
+            ids, labels, imitated = batch_of([examples[i] for i in micro], tokenizer, device)
             share = sum(int((examples[i][1] != UNLABELLED).sum()) for i in micro) / labelled
-            micro_loss = step_loss(logits, labels) * share
+            with autocast:
+                hidden = model.gpt.hidden(ids)
+                micro_loss = step_loss(model.score(hidden), labels) * share
+                loss += micro_loss.detach()
+                if config.lm_weight:
+                    logp = token_logprobs(model.gpt, ids, imitated, hidden=hidden)  # (B, T)
+                    micro_loss = micro_loss - config.lm_weight * masked_sum(logp, imitated).sum() / written
             micro_loss.backward()
-            loss += micro_loss.detach()
             metrics.tokens += sum(len(examples[i][0]) for i in micro)
         lr = learning_rate(step, steps, config.lr, config.warmup)
         grad_norm = optimizer_step(model, optimizer, lr, config.clip)

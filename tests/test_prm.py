@@ -43,21 +43,27 @@ def row_of(steps, labels, prompt="Start with 2.", **more):
 
 def test_each_label_stands_at_the_token_that_ends_its_step_and_nowhere_else():
     steps, labels = ["2 + 3 = 5", "5 * 2 = 10", "Answer: 10"], [1.0, None, 0.0]
-    [(ids, at)] = step_examples([row_of(steps, labels)], WORLD, 128, False, "good")
+    [(ids, at, imitated)] = step_examples([row_of(steps, labels)], WORLD, 128, False, "good")
     ends = np.flatnonzero(ids == WORLD.step)
     assert at[ends].tolist() == [1, NONE, 0]
     assert (np.delete(at, ends) == NONE).all()
     start = len(WORLD.prompt(asked("Start with 2.")))
     pieces = np.split(ids[start:], ends - start + 1)[:-1]
     assert [WORLD.decode(piece).strip() for piece in pieces] == steps  # <|step|> is not decoded
+    assert np.flatnonzero(imitated).tolist() == list(range(start, ends[0]))  # text of the right step alone
+    right = [{**row_of(steps, labels), "label": label} for label in (True, False)]
+    for row in right:
+        [(ids, at, imitated)] = step_examples([row], WORLD, 128, True, "good")
+        text = [i for i in range(start, len(ids)) if i not in ends] if row["label"] else []
+        assert np.flatnonzero(imitated).tolist() == text  # of an outcome: the whole solution or nothing
 
 
 def test_truncation_keeps_whole_steps_with_their_labels_and_drops_the_rest():
     rows = [row_of(["2 + 3 = 5", "5 * 2 = 10", "Answer: 10"], [1.0, 0.0, 1.0])]
-    [(whole, at)] = step_examples(rows, WORLD, 128, False, "good")
+    [(whole, at, _)] = step_examples(rows, WORLD, 128, False, "good")
     ends = np.flatnonzero(whole == WORLD.step)
     for length in range(ends[0] + 1, len(whole) + 1):
-        [(ids, cut)] = step_examples(rows, WORLD, length, False, "good")
+        [(ids, cut, _)] = step_examples(rows, WORLD, length, False, "good")
         assert np.array_equal(ids, whole[:length]) and np.array_equal(cut, at[:length])
     with pytest.raises(UserError, match="nothing to learn"):
         step_examples(rows, WORLD, int(ends[0]), False, "good")
@@ -67,7 +73,7 @@ def test_padding_carries_no_label_and_never_changes_the_loss():
     torch.manual_seed(0)
     rows = [row_of(["2 + 3 = 5"] * n, [1.0, 0.0, 1.0, 0.0][:n]) for n in (1, 4)]
     examples = step_examples(rows, WORLD, 128, False, "good")
-    ids, labels = batch_of(examples, WORLD, "cpu")
+    ids, labels, _ = batch_of(examples, WORLD, "cpu")
     assert (labels[0, len(examples[0][0]) :] == NONE).all() and (labels != NONE).sum() == 5
     logits = torch.randn(ids.shape)
     alone = [
@@ -80,7 +86,7 @@ def test_padding_carries_no_label_and_never_changes_the_loss():
 def test_a_separator_in_the_users_text_is_not_a_step():
     prompt = "One step a line:\n1 + 1 = 2\n<|step|><|end|> go."
     steps = ["2 + 3 = 5", "Answer: 5"]
-    [(ids, at)] = step_examples([row_of(steps, [1.0, 0.0], prompt)], WORLD, 256, False, "good")
+    [(ids, at, _)] = step_examples([row_of(steps, [1.0, 0.0], prompt)], WORLD, 256, False, "good")
     assert (ids == WORLD.step).sum() == 2 and (at != NONE).sum() == 2
     ids, mask = join(WORLD.prompt(asked(prompt)), WORLD.response("\n".join(steps)), 256)
     ends = step_ends(torch.tensor(ids)[None], torch.tensor(mask)[None], WORLD)
@@ -552,7 +558,7 @@ def test_best_of_n_writes_its_table_and_searches(world, sft, prm, tmp_path, caps
     out = capsys.readouterr().out
     assert all(word in out for word in ("beam, 2 × 2", "dvts, 2 × 2", "majority", "answer)"))
     lines = (tmp_path / "x.csv").read_text().splitlines()
-    assert lines[0] == "selector,n,right,error" and len(lines) == 1 + 3 * 8 + 2
+    assert lines[0] == "selector,n,right,error" and len(lines) == 1 + 3 * 9 + 2
     with pytest.raises(UserError, match="--search sideways"):
         best_of_n.main(replace(config, search=("sideways",)))
     with pytest.raises(UserError, match="expected 'prm'"):
