@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoalign import logprobs
-from nanoalign.logprobs import linear_logprobs, masked_mean, masked_sum, token_logprobs
+from nanoalign.logprobs import (
+    linear_logprobs,
+    linear_losses,
+    masked_mean,
+    masked_sum,
+    pad_vocabulary,
+    token_logprobs,
+    token_losses,
+)
 from nanoalign.model import GPT, GPTConfig
 
 N, D, V = 23, 16, 37
@@ -69,6 +77,79 @@ def test_values_and_gradients_equal_float64_autograd_of_the_formula(chunk, tempe
             assert_close(ours, theirs, torch.float64)
         for ours, theirs in zip(gradients(outputs, leaves), gradients(wanted, leaves)):
             assert_close(ours, theirs, torch.float64, N * D)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_the_log_sum_exp_and_its_gradient_equal_float64_autograd(chunk):
+    *leaves, targets = inputs()
+    hidden, weight, bias = leaves
+    logits = (hidden @ weight.T + bias) / 0.7
+    wanted = [*oracle(*leaves, targets, 0.7), logits.logsumexp(-1)]
+    ours = linear_logprobs(hidden, weight, targets, bias, 0.7, entropy=True, chunk=chunk, lse=True)
+    alone = linear_logprobs(hidden, weight, targets, bias, 0.7, chunk=chunk, lse=True)
+    for outputs, expected in ((ours, wanted), (alone, wanted[::2])):
+        for a, b in zip(outputs, expected, strict=True):
+            assert_close(a, b, torch.float64)
+        for a, b in zip(gradients(outputs, leaves), gradients(expected, leaves)):
+            assert_close(a, b, torch.float64, N * D)
+
+
+def clipped(logp: Tensor, *rest: Tensor) -> Tensor:
+    """A loss with a kink, as PPO's: of logp, (the entropy,) old log-probs and advantages."""
+    *entropy, old, advantage = rest
+    ratio = (logp - old).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    return loss - 0.1 * entropy[0] if entropy else loss
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_loss_formed_in_the_forward_pass_equals_float64_autograd(chunk, entropy, dtype):
+    *leaves, targets = inputs(dtype)
+    expected = oracle(*leaves, targets, 0.7)
+    g = torch.Generator().manual_seed(3)
+    noise, advantage = (torch.randn(N, dtype=torch.float64, generator=g) for _ in range(2))
+    values = (expected[0].detach() + 0.5 * noise, advantage)
+    ratio = (expected[0] - values[0]).exp()
+    assert ((ratio < 0.75) & (advantage < 0)).any() and ((ratio - 1).abs() < 0.15).any()  # both sides
+    wanted = clipped(*expected[: 1 + entropy], *values).sum()
+    total, logp, H = linear_losses(
+        *leaves[:2], targets, clipped, values, leaves[2], 0.7, entropy=entropy, chunk=chunk
+    )
+    fp32 = torch.promote_types(dtype, torch.float32)
+    assert_close(total, wanted, fp32, N * D)
+    assert_close(logp, expected[0], fp32)
+    assert not entropy or H.sub(expected[1]).abs().max() < 1e-4
+    assert not (logp.requires_grad or H.requires_grad)
+    ours, theirs = (torch.autograd.grad(3 * loss, leaves) for loss in (total, wanted))
+    for a, b in zip(ours, theirs):
+        assert a.dtype == dtype
+        assert_close(a, b, dtype, 4 if dtype == torch.bfloat16 else N * D)
+
+
+def test_a_loss_formed_in_the_forward_pass_costs_nothing_without_gradients():
+    hidden, weight, _, targets = inputs()
+    with torch.no_grad():
+        total, logp, _ = linear_losses(hidden, weight, targets, lambda logp: -logp, chunk=5)
+    assert not total.requires_grad
+    torch.testing.assert_close(total, -logp.sum())
+    torch.testing.assert_close(total, -oracle(hidden, weight, None, targets)[0].sum())
+    empty = linear_losses(hidden[:0], weight, targets[:0], lambda logp: -logp)
+    empty[0].backward()
+    assert empty[0] == 0 and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_padded_vocabulary_changes_nothing(with_bias):
+    hidden, weight, bias, targets = inputs()
+    leaves = (hidden, weight, bias) if with_bias else (hidden, weight)
+    wide, shifted = pad_vocabulary(weight, bias if with_bias else None, 64)
+    assert wide.shape == (64, D) and shifted.shape == (64,)
+    ours = linear_logprobs(hidden, wide, targets, shifted, 0.7, entropy=True, chunk=5, lse=True)
+    theirs = linear_logprobs(hidden, weight, targets, bias if with_bias else None, 0.7, True, 5, True)
+    for a, b in zip((*ours, *gradients(ours, leaves)), (*theirs, *gradients(theirs, leaves))):
+        assert_close(a, b, torch.float64, N * D)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -170,10 +251,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("entropy", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_more_than_one_chunk_of_logits_ever_exists(entropy, dtype):
+@pytest.mark.parametrize("separable", [True, False])
+def test_no_more_than_one_chunk_of_logits_ever_exists(entropy, dtype, separable):
     def largest(chunk):
         *leaves, targets = inputs(dtype, n=64, d=4, v=512)
         with Largest() as seen:
+            if separable:
+                options = {"bias": leaves[2], "temperature": 0.7, "entropy": entropy, "chunk": chunk}
+                linear_losses(*leaves[:2], targets, lambda *x: sum(x), **options)[0].backward()
+                return seen.numel, seen.numel
             outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy, chunk)
             sum(x.sum() for x in outputs) if entropy else outputs.sum()
             forward = seen.numel
@@ -188,20 +274,37 @@ def test_the_forward_pass_keeps_nothing_of_size_vocabulary_per_token():
     hidden, weight, bias, targets = inputs(torch.float32, n=64, d=4, v=512)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        linear_logprobs(hidden, weight, targets, bias, 0.7, entropy=True, chunk=8)
+        logp, _ = linear_logprobs(hidden, weight, targets, bias, 0.7, entropy=True, chunk=8)
     assert hidden.numel() < sum(kept) <= sum(x.numel() for x in (hidden, weight, bias)) + 3 * 64
+    assert logp.grad_fn.kept is None
+
+
+def test_logits_that_fit_one_chunk_are_computed_once(monkeypatch):
+    hidden, weight, _, targets = inputs(torch.float32)
+    products = []
+    monkeypatch.setattr(logprobs, "_matmul", lambda a, b: products.append(1) or a @ b)
+
+    def count(chunk):
+        products.clear()
+        linear_logprobs(hidden, weight, targets, chunk=chunk).sum().backward()
+        return len(products)  # logits, logits again, and the weight's gradient
+
+    assert count(N) == 2 and count(12) == 2 * 3
 
 
 def test_by_default_a_chunk_of_logits_fits_the_budget(monkeypatch):
     model = GPT(GPTConfig(vocab_size=1000, context=64, layers=1, width=8, heads=1, mlp_width=8))
     ids = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(0))
-    budget = model.embed.weight.numel() + 5  # nothing else in the model is as large; no multiple of V
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", budget)
+    budget = 20_005 * 4  # of fp32; no multiple of V, and nothing else in the model is as large
+    monkeypatch.setattr(logprobs, "BUDGET", {"cpu": budget})
+    logprobs._chunk_size.cache_clear()
     with Largest() as seen:
         token_logprobs(model, ids).sum().backward()
-    assert seen.numel <= budget < 4 * 64 * 1000
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 1)  # less than a token's: one at a time
+    assert seen.numel <= budget / 4 < 4 * 64 * 1000
+    monkeypatch.setattr(logprobs, "BUDGET", {"cpu": 1})  # less than a token's: one at a time
+    logprobs._chunk_size.cache_clear()
     assert token_logprobs(model, ids[:, :3]).shape == (4, 3)
+    logprobs._chunk_size.cache_clear()
 
 
 @on_gpu
@@ -240,7 +343,11 @@ def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
         return *outputs, *gradients(outputs, leaves)
 
     fast = run()
-    assert compiled == [logprobs._chunk_forward, logprobs._chunk_backward] and logprobs._compiler_works
+    assert compiled == [logprobs._statistics, logprobs._into_logits] and logprobs._compiler_works
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for n in (5, 7, 8, 2):  # another number of tokens is no reason to compile again
+        linear_logprobs(leaves[0][:n], leaves[1], targets[:n], leaves[2], 0.7, True, 3)[0].sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     logprobs._body.cache_clear()
     monkeypatch.setattr(logprobs, "COMPILE_FROM_VOCAB", v + 1)
     for ours, eager in zip(fast, run()):
@@ -328,6 +435,21 @@ def test_only_scored_positions_go_through_the_head(monkeypatch):
     mask[:, 0] = False
     assert torch.equal(logp != 0, mask)
     assert_close(logp[mask], everything[mask], torch.float64)
+
+
+def test_a_loss_of_scored_tokens_equals_the_same_loss_of_their_logprobs():
+    model, ids = tiny(), random_ids(3, 12)
+    mask = torch.rand(3, 12, generator=torch.Generator().manual_seed(4)) < 0.5
+    weights = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    logp = token_logprobs(model, ids, mask, 0.7)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad((weights * logp.exp())[mask].sum(), parameters)
+    total, own = token_losses(model, ids, mask, lambda logp, w: w * logp.exp(), (weights,), 0.7)
+    torch.testing.assert_close(own, logp.detach())
+    first = mask[:, 0] * weights[:, 0]  # the first token has no log-prob: it is no part of the loss
+    torch.testing.assert_close(total, (weights * logp.exp())[mask].sum() - first.sum())
+    for ours, theirs in zip(torch.autograd.grad(total, parameters), wanted):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_padding_never_changes_a_sequence_logprob_or_a_gradient():
