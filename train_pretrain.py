@@ -22,7 +22,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, resume, save_partial
 from nanoalign.data import BatchOrder, micro_batches, pack
 from nanoalign.generate import respond
-from nanoalign.logprobs import token_logprobs
+from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.model import GPT, parameter_count, preset
 from nanoalign.rows import read_rows
 from nanoalign.tokenizer import get_tokenizer
@@ -126,8 +126,8 @@ def main(config: Config) -> None:
         for micro in micro_batches(indices, config.micro_batch):
             ids = torch.from_numpy(blocks[micro]).to(device, non_blocking=True)
             with autocast:
-                logp = token_logprobs(policy, ids)  # (B, T)
-            micro_loss = -logp.sum() / scored
+                nll, _ = token_losses(policy, ids, None, torch.neg)
+            micro_loss = nll / scored
             micro_loss.backward()
             loss += micro_loss.detach()
         lr = learning_rate(step, steps, config.lr, config.warmup)

@@ -22,7 +22,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, load_policy, resume, save_partial
 from nanoalign.data import BatchOrder, chat_examples, collate, micro_batches, split_rows
 from nanoalign.generate import respond
-from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.rows import parse_prompt, read_rows
 from nanoalign.training import (
     CleanStop,
@@ -114,8 +114,9 @@ def main(config: Config) -> None:
         for micro in micro_batches(indices, config.micro_batch):
             ids, mask = collate([examples[i] for i in micro], tokenizer.pad)
             with autocast:
-                logp = token_logprobs(policy, ids.to(device, non_blocking=True), mask)  # (B, T)
-            micro_loss = -masked_sum(logp, mask).sum() / scored
+                ids = ids.to(device, non_blocking=True)
+                nll, _ = token_losses(policy, ids, mask, torch.neg)
+            micro_loss = nll / scored
             micro_loss.backward()
             loss += micro_loss.detach()
             metrics.tokens += sum(len(examples[i][0]) for i in micro)
