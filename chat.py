@@ -45,7 +45,7 @@ def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> 
     prompt, lengths = torch.from_numpy(ids)[None].to(device), torch.tensor([len(ids)], device=device)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": seed}
     with autocast:
-        for token, _, alive in stream(
+        for _, token, _, alive in stream(
             policy, prompt, lengths, config.max_new_tokens, tokenizer.end, **sampling
         ):
             if not alive.item() or token.item() == tokenizer.end:

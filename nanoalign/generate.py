@@ -5,7 +5,8 @@ the padding, and so on: every row at its own position. There is no left padding,
 where the log-prob kernel will find it.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
 from nanoalign.cli import Progress
-from nanoalign.logprobs import next_token_logits, token_logprobs
+from nanoalign.logprobs import compile_or_eager, next_token_logits, token_logprobs
 from nanoalign.model import GPT, KVCache
 from nanoalign.tokenizer import Tokenizer
 
-CHECK_EVERY = 16  # steps between two looks at whether every row has ended: each look is a sync on a GPU
+CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
+KEEP = 0.75  # rows are dropped once at most this share is left
 
 
 @dataclass
@@ -53,17 +55,42 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None):
-    """Logits (B, V) → token (B,) and its log-prob (B,) under the untruncated policy. Temperature 0 is greedy
-    (and its log-probs are those at temperature 1)."""
+def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Logits (B, V), uniform numbers u (B,) in [0, 1) → token (B,) and its log-prob (B,) under the
+    untruncated policy. Temperature 0 is greedy (and its log-probs are those at temperature 1)."""
     logits = logits.float() / (temperature or 1.0)
+    logp = logits.log_softmax(-1)
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        p = truncate(logits, top_k, top_p).softmax(-1)
-        # argmax p/Exp(1) is a draw from p, and unlike multinomial needs no host sync
-        token = (p / torch.empty_like(p).exponential_(1, generator=generator)).argmax(-1)
-    return token, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)
+        truncated = top_k or top_p < 1
+        p = truncate(logits, top_k, top_p).softmax(-1) if truncated else logp.exp()
+        # the first token whose cumulative probability exceeds u: unlike multinomial it needs no host sync
+        cumulative = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
+        threshold = u[:, None].to(cumulative) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return token, logp.gather(-1, token[:, None]).squeeze(-1)
+
+
+def decode(
+    model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: int, u: Tensor, sampling: tuple
+):
+    """The last token (B,), written at position (B,) → the next one and its log-prob, (B,) each."""
+    hidden = model.hidden(token[:, None], cache, position[:, None], length)[:, -1]
+    return sample(next_token_logits(model, hidden), u, *sampling)
+
+
+@functools.cache
+def decoder(device_type: str) -> Callable:
+    """`decode`, on a GPU as one CUDA graph for each number of rows."""
+    if device_type != "cuda":
+        return decode
+    return compile_or_eager(decode, mode="reduce-overhead", dynamic=False)
+
+
+def bucket(rows: int, device_type: str) -> int:
+    """How many rows to decode with: on a GPU a power of two, so that few graphs serve all."""
+    return 1 << (rows - 1).bit_length() if device_type == "cuda" else rows
 
 
 @torch.no_grad()
@@ -78,38 +105,59 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
     stops: Sequence[int] = (),
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield step by step the sampled token, its log-prob and which rows are still writing, each (B,).
+    of: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield step by step, (n,) each: the rows still computed, the sampled tokens, their log-probs, and which
+    of these rows are still writing.
 
-    A row also stops, without having ended, after any token of `stops`.
+    of (B,): row b answers prompt of[b], so a prompt that is sampled G times is read once; by default each is
+    answered once. A row also stops, without having ended, after any token of `stops`. Rows that have stopped
+    are dropped when that makes the batch a good deal smaller.
     """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise UserError(
             f"cannot sample with temperature {temperature}, top_p {top_p}, top_k {top_k}, max_new_tokens "
             f"{max_new_tokens}: expected temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 and max_new_tokens ≥ 1."
         )
-    (B, P), context, device = prompts.shape, model.config.context, prompts.device
+    (N, P), context, device = prompts.shape, model.config.context, prompts.device
     if context <= P:
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
+    of = torch.arange(N, device=device) if of is None else of
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, B, min(P + max_new_tokens, context), device, model.embed.weight.dtype)
-    positions = torch.arange(P, device=device).expand(B, P)
-    hidden = model.hidden(prompts, cache, positions)[cache.rows[:, 0], lengths - 1]  # (B, D)
-    alive, stops = torch.ones(B, dtype=torch.bool, device=device), torch.tensor(stops, device=device)
+    u = torch.rand(
+        len(of), max_new_tokens, generator=generator, device=device
+    )  # a row's own, whatever is dropped
+    slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
+    on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
+
+    cache = KVCache(model.config, N, P, device, model.embed.weight.dtype)
+    positions = torch.arange(P, device=device).expand(N, P)
+    hidden = model.hidden(prompts, cache, positions)[cache.rows[:, 0], lengths - 1]  # (N, D)
+    rows = torch.arange(len(of), device=device)
+    cache, position = cache.take(of, slots), lengths[of]
+    token, logp = sample(next_token_logits(model, hidden)[of], u[:, 0], *sampling)
+    alive = torch.ones_like(rows, dtype=torch.bool)
     for t in range(max_new_tokens):
-        position = lengths + t
+        yield rows, token, logp, alive
+        position = position + 1
         alive = alive & (position < context)
-        if (device.type == "cpu" or t % CHECK_EVERY == 0) and not alive.any():
-            return
-        token, logp = sample(next_token_logits(model, hidden), temperature, top_k, top_p, generator)
-        yield token, logp, alive
         if end_id is not None:
             alive = alive & (token != end_id)
         if len(stops):
             alive = alive & ~torch.isin(token, stops)
-        if t + 1 < max_new_tokens:
-            position = position.clamp(max=context - 1)[:, None]  # a row at the limit is no longer alive
-            hidden = model.hidden(token[:, None], cache, position, length=min(P + t + 1, context))[:, -1]
+        if t + 1 == max_new_tokens:
+            return
+        if not on_gpu or t % CHECK_EVERY == 0:
+            living = int(alive.sum())
+            if not living:
+                return
+            if (keep := bucket(living, device.type)) <= KEEP * len(rows):
+                kept = (~alive).int().argsort(stable=True)[:keep]
+                cache = cache.take(kept, slots)
+                rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
+        # a row at the limit is no longer alive; what it writes is not looked at
+        at, length = position.clamp(max=slots) - 1, slots if on_gpu else min(P + t + 1, slots)
+        token, logp = decoder(device.type)(model, token, cache, at, length, u[rows, t + 1], sampling)
 
 
 @torch.no_grad()
@@ -120,32 +168,33 @@ def generate(
     max_new_tokens: int,
     end_id: int | None,
     pad_id: int,
+    of: Tensor | None = None,
     **sampling,
 ):
     """Sample a response for every row → Rollout.
 
-    prompts (B, P) right-padded, lengths (B,); sampling: temperature, top_k, top_p, seed, stops. Rows stop at
-    their end token, after `max_new_tokens`, or at the model's context; their masks stop at what they
-    generated.
+    prompts (N, P) right-padded, lengths (N,); of (B,): the prompt that each row answers, by default one row a
+    prompt; sampling: temperature, top_k, top_p, seed, stops. Rows stop at their end token, after
+    `max_new_tokens`, or at the model's context; their masks stop at what they generated.
     """
-    B, P = prompts.shape
-    T = min(P + max_new_tokens, model.config.context)
-    columns = torch.arange(T, device=prompts.device)
-    ids = torch.full((B, T), pad_id, device=prompts.device)
-    ids[:, :P] = prompts.masked_fill(columns[:P] >= lengths[:, None], pad_id)
-    logps = torch.zeros(B, T, device=prompts.device)
-    written, ended = torch.zeros_like(lengths), torch.zeros_like(lengths, dtype=torch.bool)
-    for t, (token, logp, alive) in enumerate(
-        stream(model, prompts, lengths, max_new_tokens, end_id, **sampling)
+    (N, P), device = prompts.shape, prompts.device
+    of = torch.arange(N, device=device) if of is None else of
+    lengths_of, B, T = lengths[of], len(of), min(P + max_new_tokens, model.config.context)
+    columns = torch.arange(T, device=device)
+    ids = torch.full((B, T + 1), pad_id, device=device)  # the last column takes what is not to be kept
+    ids[:, :P] = prompts[of].masked_fill(columns[:P] >= lengths_of[:, None], pad_id)
+    logps = torch.zeros(B, T + 1, device=device)
+    written, ended = torch.zeros_like(lengths_of), torch.zeros_like(lengths_of, dtype=torch.bool)
+    for t, (rows, token, logp, alive) in enumerate(
+        stream(model, prompts, lengths, max_new_tokens, end_id, of=of, **sampling)
     ):
-        here = (columns == (lengths + t)[:, None]) & alive[:, None]  # (B, T): one true per living row
-        ids = torch.where(here, token[:, None], ids)
-        logps = torch.where(here, logp[:, None], logps)
-        written += alive
+        at = torch.where(alive, lengths_of[rows] + t, T)
+        ids[rows, at], logps[rows, at] = token, logp.to(logps)
+        written[rows] += alive
         if end_id is not None:
-            ended |= alive & (token == end_id)
-    longest = int((lengths + written).max())
-    mask = (columns >= lengths[:, None]) & (columns < (lengths + written)[:, None])
+            ended[rows] |= alive & (token == end_id)
+    longest = int((lengths_of + written).max())
+    mask = (columns >= lengths_of[:, None]) & (columns < (lengths_of + written)[:, None])
     return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended)
 
 
@@ -170,10 +219,27 @@ def rollouts(
     progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        ids = pad_sequence([torch.tensor(prompts[i]) for i in rows], True, tokenizer.pad).to(device)
-        lengths = torch.tensor([len(prompts[i]) for i in rows], device=device)
-        end, pad = tokenizer.end, tokenizer.pad
-        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, seed=seed + start, **sampling)
+        distinct = {np.asarray(prompts[i]).tobytes(): i for i in rows}  # each is read once
+        number = {prompt: n for n, prompt in enumerate(distinct)}
+        of = torch.tensor([number[np.asarray(prompts[i]).tobytes()] for i in rows], device=device)
+        ids = pad_sequence([torch.tensor(prompts[i]) for i in distinct.values()], True, tokenizer.pad).to(
+            device
+        )
+        lengths = torch.tensor([len(prompts[i]) for i in distinct.values()], device=device)
+        yield (
+            rows,
+            generate(
+                model,
+                ids,
+                lengths,
+                max_new_tokens,
+                tokenizer.end,
+                tokenizer.pad,
+                of,
+                seed=seed + start,
+                **sampling,
+            ),
+        )
         if progress:
             progress.advance(len(rows))
 

@@ -106,9 +106,9 @@ def _into_logits(z, targets, lse, entropy, g, g_lse, g_entropy, temperature: flo
 _compiler_works = True
 
 
-def compile_or_eager(function):
+def compile_or_eager(function, dynamic: bool = True, mode: str | None = None):
     """torch.compile(function), or the function itself once there turns out to be no working compiler."""
-    compiled = torch.compile(function, dynamic=True)
+    compiled = torch.compile(function, dynamic=dynamic, mode=mode)
 
     def call(*args):
         global _compiler_works

@@ -7,6 +7,7 @@
 Rows are right-padded and attention is causal, so padding can never reach a real token: no mask is needed.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -115,6 +116,14 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)[:, None]
+
+    def take(self, rows: Tensor, length: int) -> "KVCache":
+        """A cache of these rows, in this order and however often, with room for `length` positions."""
+        taken = copy.copy(self)
+        room = max(0, length - self.k.shape[3])
+        taken.k, taken.v = (F.pad(x[:, rows], (0, 0, 0, room)) for x in (self.k, self.v))
+        taken.rows = torch.arange(len(rows), device=rows.device)[:, None]
+        return taken
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:

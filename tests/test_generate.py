@@ -187,8 +187,8 @@ def test_each_row_is_truncated_by_itself():
 @pytest.mark.parametrize("kept", [6, 3], ids=lambda k: f"top_k={k}")
 def test_sampling_frequencies_match_the_softmax(temperature, kept):
     n, logits = 20_000, torch.tensor([1.0, 0.8, 0.3, 0.0, -0.2, -1.0])  # likeliest first
-    generator = torch.Generator().manual_seed(0)
-    tokens, logp = sample(logits.expand(n, 6), temperature, kept, 1.0, generator)
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    tokens, logp = sample(logits.expand(n, 6), u, temperature, kept, 1.0)
     p = (logits[:kept].double() / temperature).softmax(-1)
     counts = tokens.bincount(minlength=6)
     chi_square = ((counts[:kept] - n * p) ** 2 / (n * p)).sum().item()
@@ -261,6 +261,56 @@ def test_rollouts_cover_every_prompt_once_and_say_which():
         assert_rows(out, [prompts[i].tolist() for i in rows], expected, END)
         seen += rows
     assert sorted(seen) == list(range(7))
+
+
+@family
+def test_a_prompt_sampled_many_times_is_read_once_and_answered_as_if_read_each_time(config, monkeypatch):
+    model, (ids, lengths), of = lively(config), ragged(3, 7, 5), torch.tensor([2, 0, 0, 1, 2, 2])
+    once = generate(model, ids, lengths, 9, END, PAD, of, seed=3)
+    each = generate(model, ids[of], lengths[of], 9, END, PAD, seed=3)
+    assert torch.equal(once.ids, each.ids) and torch.equal(once.mask, each.mask)
+    torch.testing.assert_close(once.logp, each.logp)
+    read, hidden = [], GPT.hidden
+    monkeypatch.setattr(
+        GPT, "hidden", lambda self, ids, *a, **k: read.append(ids.shape) or hidden(self, ids, *a, **k)
+    )
+    short, long = as_prompts(3, 5)
+    [_] = rollouts(model, TOKENS, [short, long, short, short], 2, seed=0)
+    assert read[0] == (2, 5)
+
+
+@family
+def test_dropping_finished_rows_never_changes_a_sample(config, monkeypatch):
+    model, (ids, lengths) = lively(config), ragged(*(3, 7, 5, 2) * 5)
+
+    def run(keep):
+        sizes, hidden = [], GPT.hidden
+        with monkeypatch.context() as patch:
+            patch.setattr("nanoalign.generate.KEEP", keep)
+            patch.setattr(
+                GPT, "hidden", lambda self, x, *a, **k: sizes.append(len(x)) or hidden(self, x, *a, **k)
+            )
+            return generate(model, ids, lengths, 14, END, PAD, seed=5), sizes
+
+    (dropped, sizes), (kept, all_sizes) = run(0.9), run(0.0)
+    assert set(all_sizes) == {20} and sizes[-1] < 18 and sizes == sorted(sizes, reverse=True)
+    assert torch.equal(dropped.ids, kept.ids) and torch.equal(dropped.mask, kept.mask)
+    assert torch.equal(dropped.ended, kept.ended)
+    torch.testing.assert_close(dropped.logp, kept.logp)
+
+
+def test_a_token_without_probability_is_never_sampled():
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, 5)
+    tokens, _ = sample(logits, torch.tensor([0.0, 0.1, 1 - 2.0**-24]), 1.0, 0, 1.0)  # the ends of [0, 1)
+    assert tokens.tolist() == [1, 1, 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_decoding_by_cuda_graphs_equals_the_cpu():
+    model, (ids, lengths) = lively(LLAMA).float(), ragged(*(3, 7, 5, 2) * 5)
+    expected = generate(model, ids, lengths, 14, END, PAD, temperature=0)
+    got = generate(model.cuda(), ids.cuda(), lengths.cuda(), 14, END, PAD, temperature=0)
+    assert torch.equal(got.ids.cpu(), expected.ids) and torch.equal(got.mask.cpu(), expected.mask)
 
 
 def test_batches_of_equal_prompts_are_sampled_independently():
