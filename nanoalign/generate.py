@@ -68,7 +68,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: flo
         # the first token whose cumulative probability exceeds u: unlike multinomial it needs no host sync
         cumulative = p.to(torch.float32 if p.device.type == "mps" else torch.float64).cumsum(-1)
         threshold = u[:, None].to(cumulative) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=p.shape[-1] - 1)
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 

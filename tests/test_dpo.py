@@ -432,7 +432,7 @@ def fresh(talker, scale, count=60, seed=0):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_of_two_fresh_samples_the_finished_and_then_the_much_better_one_is_chosen(talker, sign):
-    pairs, drawn = fresh(talker, scale=1000.0 * sign, count=200)
+    pairs, drawn = fresh(talker, scale=1000.0 * sign, count=400)
     expected, seen = {}, set()
     for prompt, (first, second) in drawn.items():
         if not (first[2] or second[2]):
@@ -457,7 +457,7 @@ def test_of_two_fresh_samples_the_finished_and_then_the_much_better_one_is_chose
 
 
 def test_otherwise_a_fresh_sample_is_chosen_as_often_as_bradley_and_terry_say(talker):
-    pairs, drawn = fresh(talker, scale=0.6, count=1300)
+    pairs, drawn = fresh(talker, scale=0.6, count=1400)
     wins, due = [], []
     for prompt, (first, second) in drawn.items():
         if first[2] and second[2] and first[0] != second[0]:
