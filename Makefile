@@ -43,8 +43,8 @@ setup: .venv/installed  ## create .venv and install what is needed
 # ------------------------------------------------------------------------------------------------ pipeline
 
 .PHONY: demo
-demo: $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → DPO, KTO, ORPO, PPO, GRPO → scorecard
-	@cat $<
+demo: $(OUT)/best_of_8.txt $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → every method → scorecard; a process reward model
+	@cat $^
 	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 
 WORLD = $(OUT)/world
@@ -194,11 +194,13 @@ $(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl 
 prm: .venv/installed $(OUT)/best_of_n.txt $(OUT)/best_of_n.rollouts.txt  ## score every step: process reward models, best of n, search
 	@cat $(filter %.txt,$^)
 
-BEST = $(PY) best_of_n.py --policy $(OUT)/solver.pt --orm $(OUT)/orm.pt --problems $(WORLD)/problems_held_out.jsonl \
+BEST = $(PY) best_of_n.py --policy $(OUT)/solver.pt --problems $(WORLD)/problems_held_out.jsonl \
   $(FLAGS) $(if $(filter tiny,$(SIZE)),--samples 4 --depth 4)
 $(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
-	$(BEST) --prm $< --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
-$(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt $(OUT)/orm.pt best_of_n.py
+	$(BEST) --prm $< --orm $(OUT)/orm.pt --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
+$(OUT)/best_of_8.txt: $(OUT)/prm.pt best_of_n.py
+	$(BEST) --prm $< --samples 8 --count 100 --show 2 --out $(@:.txt=.csv) > $@
+$(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt best_of_n.py
 	$(BEST) --prm $< --out $(@:.txt=.csv) > $@
 
 # Policies trained against the process model: do they learn to write more, or emptier, steps?

@@ -19,8 +19,9 @@ Search spends its tokens step by step: each of `width` prefixes is continued by 
 the process model scores them, and the best `width` go on (beam), or the best of each prefix's own (dvts:
 Beeching et al. 2024). It is compared with best-of-n at the same number of generated tokens.
 
-    python best_of_n.py                                           # the table and a CSV; needs `make prm`'s
-    models python best_of_n.py --search beam --width 4 --expansions 4
+    python best_of_n.py                                           # the table and a CSV
+    python best_of_n.py --orm out/demo/orm.pt                     # the outcome model beside it
+    python best_of_n.py --search beam --width 4 --expansions 4
     python best_of_n.py --show 3                                  # problems with every step coloured
     python best_of_n.py --plot out/demo/best_of_n.png             # needs the `plot` extra
 """
@@ -52,7 +53,7 @@ from nanoalign.world.steps import check_steps
 class Config:
     policy: str = "out/demo/solver.pt"  # the checkpoint that solves
     prm: str = "out/demo/prm.pt"  # the process reward model
-    orm: str = "out/demo/orm.pt"  # the outcome reward model; empty: leave it out
+    orm: str = ""  # an outcome reward model to compare with, such as out/demo/orm.pt
     problems: str = "out/demo/world/problems_held_out.jsonl"  # prompt rows with an answer in meta; GSM8K's
     count: int = 200  # how many of them
     out: str = "out/demo/best_of_n.csv"  # the table to write
