@@ -24,10 +24,9 @@ become the steps. Lines of GSM8K solutions carry their own check, <<48/2=24>>: a
 such an equation is false, right if all are true. That finds slips in reckoning only: GSM8K's models had a
 calculator, and their mistakes lie in what they chose to reckon, which nothing in the line gives away.
 
-A healthy run: held-out AUC starts near 0.5, with a random head, and rises. With 6,000 solutions of the
-world's sums it gets to 0.7 (seed 0), which is not enough: such a model has learnt which steps are hard, not
-yet which are wrong, and best of n by it gets worse as n grows. Watch `exact` and `f1`, the first errors that
-it finds: 0.17 there, 0.35 with 24,000 solutions and --lr 1e-3, and still rising.
+A healthy run: held-out AUC starts near 0.5, with a random head, and rises. Watch `exact` and `f1`, the first
+errors that it finds, more than `accuracy`: a model that has learnt which steps are hard, not yet which are
+wrong, calls most steps right, as they are, and best of n by it gets worse as n grows (docs/prm.md).
 """
 
 import math
@@ -248,7 +247,10 @@ def main(config: Config) -> None:
 
     if first_step == 0:
         result = evaluate(model, eval_examples, tokenizer, device, autocast)
-        print(f"step-0 check: held-out AUC {result['auc']:.3f} with a random head: chance is 0.5")
+        if math.isnan(result["auc"]):
+            print("step-0 check: the held-out steps are all right, or all wrong: there is no AUC to look at")
+        else:
+            print(f"step-0 check: held-out AUC {result['auc']:.3f} with a random head: chance is 0.5")
 
     for step in range(first_step, steps):
         indices = order[step]
