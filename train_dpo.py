@@ -51,12 +51,12 @@ from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     freeze,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 
@@ -94,6 +94,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -309,9 +310,7 @@ def main(config: Config) -> None:
         cached = reference_logprobs(ref, examples, tokenizer, config, device, autocast)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
-    if config.compile:
-        compile_hidden(policy)
-        ref and compile_hidden(ref)
+    prepare(config, policy, ref)
     files = [Path(path).read_bytes() for path in reward_files(config.online)]
     data = fingerprint(policy.embed.weight, *material, *files)
     state = resume(config, policy, optimizer, stage="dpo", data=data)

@@ -52,12 +52,12 @@ from nanoalign.training import (
     CleanStop,
     Stopwatch,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     load_reference,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 from nanoalign.watch import Watch, watched_rewards
@@ -101,6 +101,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -239,9 +240,7 @@ def main(config: Config) -> None:
     }  # fmt: skip
 
     optimizer = make_optimizer(policy, config.lr, eps=1e-5)
-    if config.compile:
-        compile_hidden(policy)
-        compile_hidden(ref)
+    prepare(config, policy, ref)
     G = config.group_size
     order = BatchOrder([len(ids) for ids in prompts], config.batch_size // G, config.seed, pool=1)
     files = [Path(path).read_bytes() for path in reward_files(config.reward)]

@@ -46,12 +46,12 @@ from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     freeze,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 
@@ -80,6 +80,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -187,9 +188,7 @@ def main(config: Config) -> None:
         raise UserError("a single row has no mismatched pair: KTO needs at least two.")
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
-    if config.compile:
-        compile_hidden(policy)
-        compile_hidden(ref)
+    prepare(config, policy, ref)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed, least=2)
     steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, labels, *(part for example in examples for part in example))

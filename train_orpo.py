@@ -31,11 +31,11 @@ from nanoalign.rows import read_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 
@@ -66,6 +66,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -141,8 +142,7 @@ def main(config: Config) -> None:
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
-    if config.compile:
-        compile_hidden(policy)
+    prepare(config, policy)
     order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
     steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for pair in examples for side in pair for part in side))

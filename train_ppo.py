@@ -49,12 +49,12 @@ from nanoalign.training import (
     CleanStop,
     Stopwatch,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     load_reference,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 from nanoalign.watch import Watch, watched_rewards
@@ -116,6 +116,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -306,9 +307,7 @@ def main(config: Config) -> None:
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
     optimizer = make_optimizer(trained, config.lr, eps=1e-5)
-    if config.compile:
-        for model in (policy, ref, getattr(critic, "gpt", None)):
-            model and compile_hidden(model)
+    prepare(config, policy, ref, getattr(critic, "gpt", None))
     order = BatchOrder([len(ids) for ids in prompts], config.batch_size, config.seed, pool=1)
     files = [Path(path).read_bytes() for path in reward_files(config.reward)]
     data = fingerprint(policy.embed.weight, ref.embed.weight, *critic.state_dict().values(), *prompts, *files)

@@ -29,11 +29,11 @@ from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )  # fmt: skip
 
@@ -59,6 +59,7 @@ class Config:
     seed: int = 0  # of initialisation, data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -98,8 +99,7 @@ def main(config: Config) -> None:
     policy = GPT(preset(config.model, vocab_size=tokenizer.vocab_size, context=config.context)).to(device)
     print(f"model: {config.model}, {parameter_count(policy) / 1e6:.2f} M parameters")
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
-    if config.compile:
-        compile_hidden(policy)
+    prepare(config, policy)
 
     order = BatchOrder(np.full(len(blocks), config.context), config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))

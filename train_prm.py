@@ -48,11 +48,11 @@ from nanoalign.steps import step_example
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )
 
@@ -82,6 +82,7 @@ class Config:
     seed: int = 0  # of the head and of the data order
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -236,8 +237,7 @@ def main(config: Config) -> None:
     )
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    if config.compile:
-        compile_hidden(model.gpt)
+    prepare(config, model.gpt)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     data = fingerprint(policy.embed.weight, *(part for example in examples for part in example))

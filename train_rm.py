@@ -41,11 +41,11 @@ from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import (
     CleanStop,
     already_finished,
-    compile_hidden,
     fingerprint,
     learning_rate,
     make_optimizer,
     optimizer_step,
+    prepare,
     setup,
 )
 from nanoalign.world.people import NOISE, ceiling, impression, people
@@ -86,6 +86,7 @@ class Config:
     seed: int = 0  # of the head and of the data order
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
@@ -289,8 +290,7 @@ def train(config: Config) -> None:
     responses = [example for prompt in prompts for example in prompt.responses]
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    if config.compile:
-        compile_hidden(model.gpt)
+    prepare(config, model.gpt)
     lengths = [max(len(ids) for ids, _ in prompt.responses) for prompt in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds of prompts in each batch
     steps = max(1, round(config.epochs * order.steps_per_epoch))

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanoalign import UserError
 
@@ -212,6 +213,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    checkpointing = False  # recompute each block's activations in the backward pass
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -265,7 +268,10 @@ class GPT(nn.Module):
             )  # (B, 1, 1, length)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.rows, positions)
-            x = block(x, rope, layer_cache, visible)
+            if self.checkpointing and torch.is_grad_enabled():  # keep x only: the rest is computed again
+                x = checkpoint(block, x, rope, layer_cache, visible, use_reentrant=False)
+            else:
+                x = block(x, rope, layer_cache, visible)
         return self.norm(x)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -68,6 +68,14 @@ def compile_hidden(model: nn.Module) -> None:
     )
 
 
+def prepare(config, *models: GPT | None) -> None:
+    """--compile and --checkpointing, for those of the models that there are."""
+    for model in filter(None, models):
+        model.checkpointing = config.checkpointing
+        if config.compile:
+            compile_hidden(model)
+
+
 def make_optimizer(
     model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps: float = 1e-8
 ):

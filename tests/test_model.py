@@ -241,3 +241,21 @@ def test_an_unknown_preset_is_a_user_error_that_lists_the_known_ones():
     with pytest.raises(UserError, match="gpt2-medium"):
         preset("gpt5")
     assert preset("gpt2", vocab_size=7).vocab_size == 7
+
+
+@family
+def test_recomputed_activations_give_the_same_gradients(config):
+    torch.manual_seed(0)
+    model, ids = GPT(config).double(), torch.randint(config.vocab_size, (3, 9))
+    saved, gradients = [], []
+    for model.checkpointing in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        ):
+            loss = model(ids).logsumexp(-1).sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        saved.append(sum(kept))
+    assert saved[1] < saved[0] / 2
+    for plain, again in zip(*gradients):
+        torch.testing.assert_close(again, plain)

@@ -299,7 +299,7 @@ def test_a_compiled_run_saves_the_same_keys_and_no_traces_of_the_compiler(stage,
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     fewer = {"epochs": 1 if stage == "sft" else 0.01}
     changes = {"steps": 1, "eval_prompts": 1} if stage == "grpo" else fewer
-    script, config = job(stage, compile=True, **changes)
+    script, config = job(stage, compile=True, checkpointing=True, **changes)
     script.main(config)
     assert list(load(config.out)["model"]) == list(load(base)["model"])
 
