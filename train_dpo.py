@@ -38,6 +38,7 @@ from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
 from nanoalign.data import (
     BatchOrder,
     collate,
+    collate_shared,
     micro_batches,
     one_per_prompt,
     pair_examples,
@@ -94,6 +95,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    share_prompts: bool = True  # a pair's prompt goes through the model once, not with either response
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -167,8 +169,15 @@ def preference_loss(config, logps, ref_logps, tokens) -> tuple[Tensor, Tensor, T
     return loss, config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
 
 
-def pair_logprobs(model, batch, tokenizer, device) -> Tensor:
-    """Pairs → summed response log-probs of the chosen and of the rejected (2, B), in one forward pass."""
+def pair_logprobs(model, batch, tokenizer, device, share: bool = False) -> Tensor:
+    """Pairs → summed response log-probs of the chosen and of the rejected (2, B), in one forward pass.
+
+    share: through which each prompt goes once, followed by both of its responses.
+    """
+    if share:
+        ids, mask, segments = collate_shared(batch, tokenizer.pad)
+        logp = token_logprobs(model, ids.to(device, non_blocking=True), mask, segments=segments.to(device))
+        return torch.stack([masked_sum(logp, mask & (segments == side)) for side in (1, 2)])
     ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)
     logp = token_logprobs(model, ids.to(device, non_blocking=True), mask)  # (2B, T)
     return masked_sum(logp, mask).view(2, -1)
@@ -343,12 +352,12 @@ def main(config: Config) -> None:
         for micro in micro_batches(indices, config.micro_batch):
             batch = [examples[i] for i in micro]
             with autocast:
-                logps = pair_logprobs(policy, batch, tokenizer, device)
+                logps = pair_logprobs(policy, batch, tokenizer, device, config.share_prompts)
                 if cached is not None:
                     ref_logps = cached[torch.from_numpy(micro).to(device, non_blocking=True)].T
                 elif ref:
                     with torch.no_grad():
-                        ref_logps = pair_logprobs(ref, batch, tokenizer, device)
+                        ref_logps = pair_logprobs(ref, batch, tokenizer, device, config.share_prompts)
                 else:
                     ref_logps = torch.zeros_like(logps)
             tokens = response_tokens(batch, device)

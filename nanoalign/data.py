@@ -199,6 +199,18 @@ def micro_batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
     return np.split(indices, range(size, len(indices), size)) if size else [indices]
 
 
+def collate_shared(pairs: list[tuple[Example, Example]], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of examples with one prompt → rows of that prompt and both responses: ids, mask and segments
+    (B, T) as for `GPT.hidden`, right-padded, on the CPU. Padding belongs to the second response."""
+    rows = []
+    for (a, mask_a), (b, mask_b) in pairs:
+        start = int(mask_a.argmax())  # where the responses begin
+        segments = np.repeat((0, 1, 2), (start, len(a) - start, len(b) - start))
+        rows.append((np.append(a, b[start:]), np.append(mask_a, mask_b[start:]), segments))
+    columns = [[torch.from_numpy(part) for part in column] for column in zip(*rows)]
+    return tuple(pad_sequence(column, True, value) for column, value in zip(columns, (pad_id, False, 2)))
+
+
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """Examples → ids (B, T) right-padded with pad_id, mask (B, T) false on padding; both on the CPU."""
     ids = pad_sequence([torch.from_numpy(ids) for ids, _ in examples], batch_first=True, padding_value=pad_id)

@@ -242,22 +242,34 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(
-        self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None, length: int = 0
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        length: int = 0,
+        segments: Tensor | None = None,
     ):
         """ids (B, T) → the final normed hidden states (B, T, D).
 
         Without a cache: a plain causal forward. With a cache, `positions` (B, T) says where each row writes.
         `length` = 0 prefills: positions count from 0 and attention is causal within ids. Otherwise ids is
         (B, 1) and every row attends to cache slots 0 … its own position; `length` bounds the slots looked at.
+        With `segments` (B, T) a row holds a prompt (0) and then responses to it (1, 2, …), each of which sees
+        the prompt and itself, at the positions that it would have alone.
         """
-        if ids.shape[1] > self.config.context:
+        if segments is None and ids.shape[1] > self.config.context:
             raise UserError(
                 f"a sequence of {ids.shape[1]} tokens exceeds the model's context of {self.config.context}: "
                 "shorten it, or use a model with a longer context."
             )
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        x, rope, visible = self.embed(ids), None, None
+        visible = None
+        if segments is not None:
+            seen = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])  # (B, T, T)
+            visible = (seen & (positions <= positions.mT))[:, None]
+            positions = visible.sum(-1).squeeze(1) - 1
+        x, rope = self.embed(ids), None
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:

@@ -315,6 +315,28 @@ def test_a_pairs_logprobs_do_not_depend_on_its_batch_or_padding(model):
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_a_prompt_shared_by_both_responses_changes_neither_logprobs_nor_gradients(positions):
+    torch.manual_seed(0)
+    shape = GPTConfig(TOKENIZER.vocab_size, 64, layers=2, width=16, heads=4, kv_heads=2, positions=positions)
+    model, batch = GPT(shape).double(), examples(*PAIRS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    results = []
+    for share in (False, True):
+        logps = pair_logprobs(model, batch, TOKENIZER, "cpu", share)
+        weights = torch.arange(1.0, 1 + logps.numel(), dtype=torch.float64).view(2, -1)
+        results.append((logps, *torch.autograd.grad((weights * logps).sum(), list(model.parameters()))))
+    for plain, shared in zip(*results):
+        torch.testing.assert_close(shared, plain)
+    read = []
+    handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
+    pair_logprobs(model, batch[:1], TOKENIZER, "cpu", share=True)
+    handle.remove()
+    (chosen, _), (_, mask) = batch[0]
+    assert read == [(1, len(chosen) + int(mask.sum()))]  # P + R_chosen + R_rejected
+
+
 def test_swapping_the_sides_swaps_the_logprobs(model):
     with torch.no_grad():
         chosen, rejected = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
