@@ -7,6 +7,9 @@ KL(policy ‖ reference) is per response, in nats, on the policy's own samples, 
 reference is the last SFT checkpoint named, or --reference.
 
     python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt
+    python evaluate.py --doctor out/demo/dpo.metrics.jsonl out/demo/ppo.metrics.jsonl
+
+--doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
 
 A base model has never seen a role token: it gets the prompt as plain text, and goes on from there.
 """
@@ -21,6 +24,7 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
+from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import make_reward, total
@@ -58,6 +62,7 @@ class Config:
     reward: str = ""  # also the mean of this reward: an expression of nanoalign/rewards.py
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured
+    doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
     samples: int = 4  # responses per prompt
     show: int = 1  # samples of each family to print
     max_new_tokens: int = 96  # length limit of a response
@@ -140,6 +145,10 @@ def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
 
 
 def main(config: Config) -> None:
+    for path in config.doctor:
+        doctor(path)
+    if config.doctor:
+        return
     if config.samples < 1:
         raise UserError("--samples must be at least 1.")
     if config.baseline and config.baseline not in config.checkpoints:

@@ -335,7 +335,7 @@ def main(config: Config) -> None:
             grad_norm=grad_norm, lr=lr,
             generation_s=generation_s, scoring_s=scoring_s, update_s=update_s,
         )  # fmt: skip
-        watch.warn(row, step)
+        watch.warn(row)
         if done % config.eval_every == 0 or done == config.steps:
             look(done)
         if done % config.save_every == 0 or stopping:

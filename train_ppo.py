@@ -406,7 +406,7 @@ def main(config: Config) -> None:
             **update, grad_norm=grad_norm, lr=lr,
             generation_s=generation_s, scoring_s=scoring_s, update_s=update_s,
         )  # fmt: skip
-        watch.warn(row, step)
+        watch.warn(row)
         if config.kl_target:
             beta = adapt_beta(beta, row["kl"], config.kl_target, len(indices), config.kl_horizon)
         if done % config.eval_every == 0 or done == config.steps:

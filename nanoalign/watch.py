@@ -2,34 +2,8 @@
 
 from pathlib import Path
 
+from nanoalign.doctor import columns, diagnose
 from nanoalign.rewards import make_reward, measure
-
-MEANINGS = {
-    "KL is negative beyond noise": "sampled and scored log-probs disagree; look at the mask (does it run "
-    "past the end token?), at --top-k and --top-p, at the temperature",
-    "the ratio is off 1 at the first minibatch": "old and new log-probs come from different paths; look at "
-    "dtype, temperature and alignment",
-    "the end-token rate collapses": "the policy forgets to stop; look at --missing-eos-score (is it below "
-    "every real score?) and at what the reward thinks of long responses",
-    "explained variance is below 0": "the critic predicts worse than a constant; look at the scale of the "
-    "score, at --clip-value, --vf-coef and --epochs",
-    "all lengths are at the limit": "the reward pays for length; take 0.02*length off it, or raise --beta",
-    "most groups teach nothing": "all responses to a prompt get one score, so no advantage is left; look for "
-    "prompts that are neither too easy nor too hard, or raise --group-size or --temperature",
-}
-
-
-def sicknesses(row: dict, step: int) -> dict[str, str]:
-    """The metrics of an iteration → {each known sickness they show: what it means, and where to look}."""
-    signs = {
-        "KL is negative beyond noise": row["kl"] < -3 * row["kl_error"] - 1e-3,
-        "the ratio is off 1 at the first minibatch": row["ratio_error"] > 0.03,
-        "the end-token rate collapses": row["ended"] < 0.5,
-        "explained variance is below 0": step >= 10 and row.get("explained_variance", 1.0) < 0,
-        "all lengths are at the limit": row["at_limit"] > 0.9,
-        "most groups teach nothing": row.get("equal_groups", 0.0) > 0.8,
-    }
-    return {name: MEANINGS[name] for name, ill in signs.items() if ill}
 
 
 def watched_rewards(reward: str, watch: str, tokenizer, device) -> dict:
@@ -49,6 +23,7 @@ class Watch:
     def __init__(self, rows: list[dict], prompts: list, rewards: dict, history: list[dict], **sampling):
         self.rows, self.prompts, self.rewards = rows, prompts, rewards
         self.history, self.sampling, self.warned = history, sampling, set()
+        self.seen = []  # what was logged of this process's iterations
 
     def look(self, step: int, policy, ref, tokenizer, metrics) -> None:
         """Answer, score, print, note in the metrics."""
@@ -61,11 +36,13 @@ class Watch:
         for row, text, score in list(zip(self.rows, texts, scores))[:4]:
             print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r} ({score:+.2f})")
 
-    def warn(self, row: dict, step: int) -> None:
-        """Name each sickness that this iteration's metrics show, once a run."""
-        for name, meaning in sicknesses(row, step).items():
+    def warn(self, row: dict) -> None:
+        """Name each sickness that the run shows up to this iteration, once a run."""
+        self.seen.append(row)
+        looks = [{f"eval_{name}": value for name, value in look.items()} for look in self.history]
+        for name, cause, remedy in diagnose(columns([*self.seen, *looks])):
             if name not in self.warned:
-                print(f"  warning: {name}: {meaning}.")
+                print(f"  warning: {name}: {cause}; {remedy}.")
                 self.warned.add(name)
 
     def table(self) -> None:

@@ -19,7 +19,6 @@ from nanoalign.logprobs import masked_sum
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import write_rows
 from nanoalign.tokenizer import get_tokenizer
-from nanoalign.watch import sicknesses
 from train_grpo import (
     KINDS,
     Config,
@@ -356,13 +355,6 @@ def test_the_check_of_the_first_minibatch_stops_a_ratio_off_1_a_kl_off_0_and_nan
     for off, far in [(0.01, 0.0), (-0.01, 0.0), (0.0, 0.01), (0.0, -0.01), (math.nan, 0.0), (0.0, math.nan)]:
         with pytest.raises(UserError, match="two different paths"):
             check_start(ratio + off, kl + far, 0, Config(), cpu)
-
-
-def test_groups_without_spread_are_a_sickness_with_its_own_warning():
-    well = {"kl": 1.0, "kl_error": 0.1, "ratio_error": 1e-6, "ended": 0.99, "at_limit": 0.01}
-    assert not sicknesses(well, 20) and not sicknesses({**well, "equal_groups": 0.7}, 20)
-    [(name, meaning)] = sicknesses({**well, "equal_groups": 0.9}, 20).items()
-    assert name == "most groups teach nothing" and "--group-size" in meaning
 
 
 # ------------------------------------------------------------------------------------------ whole iterations

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT, ScalarHead
-from nanoalign.watch import sicknesses
 from train_ppo import (
     adapt_beta,
     explained_variance,
@@ -288,33 +287,3 @@ def test_every_log_prob_is_taken_at_the_sampling_temperature(double, temperature
     expected = F.pad(-(p * p.log()).sum(-1)[:, :-1], (1, 0)).masked_fill(~rollout.mask, 0)
     torch.testing.assert_close(entropy, expected)
     assert masked_sum(entropy, rollout.mask).min() > 0
-
-
-# ------------------------------------------------------------------------------------------ early warnings
-
-
-WELL = {
-    "kl": 1.0, "kl_error": 0.1, "ratio_error": 1e-6, "ended": 0.99, "explained_variance": 0.3,
-    "at_limit": 0.01,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "symptom, named",
-    [
-        ({"kl": -1.0}, "KL is negative"),
-        ({"ratio_error": 0.2}, "ratio is off 1"),
-        ({"ended": 0.2}, "end-token rate"),
-        ({"explained_variance": -0.5}, "explained variance"),
-        ({"at_limit": 0.95}, "lengths are at the limit"),
-    ],
-)
-def test_each_known_sickness_has_its_own_warning(symptom, named):
-    assert not sicknesses(WELL, 20)
-    [found] = sicknesses({**WELL, **symptom}, 20)
-    assert named in found
-
-
-def test_noise_is_no_sickness():
-    assert not sicknesses({**WELL, "kl": -0.2}, 20)  # two standard errors below 0
-    assert not sicknesses({**WELL, "explained_variance": -0.5}, 3)  # the critic starts at 0
