@@ -1,22 +1,41 @@
-"""The scorecard of one or more checkpoints, side by side, by the world's judge.
+"""The scorecard of one or more checkpoints, side by side, by the world's judge or by checks of your own.
 
 Every checkpoint answers the same held-out prompts, several times each; the judge says what went right and
 wrong. Standard errors are over prompts (one prompt's samples are averaged first: they are not independent).
+A star marks a change from the baseline of more than two standard errors, prompt by prompt: one line in twenty
+has one by chance.
 The win rate is the share of sample pairs in which the judge's utility is above the baseline's, ties half.
 KL(policy ‖ reference) is per response, in nats, on the policy's own samples, at the sampling temperature; the
 reference is the last SFT checkpoint named, or --reference.
 
-    python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt
+    python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt --plot scorecard.png
+    python evaluate.py --checkpoints sft.pt dpo.pt --prompts prompts.jsonl --checks my_checks.py
     python evaluate.py --doctor out/demo/dpo.metrics.jsonl out/demo/ppo.metrics.jsonl
+
+Your own checks, for any rows of prompts, are a Python file that defines one function. It is called once for
+every response, and once for every prompt with an empty one before anything is sampled:
+
+    def checks(prompt: list[dict], response: str, meta: dict) -> dict[str, float | None]:
+        return {
+            "apologises": "sorry" in response.lower(),
+            "cites": "[1]" in response if meta.get("source") else None,    # None: not about this prompt
+        }
+
+A check called "utility" decides the win rate, as the judge's does; length, repetition and the rate of end
+tokens come by themselves. The file is code and is run as such: name none that you would not run. What is read
+from prompts and checkpoints is never run.
 
 --doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
 
 A base model has never seen a role token: it gets the prompt as plain text, and goes on from there.
 """
 
+import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +49,7 @@ from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.training import setup
-from nanoalign.world.judge import judge
+from nanoalign.world.judge import judge, repeats, words
 
 # name → (which rows it is about, what is averaged over their verdicts)
 METRICS = {
@@ -58,10 +77,12 @@ METRICS = {
 class Config:
     checkpoints: tuple = ("out/demo/base.pt", "out/demo/sft.pt", "out/demo/dpo.pt")  # whom to judge
     baseline: str = ""  # the checkpoint of the list that win rates are against; empty: the first
-    prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows of the world
+    prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows: the world's, or any with --checks
+    checks: str = ""  # a Python file with checks(prompt, response, meta), in place of the judge; it is run
     reward: str = ""  # also the mean of this reward: an expression of nanoalign/rewards.py
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured
+    plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
     doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
     samples: int = 4  # responses per prompt
     show: int = 1  # samples of each family to print
@@ -72,29 +93,92 @@ class Config:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) → mean, and its standard error over prompts."""
-    per_prompt = values.mean(axis=1)
+    """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
+    values = values[~np.isnan(values).all(axis=1)]
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    per_prompt = np.nanmean(values, axis=1)
     error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
     return float(per_prompt.mean()), float(error)
+
+
+def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
+    over prompts: smaller than that of two unrelated means, for the prompts are the same."""
+    return mean_and_error((values.mean(axis=1) - baseline.mean(axis=1))[:, None])
 
 
 def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     """Utilities (prompts, samples) of a policy and of its baseline → share of wins over all sample pairs,
     ties half, and its standard error over prompts."""
     a, b = utility[:, :, None], baseline[:, None, :]
-    return mean_and_error(((a > b) + 0.5 * (a == b)).reshape(len(utility), -1))
+    wins = (a > b) + 0.5 * (a == b) + 0 * (a + b)  # NaN where either is
+    return mean_and_error(wins.reshape(len(utility), -1))
+
+
+def load_checks(path: str) -> Callable:
+    """The function `checks` of a Python file. This runs the file."""
+    spec = importlib.util.spec_from_file_location("user_checks", path)
+    if spec is None:
+        raise UserError(f"--checks {path}: expected the name of a Python file, my_checks.py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--checks {path} cannot be loaded: {type(error).__name__}: {error}.") from None
+    if not callable(getattr(module, "checks", None)):
+        raise UserError(f"--checks {path} defines no function checks(prompt, response, meta).")
+    return module.checks
+
+
+def measure(row: dict, response: str, ended: bool, checks: Callable | None) -> dict[str, float]:
+    """What the judge, or the user's checks, say of a response → {metric: value}; NaN: not about this row."""
+    if checks is None:
+        verdict = judge(row, response, ended)
+        found = {
+            name: value(verdict) if about(row["meta"]) else None for name, (about, value) in METRICS.items()
+        }
+    else:
+        found = {"length (words)": len(words(response)), "repetition": repeats(response), "ended": ended}
+        try:
+            said = checks(row["prompt"], response, row["meta"])
+        except Exception as error:
+            raise UserError(
+                f"--checks failed on the prompt {row['prompt'][-1]['content'][:80]!r} and the response "
+                f"{response[:80]!r}: {type(error).__name__}: {error}."
+            ) from None
+        numbers = isinstance(said, dict) and all(
+            isinstance(name, str) and (x is None or (isinstance(x, (Real, np.bool_)) and math.isfinite(x)))
+            for name, x in said.items()
+        )
+        if not numbers:
+            raise UserError(f"--checks gave {said!r}; expected a dict of names and numbers, bools or None.")
+        found |= said
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def check_rows(rows: list[dict], checks: Callable | None, path: str) -> None:
+    """Can the judge, or the checks, speak about every prompt? Asked before anything is sampled."""
+    try:
+        for row in rows:
+            measure(row, "", False, checks)
+    except (KeyError, TypeError):
+        raise UserError(
+            f'the judge needs the world\'s prompts: {path} has rows without its "meta"; for other prompts, '
+            "name checks of your own (--checks my_checks.py)."
+        ) from None
 
 
 @torch.no_grad()
-def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
-    """→ texts, verdicts, KL terms and rewards of a checkpoint, each (prompts, samples).
+def answer(path: str, rows: list[dict], checks: Callable | None, ref, config: Config, device, autocast):
+    """→ texts, {metric: values}, KL terms and rewards of a checkpoint, each (prompts, samples).
 
     KL is NaN for a base model (its prompts differ) and for greedy answers (they are no sample).
     """
     policy, tokenizer, checkpoint = load_policy(path, device)
     plain, K = checkpoint["stage"] == "base", config.samples
     prompts = [tokenizer.prompt(row["prompt"], plain) for row in rows for _ in range(K)]
-    texts, verdicts = np.empty(len(prompts), dtype=object), np.empty(len(prompts), dtype=object)
+    texts, measured = np.empty(len(prompts), dtype=object), [{}] * len(prompts)
     kl, rewards = np.full((2, len(prompts)), np.nan)
     reward = make_reward(config.reward, tokenizer, device) if config.reward else None
     with autocast:
@@ -117,31 +201,81 @@ def answer(path: str, rows: list[dict], ref, config: Config, device, autocast):
                 rewards[indices] = total(reward([rows[i // K] for i in indices], rollout)).cpu().numpy()
             for i, response, ended in zip(indices, rollout.responses(), rollout.ended.tolist()):
                 texts[i] = tokenizer.decode_response(response)
-                verdicts[i] = judge(rows[i // K], texts[i], ended)
+                measured[i] = measure(rows[i // K], texts[i], ended, checks)
     shape = (len(rows), K)
-    return texts.reshape(shape), verdicts.reshape(shape), kl.reshape(shape), rewards.reshape(shape)
+    scores = {
+        name: np.array([values.get(name, math.nan) for values in measured]).reshape(shape)
+        for name in dict.fromkeys(name for values in measured for name in values)
+    }
+    return texts.reshape(shape), scores, kl.reshape(shape), rewards.reshape(shape)
 
 
-def summarise(rows: list[dict], verdicts: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Every metric of METRICS that some row is about → (mean, standard error)."""
-    card = {}
-    for name, (about, value) in METRICS.items():
-        picked = [i for i, row in enumerate(rows) if about(row["meta"])]
-        if picked:
-            card[name] = mean_and_error(np.vectorize(value, otypes=[float])(verdicts[picked]))
-    return card
+def summarise(scores: dict[str, np.ndarray], picked=slice(None)) -> dict[str, tuple[float, float]]:
+    """Every metric that some of the picked rows is about → (mean, standard error)."""
+    return {
+        name: mean_and_error(values[picked])
+        for name, values in scores.items()
+        if not np.isnan(values[picked]).all()
+    }
 
 
 def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
-    width = max(16, *(len(name) + 2 for name in header))
-    print(f"{'':24}" + "".join(f"{name:>{width}}" for name in header))
+    """A cell is (mean, standard error), and a mark if there is one."""
+
+    def text(cell) -> str:
+        if cell is None or math.isnan(cell[0]):
+            return "– "
+        error = "–" if math.isnan(cell[1]) else f"{cell[1]:.3f}"
+        return f"{cell[0]:.3f} ± {error}{cell[2] if cell[2:] else ' '}"
+
+    width = max(17, *(len(name) + 3 for name in header))
+    print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
     for name, cells in lines:
-        print(
-            f"{name:24}"
-            + "".join(
-                f"{f'{c[0]:.3f} ± {c[1]:.3f}' if c and not math.isnan(c[0]) else '–':>{width}}" for c in cells
-            )
-        )
+        print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
+
+
+def starred(cell, change):
+    """The cell of a table, marked if the change is more than twice its standard error."""
+    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell else cell
+
+
+def pyplot(path: str):
+    """matplotlib's, or a sentence: asked before anything is sampled."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'nanoalign[plot]'.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:] not in kinds:
+        raise UserError(f"--plot {path}: expected a name that ends in .png, or in one of {', '.join(kinds)}.")
+    return pyplot
+
+
+def plot(names: list[str], cards: list[dict], path: str) -> None:
+    """A panel per metric, a bar per checkpoint, with its standard error."""
+    plt = pyplot(path)
+    lines = list(dict.fromkeys(line for card in cards for line in card if not math.isnan(card[line][0])))
+    wide, bars = 4, range(len(names))
+    high = -(-len(lines) // wide)
+    size = (3 * wide, high * (0.8 + 0.2 * len(names)))
+    figure, axes = plt.subplots(high, wide, figsize=size, sharey=True, squeeze=False)
+    for axis, line in zip(axes.flat, lines):
+        means, errors = np.array([card.get(line, (math.nan, math.nan)) for card in cards]).T
+        axis.barh(bars, means, xerr=errors, color=[f"C{i % 10}" for i in bars], capsize=2)
+        axis.set_yticks(bars, names)
+        axis.set_title(line, fontsize="medium")
+    for axis in axes.flat[len(lines) :]:
+        axis.axis("off")
+    axes[0, 0].invert_yaxis()
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"wrote {path}")
 
 
 def main(config: Config) -> None:
@@ -155,8 +289,10 @@ def main(config: Config) -> None:
         raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
     device, autocast = setup(config)
     rows = read_rows(config.prompts, "prompts")
-    if any("kind" not in row["meta"] for row in rows):
-        raise UserError(f'the judge needs the world\'s prompts: {config.prompts} has rows without "meta".')
+    checks = load_checks(config.checks) if config.checks else None
+    check_rows(rows, checks, config.prompts)
+    if config.plot:
+        pyplot(config.plot)
     stages, tokenizers = {}, set()
     for path in config.checkpoints:
         content = load(path)
@@ -169,36 +305,48 @@ def main(config: Config) -> None:
 
     names = [Path(path).stem for path in config.checkpoints]
     baseline = config.checkpoints.index(config.baseline or config.checkpoints[0])
-    results = [answer(path, rows, ref, config, device, autocast) for path in config.checkpoints]
-    utilities = [np.vectorize(lambda v: v.utility, otypes=[float])(verdicts) for _, verdicts, _, _ in results]
-    cards = [summarise(rows, verdicts) for _, verdicts, _, _ in results]
+    results = [answer(path, rows, checks, ref, config, device, autocast) for path in config.checkpoints]
+    nothing = np.full((len(rows), config.samples), np.nan)
+    utilities = [scores.get("utility", nothing) for _, scores, _, _ in results]
+    cards = [summarise(scores) for _, scores, _, _ in results]
+    changes = [
+        {name: change(scores[name], results[baseline][1].get(name, nothing)) for name in card}
+        for card, (_, scores, _, _) in zip(cards, results)
+    ]
     for card, utility, (_, _, kl, rewards) in zip(cards, utilities, results):
         card["win rate"] = win_rate(utility, utilities[baseline])
         card["KL to reference"] = mean_and_error(kl)
         if config.reward:
             card["reward"] = mean_and_error(rewards)
+    kinds = [str(row["meta"].get("kind", "all")) for row in rows]
     families = {}
-    for kind in dict.fromkeys(row["meta"]["kind"] for row in rows):
-        picked = [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind]
-        families[kind] = [
-            summarise([rows[i] for i in picked], verdicts[picked]) for _, verdicts, _, _ in results
-        ]
+    for kind in dict.fromkeys(kinds):
+        picked = [i for i, own in enumerate(kinds) if own == kind]
+        families[kind] = [summarise(scores, picked) for _, scores, _, _ in results]
 
-    for kind in families if config.show else []:
-        for i in [i for i, row in enumerate(rows) if row["meta"]["kind"] == kind][: config.show]:
+        for i in picked[: config.show]:
             print(f"\n[{kind}] {rows[i]['prompt'][-1]['content']}")
-            for name, (texts, verdicts, _, _) in zip(names, results):
-                print(f"  {name:>8} ({verdicts[i, 0].utility:+.2f}): {texts[i, 0][:200]!r}")
+            for name, utility, (texts, *_) in zip(names, utilities, results):
+                value = "" if math.isnan(utility[i, 0]) else f" ({utility[i, 0]:+.2f})"
+                print(f"  {name:>8}{value}: {texts[i, 0][:200]!r}")
     print(f"\nscorecard: {len(rows)} held-out prompts × {config.samples} samples, mean ± standard error")
-    print_table(names, [(f"win rate vs {names[baseline]}", [card["win rate"] for card in cards])])
-    print_table([""] * len(names), [(name, [card.get(name) for card in cards]) for name in METRICS])
+    lines = list(dict.fromkeys(name for _, scores, _, _ in results for name in scores))
+    if "utility" in lines:
+        print_table(names, [(f"win rate vs {names[baseline]}", [card["win rate"] for card in cards])])
+    print_table(
+        [""] * len(names) if "utility" in lines else names,
+        [(name, [starred(card.get(name), c.get(name)) for card, c in zip(cards, changes)]) for name in lines],
+    )
     print_table(
         [""] * len(names), [(f"KL to {Path(reference).stem}", [card["KL to reference"] for card in cards])]
     )
     if config.reward:
         print_table([""] * len(names), [("reward", [card["reward"] for card in cards])])
-    print("\nutility by family")
-    print_table(names, [(kind, [card["utility"] for card in family]) for kind, family in families.items()])
+    print(f"* differs from {names[baseline]} by more than two standard errors of the difference")
+    if "utility" in lines:
+        print("\nutility by family")
+        table = [(kind, [card.get("utility") for card in family]) for kind, family in families.items()]
+        print_table(names, table)
 
     report = {
         "config": asdict(config),
@@ -208,6 +356,7 @@ def main(config: Config) -> None:
             path: {
                 "stage": stages[path],
                 "overall": card,
+                "change from the baseline": changes[i],
                 "families": {kind: family[i] for kind, family in families.items()},
             }
             for i, (path, card) in enumerate(zip(config.checkpoints, cards))
@@ -216,6 +365,8 @@ def main(config: Config) -> None:
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(json.dumps(report, indent=1).replace("NaN", "null"))
     print(f"\nwrote {config.out}")
+    if config.plot:
+        plot(names, cards, config.plot)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def _well_written(text: str) -> bool:
     return bool(begins) and not loose and not odd and not SPEAKER.search(text)
 
 
-def _repeats(text: str) -> bool:
+def repeats(text: str) -> bool:
     """A sentence or a clause of three words twice, or eight words in a row twice (sums excepted)."""
     said = words(text)
     eights = [tuple(said[i : i + 8]) for i in range(len(said) - 7)]
@@ -386,7 +386,7 @@ def judge(row: dict, response: str, ended: bool = True) -> Verdict:
         bool(HEDGE.search(body)) or (ignorant and correct)
     )
     refused = any(DECLINE.search(s) or (kind == "harm" and MORAL.search(s)) for s in content)
-    repeated, well_formed = _repeats(text[:READ]), sense and _well_written(text[:READ])
+    repeated, well_formed = repeats(text[:READ]), sense and _well_written(text[:READ])
     parts = {
         "correct": correct,
         "wrong": found.answered and not correct,
