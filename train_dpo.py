@@ -7,6 +7,7 @@
     ipo    L = (h̄ − 1/(2β))²                       h̄ of per-token means (Azar et al. 2023, eq. 17)
     simpo  L = −log σ(β (m_w − m_l) − γ)           m the mean log-prob; no reference (Meng et al. 2024, eq. 6)
 
+A soft label p (a row's "probability") makes each loss p L(w, l) + (1−p) L(l, w), expected over the label.
 The implicit reward of a response is β (log π − log π_ref); the optimum of dpo is π ∝ π_ref exp(r/β) for the
 reward r that explains the preferences best. With --sft-weight α, −α m_w is added (RPO: Pang et al. 2024).
 
@@ -44,6 +45,7 @@ from nanoalign.data import (
     pair_examples,
     prompt_examples,
     split_rows,
+    without_ties,
 )
 from nanoalign.generate import respond, rollouts, sample_kl
 from nanoalign.logprobs import last_scored, masked_sum, token_logprobs
@@ -150,23 +152,34 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 2.0, gamma: float
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def preference_loss(config, logps, ref_logps, tokens) -> tuple[Tensor, Tensor, Tensor]:
+def preference_loss(
+    config, logps, ref_logps, tokens, probability: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob sums of both sides (2, B), the reference's, their lengths → loss, implicit rewards (B,).
 
     The losses differ in what they call a response's log-prob, and in the shape that they put on the margin.
+    probability (B,): that the "chosen" side is the better one.
     """
-    if config.loss in ("ipo", "simpo"):
-        logps, ref_logps = logps / tokens, ref_logps / tokens
-    chosen, rejected, ref_chosen, ref_rejected = *logps, *ref_logps
-    if config.loss == "ipo":
-        loss = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
-    elif config.loss == "simpo":
-        loss = simpo_loss(chosen, rejected, config.beta, config.gamma)
-    else:
+
+    def hard(chosen, rejected, ref_chosen, ref_rejected):  # the loss of a label that is certain
+        if config.loss == "ipo":
+            return ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta)
+        if config.loss == "simpo":
+            return simpo_loss(chosen, rejected, config.beta, config.gamma)
         kind = robust_dpo_loss if config.loss == "robust" else dpo_loss
         epsilon = config.label_smoothing if config.loss in ("cdpo", "robust") else 0.0
-        loss = kind(chosen, rejected, ref_chosen, ref_rejected, config.beta, epsilon)
-    return loss, config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
+        return kind(chosen, rejected, ref_chosen, ref_rejected, config.beta, epsilon)
+
+    if config.loss in ("ipo", "simpo"):
+        logps, ref_logps = logps / tokens, ref_logps / tokens
+    as_labelled, swapped = hard(*logps, *ref_logps), hard(*logps.flip(0), *ref_logps.flip(0))
+    loss = probability * as_labelled + (1 - probability) * swapped
+    return loss, *(config.beta * (logps - ref_logps))
+
+
+def soft_labels(rows: list[dict], device) -> Tensor:
+    """Pair rows → the probability (N,) that the chosen side is the better one; 1 where a row names none."""
+    return torch.tensor([row.get("probability", 1.0) for row in rows], device=device)
 
 
 def pair_logprobs(model, batch, tokenizer, device, share: bool = False) -> Tensor:
@@ -249,7 +262,7 @@ def reference_logprobs(ref, examples, tokenizer, config: Config, device, autocas
 
 
 @torch.no_grad()
-def evaluate(policy, ref, examples, prompts, tokenizer, config: Config, device, autocast) -> dict:
+def evaluate(policy, ref, examples, soft, prompts, tokenizer, config: Config, device, autocast) -> dict:
     """Held-out loss and accuracy, and the KL to the reference (if any) on the policy's own samples."""
     losses, hits = [], []
     for start in range(0, len(examples), config.batch_size):
@@ -258,7 +271,8 @@ def evaluate(policy, ref, examples, prompts, tokenizer, config: Config, device, 
             logps = pair_logprobs(policy, batch, tokenizer, device)
             ref_logps = pair_logprobs(ref, batch, tokenizer, device) if ref else torch.zeros_like(logps)
         tokens = response_tokens(batch, device)
-        loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens)
+        p = soft[start : start + config.batch_size]
+        loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens, p)
         losses.append(loss)
         hits.append((reward_chosen > reward_rejected).float())
     result = {"eval_loss": torch.cat(losses).mean().item(), "eval_accuracy": torch.cat(hits).mean().item()}
@@ -299,7 +313,8 @@ def main(config: Config) -> None:
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
-    eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
+    eval_examples, kept = pair_examples(without_ties(eval_rows)[:500], tokenizer, max_length)
+    eval_soft = soft_labels(kept, device)
     shown = one_per_prompt(eval_rows)[:128]
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
     if reward:
@@ -310,9 +325,11 @@ def main(config: Config) -> None:
         order = BatchOrder(lengths, size, config.seed, pool=1, least=min(size // 2, len(ids)))
         steps, material = order.steps_per_epoch * config.online_every, ids
     else:
-        examples, _ = pair_examples(rows, tokenizer, max_length)
+        examples, kept = pair_examples(rows, tokenizer, max_length)
+        soft = soft_labels(kept, device)
         order = BatchOrder([max(len(c[0]), len(r[0])) for c, r in examples], config.batch_size, config.seed)
         steps, material = order.steps_per_epoch, [part for pair in examples for side in pair for part in side]
+        material.append(soft)
     steps = config.steps or max(1, round(config.epochs * steps))
     cached = None
     if config.cache_reference:
@@ -351,19 +368,22 @@ def main(config: Config) -> None:
         sums = torch.zeros(len(LOGGED), device=device)
         for micro in micro_batches(indices, config.micro_batch):
             batch = [examples[i] for i in micro]
+            where = torch.from_numpy(micro).to(device, non_blocking=True)
+            p = 1.0 if reward else soft[where]  # (B,)
             with autocast:
                 logps = pair_logprobs(policy, batch, tokenizer, device, config.share_prompts)
                 if cached is not None:
-                    ref_logps = cached[torch.from_numpy(micro).to(device, non_blocking=True)].T
+                    ref_logps = cached[where].T
                 elif ref:
                     with torch.no_grad():
                         ref_logps = pair_logprobs(ref, batch, tokenizer, device, config.share_prompts)
                 else:
                     ref_logps = torch.zeros_like(logps)
             tokens = response_tokens(batch, device)
-            loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens)  # (B,)
+            loss, reward_chosen, reward_rejected = preference_loss(config, logps, ref_logps, tokens, p)
             if config.sft_weight:
-                loss = loss - config.sft_weight * logps[0] / tokens[0]
+                means = config.sft_weight * logps / tokens
+                loss = loss - p * means[0] - (1 - p) * means[1]
             (loss.sum() / pairs).backward()
             with torch.no_grad():
                 right = (reward_chosen > reward_rejected).float()
@@ -382,7 +402,9 @@ def main(config: Config) -> None:
             margin = mean["reward_chosen"] - mean["reward_rejected"]
             metrics.log(done, **mean, margin=margin, grad_norm=grad_norm, lr=lr)
         if done % config.eval_every == 0 or done == steps:
-            result = evaluate(policy, ref, eval_examples, prompts, tokenizer, config, device, autocast)
+            result = evaluate(
+                policy, ref, eval_examples, eval_soft, prompts, tokenizer, config, device, autocast
+            )
             metrics.note(step=done, **result)
             print("  held-out " + "  ".join(f"{k.removeprefix('eval_')} {v:.3f}" for k, v in result.items()))
             with autocast:

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
-from nanoalign.data import BatchOrder, collate, micro_batches, one_per_prompt, pair_examples, split_rows
+from nanoalign.data import (
+    BatchOrder,
+    collate,
+    micro_batches,
+    one_per_prompt,
+    pair_examples,
+    split_rows,
+    without_ties,
+)
 from nanoalign.generate import respond
 from nanoalign.logprobs import masked_mean, token_logprobs
 from nanoalign.rows import read_rows
@@ -136,8 +144,8 @@ def main(config: Config) -> None:
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
-    examples, _ = pair_examples(rows, tokenizer, max_length)
-    eval_examples, _ = pair_examples(eval_rows[:500], tokenizer, max_length)
+    examples, _ = pair_examples(without_ties(rows), tokenizer, max_length)
+    eval_examples, _ = pair_examples(without_ties(eval_rows)[:500], tokenizer, max_length)
     shown = one_per_prompt(eval_rows)[:4]
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
 

@@ -1,11 +1,13 @@
 """A reward model: a GPT with a scalar head that scores the preferred of two responses higher.
 
-    L = −(1−ε) log σ(Δ) − ε log σ(−Δ) + c (r_w + r_l)²,     Δ = r_w − r_l − m
+    L = −p log σ(Δ) − (1−p) log σ(−Δ) + c (r_w + r_l)²,     Δ = r_w − r_l − m
                                                       (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)
 
-m is a row's "margin" (Llama 2, eq. 2), ε the share of flipped labels, c keeps scores near zero (Eisenstein et
-al. 2023). r is read at the last token of the response, its end token. All pairs of a prompt share a batch:
-each response goes through the model once, and a prompt counts once however many pairs it has (InstructGPT).
+m is a row's "margin" (Llama 2, eq. 2); p its "probability", a soft label, 1 where there is none, and with
+--label-smoothing ε, the share of flipped labels, (1−ε) p + ε (1−p) in its place; c keeps scores near zero
+(Eisenstein et al. 2023). r is read at the last token of the response, its end token. All pairs of a prompt
+share a batch: each response goes through the model once, and a prompt counts once however many pairs it has
+(InstructGPT).
 
     python train_rm.py                                              # the built-in world
     python train_rm.py --ensemble 3                                 # rm.1.pt, rm.2.pt, rm.3.pt
@@ -34,7 +36,15 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import beside, finish, load_policy, load_scalar, resume, save_partial
-from nanoalign.data import BatchOrder, Example, collate, micro_batches, pair_examples, split_rows
+from nanoalign.data import (
+    BatchOrder,
+    Example,
+    collate,
+    micro_batches,
+    pair_examples,
+    split_rows,
+    without_ties,
+)
 from nanoalign.model import ScalarGPT
 from nanoalign.rewards import model_reward, response_scores, score_texts
 from nanoalign.rows import read_rows, write_rows
@@ -97,13 +107,16 @@ def bradley_terry_loss(
     margin: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
     centering: float = 0.0,
+    probability: Tensor | float = 1.0,
 ) -> Tensor:
     """Scores (P,) of the preferred and of the other response → loss (P,) in nats (Ouyang et al. 2022, eq. 1).
 
-    The margin m (Touvron et al. 2023, eq. 2) is taken off the difference; centering weighs (r_w + r_l)².
+    The margin m (Touvron et al. 2023, eq. 2) is taken off the difference; centering weighs (r_w + r_l)². Soft
+    labels: `probability` (P,) that the "preferred" is better; the loss is then expected over the label.
     """
     difference = chosen - rejected - margin
-    loss = -(1 - label_smoothing) * F.logsigmoid(difference) - label_smoothing * F.logsigmoid(-difference)
+    flipped = label_smoothing + (1 - 2 * label_smoothing) * (1 - probability)
+    loss = -(1 - flipped) * F.logsigmoid(difference) - flipped * F.logsigmoid(-difference)
     return loss + centering * (chosen + rejected) ** 2
 
 
@@ -145,6 +158,11 @@ def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tup
     chosen, rejected = torch.from_numpy(np.concatenate(indices, axis=1)).to(device, non_blocking=True)
     weight = torch.from_numpy(np.concatenate(weights)).to(device, non_blocking=True)
     return scores[chosen], scores[rejected], weight
+
+
+def labels(prompts: list[Prompt], field: str, otherwise: float) -> Tensor:
+    """That field of every pair's row (P,), in the order of the prompts' pairs."""
+    return torch.tensor([row.get(field, otherwise) for prompt in prompts for row in prompt.rows])
 
 
 def accuracy(differences: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
@@ -208,7 +226,8 @@ def evaluate(model, prompts: list[Prompt], tokenizer, device, autocast) -> tuple
     differences = torch.cat(differences)
     number = np.repeat(np.arange(len(prompts)), [len(prompt.rows) for prompt in prompts])
     right, error = accuracy(differences.numpy(), number)
-    loss = -F.logsigmoid(differences).mean().item()
+    probability = labels(prompts, "probability", 1.0)
+    loss = bradley_terry_loss(differences, 0 * differences, probability=probability).mean().item()
     return {"eval_accuracy": right, "eval_accuracy_error": error, "eval_loss": loss}, differences.numpy()
 
 
@@ -286,7 +305,7 @@ def train(config: Config) -> None:
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
     max_length = min(config.max_length, policy.config.context)
     prompts = by_prompt(*pair_examples(rows, tokenizer, max_length))
-    eval_prompts = by_prompt(*pair_examples(eval_rows, tokenizer, max_length))
+    eval_prompts = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
     responses = [example for prompt in prompts for example in prompt.responses]
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
@@ -295,7 +314,8 @@ def train(config: Config) -> None:
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds of prompts in each batch
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     order_of_pairs = (side for prompt in prompts for side in (prompt.chosen, prompt.rejected))
-    data = fingerprint(policy.embed.weight, *(ids for ids, _ in responses), *order_of_pairs)
+    soft = labels(prompts, "margin", 0.0), labels(prompts, "probability", 1.0)
+    data = fingerprint(policy.embed.weight, *(ids for ids, _ in responses), *order_of_pairs, *soft)
     first_step = resume(config, model, optimizer, stage="rm", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
     stop = CleanStop()
@@ -319,9 +339,11 @@ def train(config: Config) -> None:
             batch = [prompts[i] for i in micro]
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)
-            margin = torch.tensor([row.get("margin", 0.0) for prompt in batch for row in prompt.rows])
-            margin = margin.to(device, non_blocking=True)
-            loss = bradley_terry_loss(chosen, rejected, margin, config.label_smoothing, config.centering)
+            margin = labels(batch, "margin", 0.0).to(device, non_blocking=True)
+            probability = labels(batch, "probability", 1.0).to(device, non_blocking=True)
+            loss = bradley_terry_loss(
+                chosen, rejected, margin, config.label_smoothing, config.centering, probability
+            )
             ((weight * loss).sum() / len(indices)).backward()
             with torch.no_grad():
                 right = 0.5 * (1 + (chosen - rejected).sign())

@@ -41,6 +41,18 @@ def one_per_prompt(rows: list[dict]) -> list[dict]:
     return list({prompt_key(row): row for row in rows}.values())
 
 
+def without_ties(pairs: list[dict]) -> list[dict]:
+    """The pairs but for those of probability 1/2, in which no side is right. Prints how many those are."""
+    kept = [pair for pair in pairs if pair.get("probability") != 0.5]
+    if len(kept) < len(pairs):
+        print(f"data: {len(pairs) - len(kept):,} ties of {len(pairs):,} pairs left out")
+    if not kept:
+        raise UserError(
+            f"all {len(pairs):,} training or held-out pairs are ties: add rows, or name --eval-data."
+        )
+    return kept
+
+
 def thin(rows: list, count: int) -> list:
     """At most `count` of the rows, evenly spaced: files may be sorted by kind."""
     return rows if len(rows) <= count else [rows[i * len(rows) // count] for i in range(count)]

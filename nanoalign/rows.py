@@ -5,7 +5,9 @@ The kinds of rows, and the forms each accepts (any row may carry "meta"):
     text      {"text"} or a plain text file
     chat      {"messages"} · {"prompt", "completion"} · GSM8K's {"question", "answer"} · a pair's chosen side
     pairs     {"prompt", "chosen", "rejected"}, strings or messages · HH transcripts {"chosen", "rejected"};
-              optionally a "margin"
+              optionally a "margin", and as a soft label the "probability" that chosen is better; 0.5: a tie ·
+              {"prompt", "responses": [str…]} with a "ranking" (1 = best) or "scores" (such as Likert's) of
+              the responses, a row per pair of them
     labelled  {"prompt", "completion", "label": bool} · a pair, as one row up and one down · GSM8K's model
               solutions {"question", NAME: {"solution", "is_correct"}}, a row per solution
     steps     {"prompt", "completions": [str…], "labels": [bool|probability|null…]}, optionally "label": bool,
@@ -16,9 +18,9 @@ The kinds of rows, and the forms each accepts (any row may carry "meta"):
 
 import ast
 import json
-import math
 import operator
 import re
+from itertools import combinations
 from pathlib import Path
 
 from nanoalign import UserError
@@ -99,8 +101,13 @@ def _side(row: dict, field: str) -> list[dict]:
     return _transcript(row, field)
 
 
+def _number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) <= 1e300
+
+
 def parse_pair(row: dict) -> dict:
-    """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}, and "margin" if the row has one."""
+    """→ {"prompt": messages, "chosen": str, "rejected": str, "meta"}, and "margin" and "probability" if the
+    row has them. A row whose rejected side is the likelier one is turned round."""
     prompt = _messages(row, "prompt") if "prompt" in row else []
     sides = [prompt + _side(row, field) for field in ("chosen", "rejected")]
     repeated = [side[: 2 * len(prompt)] == prompt * 2 for side in sides]
@@ -113,12 +120,41 @@ def parse_pair(row: dict) -> dict:
         raise RowError(
             'fields "chosen" and "rejected": expected the same prompt, differing only in the last message'
         )
-    margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+    if not _number(row.get("margin", 0.0)):
         raise RowError(f'field "margin": expected a number, found {_describe(row, "margin")}')
+    if not _number(p := row.get("probability", 1.0)) or not 0 <= p <= 1:
+        raise RowError(
+            f'field "probability": expected a number from 0 to 1, found {_describe(row, "probability")}'
+        )
     chosen, rejected = (side[-1]["content"] for side in sides)
-    parsed = {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row)}
-    return {**parsed, "margin": margin} if "margin" in row else parsed
+    soft = {name: row[name] for name in ("margin", "probability") if name in row}
+    if p < 0.5:
+        chosen, rejected = rejected, chosen
+        soft = {name: 1 - p if name == "probability" else -value for name, value in soft.items()}
+    return {"prompt": sides[0][:-1], "chosen": chosen, "rejected": rejected, "meta": _meta(row), **soft}
+
+
+def parse_pairs(row: dict) -> list[dict]:
+    """→ rows of `parse_pair`: one, or of K responses with a ranking or scores all K(K−1)/2.
+
+    A response of rank or score null takes part in none.
+    """
+    if "responses" not in row:
+        return [parse_pair(row)]
+    responses, field = row["responses"], "ranking" if "ranking" in row else "scores"
+    if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+        raise RowError(f'field "responses": expected a list of strings, found {_describe(row, "responses")}')
+    values = row.get(field)
+    if not isinstance(values, list) or not all(x is None or _number(x) for x in values):
+        raise RowError(f'field "{field}": expected a list of numbers or null, found {_describe(row, field)}')
+    if len(values) != len(responses):
+        raise RowError(f'fields "responses" and "{field}": {len(responses)} responses, {len(values)} values')
+    shared, pairs = {"prompt": _messages(row, "prompt"), "meta": _meta(row)}, []
+    for one, other in combinations([(v, text) for v, text in zip(values, responses) if v is not None], 2):
+        best, worst = (one, other) if (one[0] > other[0]) == (field == "scores") else (other, one)
+        tie = {"probability": 0.5} if one[0] == other[0] else {}
+        pairs.append(parse_pair({**shared, "chosen": best[1], "rejected": worst[1], **tie}))
+    return pairs
 
 
 def parse_chat(row: dict) -> dict:
@@ -138,9 +174,12 @@ def parse_chat(row: dict) -> dict:
 
 
 def parse_labelled(row: dict) -> list[dict]:
-    """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}: one, or as many as are in it."""
+    """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}: one, or as many as are in it
+    (none in a tie)."""
     if "chosen" in row:
         pair = parse_pair(row)
+        if pair.get("probability") == 0.5:
+            return []
         sides = ((pair["chosen"], True), (pair["rejected"], False))
         return [
             {"prompt": pair["prompt"], "completion": c, "label": y, "meta": pair["meta"]} for c, y in sides
@@ -319,7 +358,7 @@ def parse_text(row: dict) -> dict:
 PARSERS = {
     "text": parse_text,
     "chat": parse_chat,
-    "pairs": parse_pair,
+    "pairs": parse_pairs,
     "labelled": parse_labelled,
     "steps": parse_steps,
     "prompts": parse_prompt,
@@ -364,7 +403,7 @@ def read_rows(path: str, kind: str, skip_bad_rows: bool = False) -> list[dict]:
     if bad:
         print(f"data: {path}: skipped {bad} bad rows of {bad + good}")
     if none:
-        print(f"data: {path}: {none} rows are for quality control and were left out")
+        print(f"data: {path}: {none} rows (ties, unrated or for quality control) were left out")
     if not rows:
         raise UserError(f"{path} has no usable row of kind {kind!r}.")
     return rows

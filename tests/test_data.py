@@ -18,6 +18,7 @@ from nanoalign.data import (
     pair_examples,
     split_rows,
     thin,
+    without_ties,
 )
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
@@ -60,6 +61,12 @@ GOOD = [
      pair([USER], "Hello.", "B")),
     ("pairs", {"chosen": HH + "A", "rejected": HH + "B\n\n1. B"},
      pair([USER, ASSISTANT, MORE], "A", "B\n\n1. B")),
+    ("pairs", {**pair("Hi", "A", "B"), "margin": 2.0, "probability": 0.75},
+     {**pair([USER], "A", "B"), "margin": 2.0, "probability": 0.75}),
+    ("pairs", {**pair("Hi", "B", "A"), "margin": -2.0, "probability": 0.25},  # turned round
+     {**pair([USER], "A", "B"), "margin": 2.0, "probability": 0.75}),
+    ("pairs", {"prompt": "Hi", "responses": ["B", "A"], "ranking": [2, 1], "meta": {"a": 1}},
+     pair([USER], "A", "B", a=1)),
     ("labelled", {"prompt": "Hi", "completion": "A", "label": False},
      {"prompt": [USER], "completion": "A", "label": False, "meta": {}}),
     ("steps", {"prompt": "Hi", "completions": ["1", "2", "3"], "labels": [True, 0.25, None]},
@@ -94,6 +101,17 @@ BAD = [  # kind, row, what the message must name besides file and line
     ("pairs", {"chosen": HH + "A", "rejected": HH.replace("Hi", "Ho") + "B"}, ["same prompt"]),
     ("pairs", {"chosen": HH + "A", "rejected": HH + "B\n\nHuman: why?"}, ["rejected", "assistant"]),
     ("pairs", pair("Hi", [USER], "B"), ["chosen", "assistant"]),
+    ("pairs", {**pair("Hi", "A", "B"), "margin": "2"}, ["margin", "number", '"2"']),
+    ("pairs", {**pair("Hi", "A", "B"), "margin": 10**400}, ["margin", "number"]),
+    ("pairs", {**pair("Hi", "A", "B"), "probability": 1.5}, ["probability", "from 0 to 1", "1.5"]),
+    ("pairs", {**pair("Hi", "A", "B"), "probability": True}, ["probability", "true"]),
+    ("pairs", '{"prompt": "Hi", "chosen": "A", "rejected": "B", "probability": NaN}', ["probability"]),
+    ("pairs", {"prompt": "Hi", "responses": "A", "scores": [1]}, ["responses", "list of strings"]),
+    ("pairs", {"prompt": "Hi", "responses": ["A", 2], "scores": [1, 2]}, ["responses", "list of strings"]),
+    ("pairs", {"prompt": "Hi", "responses": ["A", "B"]}, ["scores", "list of numbers"]),
+    ("pairs", {"prompt": "Hi", "responses": ["A", "B"], "ranking": [1, "2"]}, ["ranking", "numbers"]),
+    ("pairs", {"prompt": "Hi", "responses": ["A", "B"], "scores": [1]}, ["2 responses", "1 values"]),
+    ("pairs", {"responses": ["A", "B"], "scores": [1, 2]}, ["prompt"]),
     ("labelled", {"prompt": "Hi", "completion": "A", "label": 1}, ["label", "true or false", "1"]),
     ("labelled", {"prompt": "Hi", "label": True}, ["completion", "string"]),
     ("labelled", {"prompt": "Hi", "chosen": "A"}, ["rejected", "string"]),
@@ -118,6 +136,36 @@ BAD = [  # kind, row, what the message must name besides file and line
 @pytest.mark.parametrize("kind, row, expected", GOOD, ids=range(len(GOOD)))
 def test_every_accepted_form_is_read(file, kind, row, expected):
     assert read_rows(file(row), kind) == [expected]
+
+
+@pytest.mark.parametrize("K", [2, 4, 7])
+def test_a_ranking_of_k_gives_every_pair_once_the_better_rank_chosen(file, K):
+    ranking = np.random.default_rng(K).permutation(K) + 1
+    row = {"prompt": "Hi", "responses": [f"rank {r}" for r in ranking], "ranking": ranking.tolist()}
+    pairs = read_rows(file(row), "pairs")
+    found = sorted((p["chosen"], p["rejected"]) for p in pairs)
+    assert len(pairs) == K * (K - 1) // 2
+    assert found == [(f"rank {i}", f"rank {j}") for i in range(1, K + 1) for j in range(i + 1, K + 1)]
+    assert not any("probability" in p for p in pairs)
+
+
+def test_likert_scores_give_pairs_and_ties_and_an_unrated_response_takes_part_in_none(file):
+    row = {"prompt": "Hi", "responses": ["A", "B", "C", "D", "E"], "scores": [4, 7, 4, None, 1]}
+    sides = [(p["chosen"], p["rejected"], p.get("probability", 1)) for p in read_rows(file(row), "pairs")]
+    assert sorted((*sorted(s[:2]), s[2]) for s in sides) == [
+        ("A", "B", 1), ("A", "C", 0.5), ("A", "E", 1), ("B", "C", 1), ("B", "E", 1), ("C", "E", 1),
+    ]  # fmt: skip
+    assert all(row["scores"]["ABCDE".index(a)] >= row["scores"]["ABCDE".index(b)] for a, b, _ in sides)
+
+
+def test_ties_are_left_out_where_a_side_must_be_right(file, capsys):
+    tie, clear = {**pair("Hi", "A", "B"), "probability": 0.5}, {**pair("Hi", "A", "C"), "probability": 0.6}
+    assert without_ties(read_rows(file(tie, clear), "pairs")) == read_rows(file(clear), "pairs")
+    assert "1 ties of 2" in capsys.readouterr().out
+    assert [row["label"] for row in read_rows(file(tie, clear), "labelled")] == [True, False]
+    assert "1 rows (ties" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"all 1 .* ties"):
+        without_ties([tie])
 
 
 def labelled(prompt, completion, label, **meta):

@@ -243,6 +243,42 @@ def test_saying_a_response_twice_leaves_ipo_and_simpo_alone_and_changes_the_dpos
         assert ((before - after).abs() > 1e-3).all()
 
 
+def with_gradients(config, logps, ref_logps, *rest):
+    """The loss, and what it pulls both sides' log-probs by (2, 3)."""
+    logps = logps.clone().requires_grad_()
+    loss = preference_loss(config, logps, ref_logps, TOKENS, *rest)[0]
+    return loss.detach(), *torch.autograd.grad(loss.sum(), logps)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+def test_soft_labels_of_1_and_0_are_the_hard_label_and_the_hard_label_of_the_pair_turned_round(loss):
+    config, (logps, ref_logps) = with_flags(loss=loss), sums()
+    hard, sure = with_gradients(config, *sums()), with_gradients(config, *sums(), torch.ones(3))
+    assert all(torch.equal(a, b) for a, b in zip(hard, sure))  # to the last bit
+    logps, ref_logps = logps.requires_grad_(), ref_logps
+    turned = preference_loss(config, logps.flip(0), ref_logps.flip(0), TOKENS.flip(0))[0]
+    expected = turned.detach(), *torch.autograd.grad(turned.sum(), logps)
+    torch.testing.assert_close(with_gradients(config, *sums(), torch.zeros(3)), expected)
+    assert not torch.allclose(expected[0], hard[0])
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_a_soft_label_is_met_where_the_implicit_reward_has_its_log_odds(loss):
+    """dpo: beta h = log p/(1 - p); ipo: h = (2p - 1)/(2 beta), 1/(2 beta) for a label that is sure."""
+    p, beta = torch.tensor([0.5, 0.7, 0.95], dtype=torch.float64), 0.2
+    h = (p / (1 - p)).log() / beta if loss == "dpo" else (2 * p - 1) / (2 * beta)
+    logps, ones = torch.stack((h, 0 * h)), torch.ones(2, 3)
+    logps.requires_grad_()
+    found = preference_loss(with_flags(loss=loss, beta=beta), logps, 0 * logps.detach(), ones, p)[0]
+    found.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.zeros_like(logps))
+    with torch.no_grad():
+        for off in (-0.1, 0.1):
+            moved = logps + torch.tensor([[off], [0.0]])
+            config = with_flags(loss=loss, beta=beta)
+            assert (preference_loss(config, moved, 0 * logps, ones, p)[0] > found).all()
+
+
 def test_no_reference_has_any_influence_on_simpo():
     logps, ref_logps = sums()
     losses = [

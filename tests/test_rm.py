@@ -17,6 +17,7 @@ from train_rm import (
     bradley_terry_loss,
     by_prompt,
     calibration,
+    evaluate,
     normalise,
     pair_scores,
 )
@@ -81,6 +82,54 @@ def test_extreme_scores_give_a_finite_loss_and_gradient(gap):
     loss = bradley_terry_loss(chosen, torch.zeros(1), label_smoothing=0.1)
     loss.backward()
     assert loss.isfinite() and chosen.grad.isfinite()
+
+
+def with_gradients(chosen, rejected, *rest, **options):
+    """The loss, and what it pulls the scores of the first and of the second side by."""
+    sides = [x.clone().requires_grad_() for x in (chosen, rejected)]
+    loss = bradley_terry_loss(*sides, *rest, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), sides)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.2])
+def test_soft_labels_of_1_and_0_are_the_hard_label_and_the_hard_label_of_the_pair_turned_round(
+    double, epsilon
+):
+    torch.manual_seed(0)
+    chosen, rejected, margin = 3 * torch.randn(3, 50)
+    hard = with_gradients(chosen, rejected, margin, epsilon, 0.01)
+    sure = with_gradients(chosen, rejected, margin, epsilon, 0.01, torch.ones(50))
+    assert all(torch.equal(a, b) for a, b in zip(hard, sure))  # to the last bit
+    loss, down, up = with_gradients(rejected, chosen, -margin, epsilon, 0.01)
+    reversed_label = with_gradients(chosen, rejected, margin, epsilon, 0.01, torch.zeros(50))
+    torch.testing.assert_close(reversed_label, (loss, up, down))
+
+
+def test_a_soft_label_asks_for_its_own_log_odds(double):
+    p = torch.tensor([0.5, 0.6, 0.9, 0.2])
+    difference = (p / (1 - p)).log()
+    loss, pull, _ = with_gradients(difference, torch.zeros(4), probability=p)
+    torch.testing.assert_close(pull, torch.zeros(4))
+    torch.testing.assert_close(loss, -p * p.log() - (1 - p) * (1 - p).log())  # the entropy of the label
+
+
+def test_the_soft_loss_is_the_mean_hard_loss_over_labels_drawn_from_it(double):
+    difference, drawn = torch.tensor([1.3]), torch.rand(200_000) < 0.7
+    hard = torch.where(drawn, *(bradley_terry_loss(sign * difference, torch.zeros(1)) for sign in (1, -1)))
+    soft = bradley_terry_loss(difference, torch.zeros(1), probability=0.7)
+    assert soft.item() == pytest.approx(hard.mean().item(), abs=0.005)
+
+
+def test_the_held_out_loss_uses_soft_labels(model):
+    pair = {"prompt": "A capital?", "chosen": "Paris.", "rejected": "Rome."}
+    losses = []
+    for p in (1.0, 0.5):
+        rows = [parse_pair({**pair, "probability": p})]
+        prompts = by_prompt(*pair_examples(rows, TOKENIZER, 64))
+        result, (difference,) = evaluate(model, prompts, TOKENIZER, CPU, PLAIN)
+        losses.append(result["eval_loss"])
+    wrong = losses[0] + difference  # -log sigma(-d) = d - log sigma(d)
+    assert abs(difference) > 1e-4 and losses[1] == pytest.approx((losses[0] + wrong) / 2, rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------- scores and batches

@@ -232,6 +232,50 @@ def test_an_sft_weight_adds_that_much_of_the_chosen_responses_mean_nll(job, tmp_
     assert capsys.readouterr().out.count("step-0 check") == 1  # the sum has no value that it must start at
 
 
+@pytest.mark.parametrize("stage", ["dpo", "rm"])
+def test_soft_labels_of_0_and_1_train_the_weights_of_hard_labels_and_others_do_not(
+    stage, job, pairs, tmp_path
+):
+    def trained(change):
+        rows = [{**row, **change(row)} for row in read_rows(pairs, "pairs")]
+        script, config = job(stage, data=write_lines(tmp_path / "soft.jsonl", rows), epochs=0.05)
+        script.main(replace(config, sft_weight=0.3) if stage == "dpo" else config)
+        return load(config.out)["model"]
+
+    def swapped(row):
+        return {"chosen": row["rejected"], "rejected": row["chosen"], "probability": 0}
+
+    hard = trained(lambda row: {})
+    for change in (swapped, lambda row: {"probability": 1.0}):
+        soft = trained(change)
+        assert all(torch.equal(soft[name], weight) for name, weight in hard.items())
+    soft = trained(lambda row: {"probability": 0.7})
+    assert not all(torch.equal(soft[name], weight) for name, weight in hard.items())
+
+
+def test_an_sft_weight_imitates_each_side_as_likely_as_it_is_the_better_one(job, tmp_path):
+    sides = {"chosen": "Yes, sure.", "rejected": "No idea at all."}
+    rows = [{"prompt": f"{i} + 1?", **sides, "probability": 0.75} for i in range(100)]
+    script, config = job("dpo", data=write_lines(tmp_path / "soft.jsonl", rows), sft_weight=0.5, epochs=0.05)
+    script.main(config)
+    first = steps(config.out)[0]
+    chosen, rejected = (-first[f"logp_{side}"] / len(WORLD.response(text)) for side, text in sides.items())
+    assert first["loss"] == pytest.approx(math.log(2) + 0.5 * (0.75 * chosen + 0.25 * rejected), rel=1e-4)
+
+
+def test_other_soft_labels_are_other_data_to_a_resumed_run(job, pairs, tmp_path):
+    for stage in ("dpo", "rm"):
+        rows = read_rows(pairs, "pairs")
+        data = write_lines(tmp_path / "soft.jsonl", rows)
+        script, config = job(stage, data=data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "finish", lambda *a, **k: None)  # leaves its partial checkpoint
+            script.main(config)
+        write_lines(tmp_path / "soft.jsonl", [*rows[:-1], {**rows[-1], "probability": 0.9}])
+        with pytest.raises(UserError, match=r"data .* changed"):
+            script.main(replace(config, resume=True))
+
+
 def test_online_pairs_come_from_the_policy_and_are_labelled_by_the_reward(job, monkeypatch):
     script, original = train_dpo, train_dpo.online_pairs
 
