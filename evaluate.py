@@ -27,6 +27,9 @@ from prompts and checkpoints is never run.
 
 --doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
 
+With --elo every checkpoint also meets every other one, and their Elo ratings (Bradley & Terry's maximum
+likelihood, mean 1000) are shown with 95 % intervals, bootstrapped over prompts.
+
 A base model has never seen a role token: it gets the prompt as plain text, and goes on from there.
 """
 
@@ -43,6 +46,7 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
+from nanoalign.comparisons import elo, pairwise_wins
 from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
@@ -85,6 +89,7 @@ class Config:
     plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
     doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
     samples: int = 4  # responses per prompt
+    elo: bool = False  # also rate the checkpoints by the judge's verdict on each pair of them
     show: int = 1  # samples of each family to print
     max_new_tokens: int = 96  # length limit of a response
     temperature: float = 1.0  # of sampling; 0: greedy
@@ -285,6 +290,8 @@ def main(config: Config) -> None:
         return
     if config.samples < 1:
         raise UserError("--samples must be at least 1.")
+    if config.elo and len(config.checkpoints) < 2:
+        raise UserError("--elo needs two or more --checkpoints to compare.")
     if config.baseline and config.baseline not in config.checkpoints:
         raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
     device, autocast = setup(config)
@@ -348,9 +355,18 @@ def main(config: Config) -> None:
         table = [(kind, [card.get("utility") for card in family]) for kind, family in families.items()]
         print_table(names, table)
 
+    rated = {}
+    if config.elo:
+        ratings, (low, high) = elo(pairwise_wins(np.array(utilities)), seed=config.seed)
+        print("\nElo rating, 95 % interval over prompts")
+        for i in np.argsort(-ratings):
+            rated[config.checkpoints[i]] = {"rating": ratings[i], "low": low[i], "high": high[i]}
+            print(f"{names[i]:24}{ratings[i]:16.0f}  ({low[i]:.0f} to {high[i]:.0f})")
+
     report = {
         "config": asdict(config),
         "reference": reference,
+        "elo": rated,
         "baseline": config.checkpoints[baseline],
         "checkpoints": {
             path: {

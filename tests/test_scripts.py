@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1006,6 +1007,7 @@ MISTAKES = [  # script, flags, what the sentence names
     (evaluate, EVALUATE + "--prompts {bare}", ["meta"]),
     (evaluate, EVALUATE + "--samples 0", ["--samples"]),
     (evaluate, EVALUATE + "--reference {none}", ["none"]),
+    (evaluate, EVALUATE + "--elo", ["--elo", "--checkpoints"]),
     (chat, "--checkpoint {none}", ["none", "checkpoint"]),
     (world_script, "--size huge", ["huge", "tiny"]),
 ]
@@ -1064,6 +1066,24 @@ def test_importing_a_script_prints_nothing_and_creates_nothing(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ evaluate's numbers
+
+
+def test_the_elo_ratings_of_two_checkpoints_are_the_log_odds_of_their_win_rate(
+    world, sft, brief, tmp_path, capsys
+):
+    held_out = write_lines(tmp_path / "p", read_rows(f"{world}/prompts_held_out.jsonl", "prompts")[:20])
+    card = tmp_path / "card.json"
+    config = evaluate.Config((sft, brief), prompts=held_out, out=str(card), samples=2, elo=True)
+    evaluate.main(replace(config, max_new_tokens=8))
+    report = json.loads(card.read_text())
+    share, elo = report["checkpoints"][brief]["overall"]["win rate"][0], report["elo"]
+    assert 0 < share < 1 and share != 0.5
+    gap = elo[brief]["rating"] - elo[sft]["rating"]
+    assert gap == pytest.approx(400 * math.log10(share / (1 - share)), abs=0.01)
+    printed = capsys.readouterr().out
+    for name, path in (("sft", sft), ("brief", brief)):
+        assert elo[path]["low"] <= elo[path]["rating"] <= elo[path]["high"]
+        assert re.search(rf"{name} +{elo[path]['rating']:.0f} ", printed)
 
 
 def test_the_standard_error_is_over_prompts():

@@ -1,0 +1,103 @@
+"""What comparisons say: how far annotators agree, what sways an annotator, how strong players are."""
+
+import numpy as np
+
+POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
+
+
+def raw_agreement(counts: np.ndarray) -> float:
+    """Votes for each category (N, C) → how often two votes on the same item agree (Fleiss 1971, eqs. 2, 3).
+
+    Items with fewer than two votes say nothing; NaN where all are such.
+    """
+    n = counts.sum(axis=1)
+    counts, n = counts[n >= 2], n[n >= 2]
+    return float(((counts * (counts - 1)).sum(axis=1) / (n * (n - 1))).mean()) if len(n) else float("nan")
+
+
+def fleiss_kappa(counts: np.ndarray) -> float:
+    """Votes for each category (N, C) → Fleiss' κ: agreement above chance (Fleiss 1971, eq. 7), 1 at best.
+
+    Items may have different numbers of votes; those with fewer than two are left out. NaN where all votes are
+    for one category: chance alone would agree.
+    """
+    counts = counts[counts.sum(axis=1) >= 2]
+    share = counts.sum(axis=0) / max(1, counts.sum())
+    return above_chance(raw_agreement(counts), (share**2).sum())
+
+
+def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float:
+    """Two annotators' categories of the same items (N,) → Cohen's κ (Cohen 1960, eq. 1)."""
+    by_chance = sum((a == kind).mean() * (b == kind).mean() for kind in np.union1d(a, b))
+    return above_chance((a == b).mean(), by_chance)
+
+
+def above_chance(observed: float, by_chance: float) -> float:
+    return float((observed - by_chance) / (1 - by_chance)) if by_chance < 1 else float("nan")
+
+
+def logistic(features: np.ndarray, wins: np.ndarray, trials: np.ndarray | float = 1.0) -> np.ndarray:
+    """Features (M, D), wins (…, M) of so many trials → the θ (…, D) under which P(win) = σ(features θ) makes
+    them likeliest. Newton's method; wins may be fractions.
+
+    A ridge of 1e-6 keeps θ finite where no maximum exists (a player who never loses), and settles what the
+    data leaves open (a constant added to all ratings).
+    """
+    theta, ridge = np.zeros((*wins.shape[:-1], features.shape[1])), 1e-6 * np.eye(features.shape[1])
+    for _ in range(200):
+        p = sigmoid(theta @ features.T)  # (…, M)
+        gradient = (wins - trials * p) @ features - theta @ ridge
+        curvature = np.einsum("...m,mi,mj->...ij", trials * p * (1 - p), features, features) + ridge
+        step = np.linalg.solve(curvature, gradient[..., None])[..., 0].clip(-2, 2)
+        theta = theta + step
+        if np.abs(step).max() < 1e-9:
+            break
+    return theta
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def sway(features: np.ndarray, votes: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What sways an annotator: features (N, D) of first less second, votes (N,) for the first in [0, 1],
+    groups (N,) → log-odds of preferring the first per unit of each feature (D,), and their standard errors.
+
+    The errors allow for votes of a group (a prompt) that depend on each other (Liang & Zeger 1986).
+    """
+    theta = logistic(features, votes)
+    p, (_, group) = sigmoid(features @ theta), np.unique(groups, return_inverse=True)
+    pull = np.zeros((group.max() + 1, len(theta)))
+    np.add.at(pull, group, (votes - p)[:, None] * features)
+    inverse = np.linalg.inv((p * (1 - p) * features.T) @ features + 1e-6 * np.eye(len(theta)))
+    spread = inverse @ pull.T @ pull @ inverse * len(pull) / max(1, len(pull) - 1)
+    return theta, np.sqrt(np.diag(spread))
+
+
+def pairwise_wins(utilities: np.ndarray) -> np.ndarray:
+    """Utilities (players, prompts, samples) → (prompts, players, players): the share of pairs of samples in
+    which the row's player beats the column's, ties half."""
+    a, b = utilities[:, None, :, :, None], utilities[None, :, :, None, :]
+    return ((a > b) + 0.5 * (a == b)).mean(axis=(-2, -1)).transpose(2, 0, 1)
+
+
+def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Wins (N, P, P) of row over column in each of N independent groups (prompts), ties half to each →
+    Elo ratings (P,) whose mean is 1000, and their 95 % intervals (2, P).
+
+    The ratings are Bradley and Terry's maximum likelihood, P(i beats j) = 1 / (1 + 10^((R_j − R_i) / 400)),
+    so the order of games does not matter; the intervals are bootstrapped over groups. A player who never
+    loses has no finite rating: it gets one that is thousands of points off.
+    """
+    N, P, _ = wins.shape
+    first, second = np.triu_indices(P, 1)
+    features = np.eye(P)[first] - np.eye(P)[second]  # (P(P−1)/2, P)
+
+    def rate(total: np.ndarray) -> np.ndarray:
+        won, lost = total[..., first, second], total[..., second, first]
+        theta = logistic(features, won, won + lost)
+        return 1000 + POINTS * (theta - theta.mean(axis=-1, keepdims=True))
+
+    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=draws)  # (draws, N)
+    resampled = rate(np.einsum("dn,nij->dij", drawn, wins))
+    return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
