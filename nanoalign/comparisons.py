@@ -1,6 +1,10 @@
 """What comparisons say: how far annotators agree, what sways an annotator, how strong players are."""
 
+from itertools import combinations
+
 import numpy as np
+
+from nanoalign.data import prompt_key
 
 POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
 
@@ -72,6 +76,49 @@ def sway(features: np.ndarray, votes: np.ndarray, groups: np.ndarray) -> tuple[n
     inverse = np.linalg.inv((p * (1 - p) * features.T) @ features + 1e-6 * np.eye(len(theta)))
     spread = inverse @ pull.T @ pull @ inverse * len(pull) / max(1, len(pull) - 1)
     return theta, np.sqrt(np.diag(spread))
+
+
+def report(comparisons: list[dict]) -> None:
+    """Rows of kind "compared" (nanoalign/rows.py): print who voted, what sways whom, how far they agree."""
+    names = sorted({vote["annotator"] for c in comparisons for vote in c["votes"]})
+    p = np.full((len(comparisons), len(names)), np.nan)  # of the first response; NaN: no vote, or skipped
+    order = np.full(p.shape, np.nan)  # 1: the first response was shown first, −1: second; NaN: both at once
+    for i, c in enumerate(comparisons):
+        for vote in c["votes"]:
+            k = names.index(vote["annotator"])
+            p[i, k] = np.nan if vote["p"] is None else vote["p"]
+            order[i, k] = 1 - 2 * vote["swapped"] if "swapped" in vote else np.nan
+    longer = np.array([len(a.split()) - len(b.split()) for a, b in (c["responses"] for c in comparisons)])
+    prompts = np.unique([prompt_key(c) for c in comparisons], return_inverse=True)[1]
+    width = max(len(name) for name in (*names, "annotator")) + 2
+    print(f"{'annotator':{width}}{'votes':>6}{'ties':>6}   shown first   10 words longer   (log-odds)")
+    for k, name in enumerate(names):
+        voted = ~np.isnan(p[:, k])
+        features, cells = longer[voted, None] / 10, []
+        if not np.isnan(order[voted, k]).any():
+            features = np.stack((order[voted, k], longer[voted] / 10), axis=1)
+        if voted.any():
+            cells = [
+                f"{x:+.2f} ± {error:.2f}" if error < 5 and abs(x) < 8 else "–"
+                for x, error in zip(*sway(features, p[voted, k], prompts[voted]))
+            ]
+        cells = ["–"] * (2 - len(cells)) + cells
+        ties = (p[voted, k] == 0.5).sum()
+        print(f"{name:{width}}{voted.sum():6,}{ties:6,}{cells[0]:>14}{cells[1]:>18}")
+    kinds = np.sign(p - 0.5)  # 1, 0 or −1: the first, a tie, the second
+    counts = np.stack([(kinds == kind).sum(axis=1) for kind in (-1, 0, 1)], axis=1)
+    several = int((counts.sum(axis=1) >= 2).sum())
+    if several:
+        print(
+            f"{several:,} comparisons with several votes: two votes agree on "
+            f"{raw_agreement(counts):.1%}, Fleiss' κ {fleiss_kappa(counts):.2f}"
+        )
+    for i, j in combinations(range(len(names)), 2):
+        both = ~np.isnan(kinds[:, [i, j]]).any(axis=1)
+        if both.any():
+            a, b = kinds[both, i], kinds[both, j]
+            line = f"{names[i]} and {names[j]} agree on {(a == b).mean():.1%} of {both.sum():,}"
+            print(f"{line}, Cohen's κ {cohen_kappa(a, b):.2f}")
 
 
 def pairwise_wins(utilities: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ The kinds of rows, and the forms each accepts (any row may carry "meta"):
               optionally a "margin", and as a soft label the "probability" that chosen is better; 0.5: a tie ·
               {"prompt", "responses": [str…]} with a "ranking" (1 = best) or "scores" (such as Likert's) of
               the responses, a row per pair of them
+    compared  {"prompt", "responses": [a, b], "ended": [bool, bool], "votes": [{"annotator", "p"}…]}, p the
+              probability that a is better, 0.5 for a tie, null for a skipped one: collect.py's record
     labelled  {"prompt", "completion", "label": bool} · a pair, as one row up and one down · GSM8K's model
               solutions {"question", NAME: {"solution", "is_correct"}}, a row per solution
     steps     {"prompt", "completions": [str…], "labels": [bool|probability|null…]}, optionally "label": bool,
@@ -155,6 +157,29 @@ def parse_pairs(row: dict) -> list[dict]:
         tie = {"probability": 0.5} if one[0] == other[0] else {}
         pairs.append(parse_pair({**shared, "chosen": best[1], "rejected": worst[1], **tie}))
     return pairs
+
+
+def parse_compared(row: dict) -> dict:
+    """→ {"prompt": messages, "responses": [str, str], "ended": [bool, bool], "votes": [vote…], "meta"}."""
+    for field, kind, what in (("responses", str, "two strings"), ("ended", bool, "two of true or false")):
+        values = row.get(field)
+        if not isinstance(values, list) or [type(value) for value in values] != [kind, kind]:
+            raise RowError(f'field "{field}": expected a list of {what}, found {_describe(row, field)}')
+    votes = row.get("votes")
+    if not isinstance(votes, list) or not all(map(_is_vote, votes)):
+        raise RowError(
+            'field "votes": expected a list of {"annotator": string, "p": number from 0 to 1 or null}, found '
+            f"{_describe(row, 'votes')}"
+        )
+    kept = {field: row[field] for field in ("responses", "ended", "votes")}
+    return {"prompt": _messages(row, "prompt"), **kept, "meta": _meta(row)}
+
+
+def _is_vote(vote) -> bool:
+    if not isinstance(vote, dict) or not isinstance(vote.get("annotator"), str) or "p" not in vote:
+        return False
+    good = vote["p"] is None or (_number(vote["p"]) and 0 <= vote["p"] <= 1)
+    return good and isinstance(vote.get("swapped", False), bool)
 
 
 def parse_chat(row: dict) -> dict:
@@ -359,6 +384,7 @@ PARSERS = {
     "text": parse_text,
     "chat": parse_chat,
     "pairs": parse_pairs,
+    "compared": parse_compared,
     "labelled": parse_labelled,
     "steps": parse_steps,
     "prompts": parse_prompt,

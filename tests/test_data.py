@@ -45,6 +45,11 @@ def pair(prompt, chosen, rejected, **meta):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "meta": meta}
 
 
+COMPARED = {
+    "responses": ["A", "B"], "ended": [True, False],
+    "votes": [{"annotator": "human", "p": 0.5, "swapped": True}, {"annotator": "rm:x", "p": None}],
+}  # fmt: skip
+
 GOOD = [
     ("text", {"text": "Once."}, {"text": "Once."}),
     ("chat", {"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT], "meta": {}}),
@@ -67,6 +72,8 @@ GOOD = [
      {**pair([USER], "A", "B"), "margin": 2.0, "probability": 0.75}),
     ("pairs", {"prompt": "Hi", "responses": ["B", "A"], "ranking": [2, 1], "meta": {"a": 1}},
      pair([USER], "A", "B", a=1)),
+    ("compared", {**COMPARED, "prompt": "Hi", "meta": {"a": 1}},
+     {**COMPARED, "prompt": [USER], "meta": {"a": 1}}),
     ("labelled", {"prompt": "Hi", "completion": "A", "label": False},
      {"prompt": [USER], "completion": "A", "label": False, "meta": {}}),
     ("steps", {"prompt": "Hi", "completions": ["1", "2", "3"], "labels": [True, 0.25, None]},
@@ -112,6 +119,18 @@ BAD = [  # kind, row, what the message must name besides file and line
     ("pairs", {"prompt": "Hi", "responses": ["A", "B"], "ranking": [1, "2"]}, ["ranking", "numbers"]),
     ("pairs", {"prompt": "Hi", "responses": ["A", "B"], "scores": [1]}, ["2 responses", "1 values"]),
     ("pairs", {"responses": ["A", "B"], "scores": [1, 2]}, ["prompt"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "responses": ["A"]}, ["responses", "two strings"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "ended": [1, 0]}, ["ended", "true or false"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "votes": None}, ["votes", "annotator"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "votes": [{"annotator": "human"}]}, ["votes", "p"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "votes": [{"annotator": 3, "p": 1}]}, ["votes", "string"]),
+    ("compared", {**COMPARED, "prompt": "Hi", "votes": [{"annotator": "x", "p": 2}]}, ["votes", "0 to 1"]),
+    (
+        "compared",
+        {**COMPARED, "prompt": "Hi", "votes": [{"annotator": "x", "p": 1, "swapped": 2}]},
+        ["votes"],
+    ),
+    ("compared", COMPARED, ["prompt"]),
     ("labelled", {"prompt": "Hi", "completion": "A", "label": 1}, ["label", "true or false", "1"]),
     ("labelled", {"prompt": "Hi", "label": True}, ["completion", "string"]),
     ("labelled", {"prompt": "Hi", "chosen": "A"}, ["rejected", "string"]),

@@ -127,9 +127,16 @@ def test_agreement_of_two_people_in_closed_form_and_of_five_by_simulation():
     assert agreement(p) == pytest.approx(np.mean(same), abs=0.005)
 
 
-def labelled(rows, drawn, seed=0, crowd=5, rank=True):
+def labelled(rows, drawn, seed=0, crowd=5, rank=True, votes=1):
+    """Pairs, thumbs, and of each pair the probabilities that its people had."""
     responses = [[(text, True) for text in texts] for texts in drawn]
-    return collect.label(rows, responses, collect.Config(seed=seed, crowd=crowd, rank=rank))
+    config = collect.Config(seed=seed, crowd=crowd, rank=rank, votes=votes)
+    comparisons, thumbs, probabilities = collect.label(rows, responses, config)
+    return collect.decide(comparisons, config), thumbs, probabilities
+
+
+def voters(pair):
+    return tuple(pair["meta"]["annotators"])
 
 
 def test_two_annotators_agree_on_72_to_77_percent_of_pairs():
@@ -156,7 +163,7 @@ def test_a_ranking_gives_every_pair_and_contradicts_itself_nowhere():
     assert len(pairs) == 300 * 6
     for i in range(0, len(pairs), 6):
         ranking = pairs[i : i + 6]
-        assert len({pair["meta"]["annotator"] for pair in ranking}) == 1  # one person orders them all
+        assert len({*map(voters, ranking)}) == 1  # one person orders them all
         wins = sorted(sum(pair["chosen"] == text for pair in ranking) for text in drawn)
         assert wins == [0, 1, 2, 3]
 
@@ -179,7 +186,7 @@ def test_labels_follow_the_annotators_probability_and_p_chosen_is_the_crowds():
     u = [[person.utility(FRANCE, text) for text in (good, poor)] for person in people(5)]
     p = [1 / (1 + math.exp(-(a - b) / NOISE)) for a, b in u]
     for i in range(5):
-        mine = [pair["chosen"] == good for pair in pairs if pair["meta"]["annotator"] == i]
+        mine = [pair["chosen"] == good for pair in pairs if voters(pair) == (f"world:{i}",)]
         assert 600 < len(mine) < 1000
         assert np.mean(mine) == pytest.approx(p[i], abs=4 * math.sqrt(p[i] * (1 - p[i]) / len(mine)))
     for pair in pairs[:100]:
@@ -199,5 +206,33 @@ def test_the_label_is_that_of_the_person_named_in_the_row(monkeypatch):
     opposites = [Annotator(0.01, {"length": -1.0}), Annotator(0.01, {"length": 1.0})]
     monkeypatch.setattr(collect, "people", lambda count: opposites)
     pairs, _, _ = labelled([FRANCE] * 200, [[short, long]] * 200, crowd=2)
-    assert {(pair["meta"]["annotator"], pair["chosen"]) for pair in pairs} == {(0, short), (1, long)}
+    assert {(voters(pair), pair["chosen"]) for pair in pairs} == {(("world:0",), short), (("world:1",), long)}
     assert all(pair["meta"]["p_chosen"] == 0.5 for pair in pairs)
+
+
+def test_several_people_vote_on_all_pairs_of_a_prompt_each_by_a_ranking_of_its_own():
+    drawn = ["Paris.", "It is Paris.", "I think that it is Paris.", "It is Rome."]
+    config = collect.Config(votes=3)
+    comparisons, _, _ = collect.label([FRANCE] * 200, [[(text, True) for text in drawn]] * 200, config)
+    seen = set()
+    for i in range(0, len(comparisons), 6):
+        crews = {tuple(vote["annotator"] for vote in c["votes"]) for c in comparisons[i : i + 6]}
+        assert len(crews) == 1 and len(set(*crews)) == 3  # three different people, the same for every pair
+        seen |= set(*crews)
+        for k in range(3):
+            wins = dict.fromkeys(drawn, 0)
+            for c in comparisons[i : i + 6]:
+                wins[c["responses"][c["votes"][k]["p"] == 0]] += 1
+            assert sorted(wins.values()) == [0, 1, 2, 3]
+    assert len(seen) == 5
+
+
+def test_the_share_of_votes_is_the_soft_label_and_no_ceiling_is_claimed_for_majorities():
+    drawn = ["It is Paris.", "I hope this helps! It is Paris."]
+    pairs, _, _ = labelled([FRANCE] * 3000, [drawn] * 3000, votes=3)
+    assert {pair.get("probability", 1) for pair in pairs} == {1, 0.6667}
+    assert not any("p_chosen" in pair["meta"] or "p_first" in pair["meta"] for pair in pairs)
+    share = np.mean([pair.get("probability", 1) if pair["chosen"] == drawn[0] else
+                     1 - pair.get("probability", 1) for pair in pairs])  # fmt: skip
+    first = [person.utility(FRANCE, drawn[0]) - person.utility(FRANCE, drawn[1]) for person in people(5)]
+    assert share == pytest.approx(np.mean([1 / (1 + math.exp(-u / NOISE)) for u in first]), abs=0.02)

@@ -874,6 +874,11 @@ def mistakes(world, base, sft, brief, pairs, rm, tmp_path):
     files["odd"] = '{"prompt": "Hi", "meta": 3}\n' * 3
     files["thumb"] = '{"prompt": "Hi", "completion": "Hello!", "label": true}\n'
     files["gsm8k"] = '{"question": "1 + 1?", "answer": "#### 2"}\n' * 3
+    files["bad.votes.jsonl"] = '{"prompt": "Hi", "responses": ["a"]}'
+    vote = {"annotator": "human", "p": 1, "swapped": True}
+    files["hand.votes.jsonl"] = json.dumps(
+        {"prompt": "Hi", "responses": ["a", "b"], "ended": [True, True], "votes": [vote]}
+    )
     files["maybe"] = '{"question": "1 + 1?", "6b": {"solution": "2", "is_correct": "yes"}}\n'
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -998,6 +1003,20 @@ MISTAKES = [  # script, flags, what the sentence names
     (train_grpo, GRPO + "--reward answer --watch= --prompts {bare} --eval-data {bare}", ["answer", "GSM8K"]),
     (collect, COLLECT + "--policy {base}", ["'base'", "'sft'"]),
     (collect, COLLECT + "--annotator nobody", ["nobody", "world"]),
+    (collect, COLLECT + "--annotator rm:", ["rm:PATH"]),
+    (collect, COLLECT + "--annotator rm:{none}", ["none", "checkpoint"]),
+    (collect, COLLECT + "--annotator rm:{sft} --count 4", ["'sft'", "'rm'"]),
+    (collect, COLLECT + "--annotator rm:{tmp}/nan.pt --count 4", ["nan.pt", "no scale"]),
+    (collect, COLLECT + "--annotator human --resume", ["p.votes.jsonl", "nothing to resume"]),
+    (collect, COLLECT + "--annotator human --out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume"]),
+    (collect, COLLECT + "--out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume", "--out"]),
+    (collect, COLLECT + "--annotator human --resume --out {tmp}/bad.jsonl", ["bad.votes.jsonl, line 1"]),
+    (collect, COLLECT + "--resume", ["--resume", "rm:PATH"]),
+    (collect, COLLECT + "--steps checker --annotator human", ["--steps", "--annotator"]),
+    (collect, COLLECT + "--votes 9", ["--votes 9", "--crowd of 5"]),
+    (collect, COLLECT + "--votes 0", ["--votes 0"]),
+    (collect, COLLECT + "--min-agreement 2", ["--min-agreement 2"]),
+    (collect, COLLECT + "--annotator human --temperature 0 --count 4", ["alike", "--temperature"]),
     (collect, COLLECT + "--samples 1", ["--samples"]),
     (collect, COLLECT + "--prompts {bare}", ["meta"]),
     (collect, COLLECT + "--prompts {odd}", ["meta"]),

@@ -1,0 +1,100 @@
+"""A person at the terminal compares two responses side by side; every key is saved at once."""
+
+import contextlib
+import random
+import shutil
+import sys
+import termios
+import textwrap
+import time
+import tty
+from collections.abc import Callable
+from itertools import zip_longest
+
+from nanoalign.cli import duration
+
+KEYS = {"1": "left", "2": "right", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
+LEFT = {"1": 1.0, "2": 0.0, "t": 0.5, "s": None}  # what a key says of the left response: P(it is better)
+
+
+def annotate(comparisons: list[dict], name: str, save: Callable[[], None], seed: int = 0) -> None:
+    """Ask for `name`'s vote on every comparison that lacks it, in order, and `save()` after every key.
+
+    A vote is {"annotator": name, "p": 1, 0, 1/2 or null (skipped) for the first of the responses, "swapped":
+    whether that one stood on the right}; the sides are drawn at random. "u" takes the last vote back, also
+    one of an earlier session; "q", Ctrl-C and the end of the input leave.
+    """
+    start, given = time.monotonic(), 0
+    with single_keys(), contextlib.suppress(KeyboardInterrupt):
+        while True:
+            voted = [any(vote["annotator"] == name for vote in c["votes"]) for c in comparisons]
+            done = sum(voted)
+            if done < len(voted):
+                at = voted.index(False)
+                left = (
+                    f"  {duration((time.monotonic() - start) / given * (len(voted) - done))} left"
+                    if given
+                    else ""
+                )
+                print(f"\n─── {done + 1:,} of {len(voted):,}  {done / len(voted):.0%}{left}")
+                swapped = random.Random(f"{seed}-{name}-{at}").random() < 0.5
+                print(question(comparisons[at], swapped))
+            else:
+                print(f"\nall {done:,} comparisons have your vote")
+            match key := ask("12tsuq" if done < len(voted) else "uq"):
+                case "q":
+                    return
+                case "u" if not done:
+                    print("there is no vote to take back")
+                case "u":
+                    last = comparisons[max(i for i, has in enumerate(voted) if has)]
+                    last["votes"] = [vote for vote in last["votes"] if vote["annotator"] != name]
+                case _:
+                    p = LEFT[key] if not swapped or LEFT[key] is None else 1 - LEFT[key]
+                    comparisons[at]["votes"].append({"annotator": name, "p": p, "swapped": swapped})
+                    given += 1
+            save()
+
+
+def question(comparison: dict, swapped: bool) -> str:
+    """The conversation, and below it the two responses side by side."""
+    asked = "\n".join(f"{m['role']}: {visible(m['content'])}" for m in comparison["prompt"])
+    column = max(20, (shutil.get_terminal_size().columns - 3) // 2)
+    sides = []
+    for text, ended in zip(comparison["responses"], comparison["ended"]):
+        text = visible(text) + ("" if ended else " […]")
+        sides.append([line for part in text.split("\n") for line in textwrap.wrap(part, column) or [""]])
+    rows = zip_longest(["1", *sides[swapped]], ["2", *sides[not swapped]], fillvalue="")
+    return asked + "\n\n" + "\n".join(f"{left:<{column}} │ {right}" for left, right in rows)
+
+
+def visible(text: str) -> str:
+    """The text without characters that could move the cursor or hide something."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text.expandtabs(4))
+
+
+def ask(keys: str) -> str:
+    """The next of these keys: a key of a terminal, a line (the key or its name) of anything else."""
+    print("  ".join(f"{key} {KEYS[key]}" for key in keys), end="  > ", flush=True)
+    while True:
+        typed = sys.stdin.read(1) if sys.stdin.isatty() else sys.stdin.readline()
+        word = typed.strip().lower() if typed not in ("", "\x04") else "q"
+        for key in keys:
+            if word in (key, KEYS[key]):
+                print(KEYS[key])
+                return key
+        print(f"{visible(word)!r} is none of these keys", end="  > ", flush=True)
+
+
+@contextlib.contextmanager
+def single_keys():
+    """While this lasts a terminal hands over each key at once, without Enter."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
