@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def test_the_report_names_agreement_and_kappas_of_overlapping_votes(capsys):
     assert f"ann and bob agree on 65.0% of 40, Cohen's κ {(observed - chance) / (1 - chance):.2f}" in out
     assert "40 comparisons with several votes: two votes agree on 65.0%" in out
     assert re.search(r"^cy +0 +0 +– +–$", out, re.M) and "cy agree" not in out
+
+
+def test_two_ties_agree_and_a_tie_and_a_winner_do_not(capsys):
+    report(compared(2, [("ann", 0.5), ("bob", 0.5)]) + compared(2, [("ann", 0.5), ("bob", 1.0)]))
+    out = capsys.readouterr().out
+    assert "4 comparisons with several votes: two votes agree on 50.0%" in out
+    assert re.search(r"^ann +4 +4 ", out, re.M) and re.search(r"^bob +4 +2 ", out, re.M)
 
 
 def test_the_report_finds_an_annotator_who_likes_what_is_long_and_one_who_likes_what_comes_first(capsys):
@@ -229,7 +237,8 @@ def test_every_key_is_saved_before_the_next_question(type_keys):
 def test_undo_takes_back_the_last_vote_also_of_an_earlier_session_and_only_ones_own(type_keys, capsys):
     rows = compared(3, [("human:ann", 1.0)])
     type_keys(rows, "t t")
-    type_keys(rows, "u s u u u t")  # back to the start, and no further
+    first = type_keys(rows, "u s u u u t")[0]  # back to the start, and no further
+    assert by(first, "human") == [0.5, "none", "none"]  # it is saved too
     assert by(rows, "human") == [0.5, "none", "none"] and by(rows, "human:ann") == [1.0] * 3
     assert "no vote to take back" in capsys.readouterr().out
 
@@ -319,6 +328,7 @@ def test_a_killed_session_at_a_terminal_loses_no_key_and_the_next_one_goes_on(tm
     try:
         for asked, key in ((1, b"1"), (2, b"t"), (3, b"s"), (4, b"")):
             while f"Question {asked - 1}?".encode() not in screen or not screen.rstrip().endswith(b">"):
+                assert select.select([terminal], [], [], 60)[0], screen  # it waits for more than a key
                 screen += os.read(terminal, 4096)
             os.write(terminal, key)
             screen = screen if key == b"" else b""
