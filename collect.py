@@ -262,7 +262,7 @@ def check_flags(config: Config) -> str:
     kind, _, which = config.annotator.partition(":")
     if config.steps not in ("", "checker", "rollouts"):
         raise UserError(f"--steps {config.steps} is unknown; choose checker or rollouts.")
-    if kind not in ("world", "rm", "human") or (kind == "world" and which) or (kind == "rm" and not which):
+    if config.annotator not in ("world", "human") and not (kind in ("human", *MODELS) and which):
         raise UserError(
             f"there is no annotator {config.annotator!r}; choose from: world, rm:PATH, human, human:NAME."
         )

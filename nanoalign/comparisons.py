@@ -97,7 +97,7 @@ def report(comparisons: list[dict]) -> None:
         features, cells = longer[voted, None] / 10, []
         if not np.isnan(order[voted, k]).any():
             features = np.stack((order[voted, k], longer[voted] / 10), axis=1)
-        if voted.any():
+        if voted.sum() >= 10:
             cells = [
                 f"{x:+.2f} ± {error:.2f}" if error < 5 and abs(x) < 8 else "–"
                 for x, error in zip(*sway(features, p[voted, k], prompts[voted]))

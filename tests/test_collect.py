@@ -95,7 +95,8 @@ def test_two_ties_agree_and_a_tie_and_a_winner_do_not(capsys):
     report(compared(2, [("ann", 0.5), ("bob", 0.5)]) + compared(2, [("ann", 0.5), ("bob", 1.0)]))
     out = capsys.readouterr().out
     assert "4 comparisons with several votes: two votes agree on 50.0%" in out
-    assert re.search(r"^ann +4 +4 ", out, re.M) and re.search(r"^bob +4 +2 ", out, re.M)
+    assert re.search(r"^ann +4 +4 +– +–$", out, re.M)  # too few votes to say what sways somebody
+    assert re.search(r"^bob +4 +2 +– +–$", out, re.M)
 
 
 def test_the_report_finds_an_annotator_who_likes_what_is_long_and_one_who_likes_what_comes_first(capsys):

@@ -1004,6 +1004,8 @@ MISTAKES = [  # script, flags, what the sentence names
     (collect, COLLECT + "--policy {base}", ["'base'", "'sft'"]),
     (collect, COLLECT + "--annotator nobody", ["nobody", "world"]),
     (collect, COLLECT + "--annotator rm:", ["rm:PATH"]),
+    (collect, COLLECT + "--annotator human:", ["human:NAME"]),
+    (collect, COLLECT + "--annotator world:3", ["world:3"]),
     (collect, COLLECT + "--annotator rm:{none}", ["none", "checkpoint"]),
     (collect, COLLECT + "--annotator rm:{sft} --count 4", ["'sft'", "'rm'"]),
     (collect, COLLECT + "--annotator rm:{tmp}/nan.pt --count 4", ["nan.pt", "no scale"]),
