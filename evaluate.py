@@ -356,7 +356,9 @@ def main(config: Config) -> None:
         print_table(names, table)
 
     rated = {}
-    if config.elo:
+    if config.elo and "utility" not in lines:
+        print('--elo: there is no check called "utility" to rate the checkpoints by.')
+    elif config.elo:
         ratings, (low, high) = elo(pairwise_wins(np.array(utilities)), seed=config.seed)
         print("\nElo rating, 95 % interval over prompts")
         for i in np.argsort(-ratings):
