@@ -214,7 +214,7 @@ $(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
 	@rm -f $@
 	$(PY) train_$(word 1,$(subst -, ,$*)).py --reward prm-$(word 2,$(subst -, ,$*)):$< --watch answer --init $(OUT)/solver.pt \
 	  --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl --beta 0.01 --lr 2e-4 --max-new-tokens 96 \
-	  --batch-size 256 --minibatch 128 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,30) --eval-every 10 \
+	  --batch-size 128 --minibatch 128 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,30) --eval-every 10 \
 	  --out $@ --resume $(FLAGS)
 
 # ------------------------------------------------------------------------------------------------ laboratory
