@@ -173,6 +173,7 @@ class Solver:
     prm: ScalarGPT
     tokenizer: Tokenizer
     config: Config
+    progress: cli.Progress
     tokens: int = 0
     calls: int = 0
 
@@ -193,6 +194,7 @@ class Solver:
                 ids = (*asked[i].tolist(), *step)
                 going_on = step[-1] in self.tokenizer.newlines and len(ids) < self.policy.config.context
                 children[i] = (starts[i], ids), not going_on
+        self.progress.advance(1)
         return children
 
     def score(self, nodes: list[tuple[int, tuple]]) -> list[float]:
@@ -297,7 +299,7 @@ def search(
 ) -> dict[int, tuple[float, float]]:
     """Search over steps, beside best-of-n at the same number of generated tokens, printed → {that n: (share
     right, standard error)}."""
-    solver = Solver(policy, prm, tokenizer, config)
+    solver = Solver(policy, prm, tokenizer, config, cli.Progress(f"{kind}, steps", config.depth))
     prompts = [tokenizer.prompt(row["prompt"]).tolist() for row in rows]
     found = tree_search(
         [(len(ids), tuple(ids)) for ids in prompts], solver.expand, solver.score, config.width,
