@@ -273,6 +273,21 @@ $(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
 	@rm -f $@
 	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt $(ON_HELD_OUT) --out $@
 
+# ------------------------------------------------------------------------------------------------ speed
+# Beside torch, transformers and trl; `python bench/X.py --help` has the long forms. HH=hh.jsonl: pair rows for
+# the training steps, which are left out without.
+
+HH = $(wildcard hh_harmless.jsonl)
+SHORT = out/bench/short.jsonl
+.PHONY: bench
+bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.jsonl adds the training steps)
+	@rm -f $(SHORT)
+	$(PY) bench/logprobs.py --short --device $(DEVICE) --out $(SHORT)
+	$(PY) bench/generate.py --short --device $(DEVICE) --out $(SHORT)
+	$(PY) bench/scaling.py --short --device $(DEVICE) --out $(SHORT)
+	$(if $(HH),$(PY) bench/train.py --short --data $(HH) --device $(DEVICE) --out $(SHORT),@echo "no HH=pairs.jsonl: training steps are left out")
+	@$(PY) bench/timing.py $(SHORT)
+
 # ------------------------------------------------------------------------------------------------ checks
 
 .PHONY: test lint parity clean

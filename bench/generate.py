@@ -1,13 +1,13 @@
 """Sampling against transformers' generate: tokens/s of the same random weights, from the same prompts.
 
-    python bench/generate.py --vs hf                        # 4 layers, D 256, V 1024; batches of 1, 64 and 512
+    python bench/generate.py --vs hf                        # 4 layers, D 256, V 1024; batches of 1, 64, 512
     python bench/generate.py --vs hf --batches 64 --new-tokens 256
     python bench/generate.py --short                        # two minutes
 
 First with fixed lengths: every prompt of --prompt-tokens, every response of --new-tokens, no end token. Then
-with real ones: ragged prompts of a quarter to all of --prompt-tokens (left-padded for transformers), responses
-that end at a mean of a third of --new-tokens; only tokens up to the end count. Greedy decoding must agree
-token for token first. nanoalign also returns the log-prob of each token; transformers does not.
+with real ones: ragged prompts of a quarter to all of --prompt-tokens (left-padded for transformers), and
+responses that end at a mean of a third of --new-tokens; only tokens up to the end count. Greedy decoding must
+agree token for token first. nanoalign also returns the log-prob of each token; transformers does not.
 
 The last column says how much of the measured copy bandwidth a step's weights and cached keys and values take.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import twins
-from bench.timing import alternate, copy_bandwidth, finish, seconds
+from bench.timing import alternate, copy_bandwidth, finish, timed
 from nanoalign import UserError, cli
 from nanoalign.generate import generate
 from nanoalign.model import GPT, preset
@@ -50,7 +50,7 @@ class Config:
     seed: int = 0  # of weights, prompts and samples
 
 
-# ------------------------------------- the implementations: prompts (B, P) right-padded, lengths (B,), end → tokens
+# -------------------------------------------------- the implementations: prompts, lengths, end → token count
 
 
 def nanoalign(model: GPT, n: int, greedy: bool = False):
@@ -146,38 +146,29 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     if config.dtype == "auto":
         config = replace(config, dtype="bf16" if device.type == "cuda" else "fp32")
-    context = config.prompt_tokens + config.new_tokens
-    shape = {
-        "layers": config.layers,
-        "width": config.width,
-        "heads": config.heads,
-        "vocab_size": config.vocab,
-    }
-    models = twins(preset("gpt2", context=context, **shape), end=1, mean_length=config.new_tokens // 3)
+    size = {"layers": config.layers, "width": config.width, "heads": config.heads, "vocab_size": config.vocab}
+    shape = preset("gpt2", context=config.prompt_tokens + config.new_tokens, **size)
+    models = twins(shape, end=1, mean_length=max(2, config.new_tokens // 3))
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     ours, theirs = (model.to(device, dtype).eval() for model in models)
     check_greedy(ours, theirs, config, device)
     bandwidth, results = copy_bandwidth(device), []
     for end in (None, 1):
         for B in map(int, config.batches):
-            given = batch(B, config, device, ragged=end is not None)
+            right, left = batch(B, config, device, ragged=end is not None)
             runs = {}
             for name, run in implementations(ours, theirs, config, device).items():
-                runs[name] = partial(run, *given["nanoalign" not in name], end)
+                runs[name] = partial(run, *(right if name.startswith("nanoalign") else left), end)
             for run in runs.values():
                 run()  # compiles
-            counts = {name: [] for name in runs}
-            timed = {
-                name: partial(seconds, lambda n=name: counts[n].append(runs[n]()), device) for name in runs
-            }
-            lengths = "fixed lengths" if end is None else "real end tokens"
-            times = alternate(timed, config.rounds, f"generate, {lengths}, batch {B}")
-            for name in runs:
-                rates = [n / s for n, s in zip(counts[name], times[name])]
-                row = {"case": f"generate, {lengths}, batch {B}", "name": name, "seconds": times[name]}
+            what = f"generate, {'fixed lengths' if end is None else 'real end tokens'}, batch {B}"
+            runs = {name: partial(timed, run, device) for name, run in runs.items()}
+            for name, calls in alternate(runs, config.rounds, what).items():
+                times, rates = [seconds for seconds, _ in calls], [n / seconds for seconds, n in calls]
+                row = {"case": what, "name": name, "seconds": times}
                 if end is None:
                     step = bytes_per_step(ours, B, config.prompt_tokens + config.new_tokens / 2)
-                    share = step * config.new_tokens / median(times[name]) / bandwidth
+                    share = step * config.new_tokens / median(times) / bandwidth
                     row["note"] = f"{share:.0%} of {bandwidth / 1e9:,.0f} GB/s"
                 results.append({**row, "rates": rates})
     finish(results, device, config.out)

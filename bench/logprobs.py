@@ -6,8 +6,8 @@
 
 Every row of the table below computes L = −1/N Σ log softmax(h Wᵀ)[target] and ∂L/∂h, ∂L/∂W from hidden states
 h (N, D) and a head W (V, D). Times alternate in one process; memory is of a second call in a process of its
-own, beyond h and W; errors are the largest, relative to the largest element, on 512 tokens, against float64 on
-the same (rounded) h and W. Compilation is not in any figure.
+own, beyond h and W; errors are the largest, relative to the largest element, on 512 tokens, against float64
+on the same (rounded) h and W. Compilation is not in any figure.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import alternate, extra_memory, finish, in_child, seconds
+from bench.timing import alternate, extra_memory, finish, in_child, timed
 from nanoalign import UserError, cli
 from nanoalign.logprobs import linear_logprobs
 from nanoalign.training import pick_device
@@ -44,7 +44,7 @@ class Config:
     seed: int = 0  # of h, W and the targets
 
 
-# --------------------------------------------------------- the implementations: h, W, targets → loss, ∂L/∂h, ∂L/∂W
+# ---------------------------------------------------- the implementations: h, W, targets → loss, ∂L/∂h, ∂L/∂W
 
 
 def by_autograd(loss_of):
@@ -117,6 +117,11 @@ def inputs(config: Config, dtype: torch.dtype, device: torch.device) -> tuple[Te
     return hidden, weight.to(dtype).requires_grad_(), targets
 
 
+def once(step, *given) -> None:
+    """The step, without keeping its gradients."""
+    step(*given)
+
+
 def errors(step, config: Config, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """The error of the loss and the largest of the gradients, relative, against float64."""
     hidden, weight, targets = inputs(replace(config, n=min(config.n, 512)), dtype, device)
@@ -128,7 +133,7 @@ def errors(step, config: Config, dtype: torch.dtype, device: torch.device) -> tu
 def child(config: dict, name: str, dtype: str) -> dict:
     """Peak memory and errors of one implementation, in a process that has run no other."""
     config = Config(**config)
-    device, step = pick_device(config.device), None
+    device = pick_device(config.device)
     step = implementations(device)[name]
     given = inputs(config, DTYPES[dtype], device)
     mb = extra_memory(partial(step, *given), device)
@@ -152,14 +157,15 @@ def main(config: Config) -> None:
         given = inputs(config, DTYPES[dtype], device)
         for step in table.values():
             step(*given)  # compiles
-        timed = {name: partial(seconds, partial(step, *given), device) for name, step in table.items()}
-        times = alternate(timed, config.rounds, f"log-probs, {dtype}")
+        runs = {name: partial(timed, partial(once, step, *given), device) for name, step in table.items()}
+        found = alternate(runs, config.rounds, f"log-probs, {dtype}")
         case = f"log-probs, {dtype}, N {config.n}, D {config.width}, V {config.vocab}"
         for name in table:
             spec = {"config": asdict(config), "name": name, "dtype": dtype}
             measured = in_child(__file__, spec)
-            rates = [config.n / s for s in times[name]]
-            results.append({"case": case, "name": name, "seconds": times[name], "rates": rates, **measured})
+            times = [seconds for seconds, _ in found[name]]
+            rates = [config.n / seconds for seconds in times]
+            results.append({"case": case, "name": name, "seconds": times, "rates": rates, **measured})
     finish(results, device, config.out)
 
 

@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "parity")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
@@ -26,7 +27,7 @@ from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, chat_examples, labelled_examples, pair_examples
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rows import read_rows
-from nanoalign.tokenizer import Tokenizer
+from nanoalign.tokenizer import Tokenizer, get_tokenizer
 from nanoalign.training import pick_device
 
 GRPO = {"kind": "dapo", "clip_high": 0.2, "kl": "k3", "beta": 0.04, "epochs": 1}  # trl's defaults, and a KL
@@ -34,12 +35,28 @@ OURS = {  # flags in which the scripts' defaults are not trl's
     "sft": {"adam_eps": 1e-8}, "dpo": {}, "kto": {}, "orpo": {"adam_eps": 1e-8}, "rm": {"centering": 0.0},
     "grpo": {**GRPO, "reward": "length", "watch": "", "eval_prompts": 1},
 }  # fmt: skip
+KINDS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "rm": "Reward", "grpo": "GRPO"}
 TRL = {  # the same in trl's names
-    "sft": ("SFT", {}), "dpo": ("DPO", {"beta": 0.1}), "kto": ("KTO", {"beta": 0.1}),
-    "orpo": ("ORPO", {"beta": 0.1}), "rm": ("Reward", {}),
-    "grpo": ("GRPO", {"beta": 0.04, "adam_epsilon": 1e-5, "use_bias_correction_kl": False, "shuffle_dataset": False}),
+    "sft": {}, "dpo": {"beta": 0.1}, "kto": {"beta": 0.1}, "orpo": {"beta": 0.1}, "rm": {},
+    "grpo": {"beta": 0.04, "adam_epsilon": 1e-5, "use_bias_correction_kl": False, "shuffle_dataset": False},
 }  # fmt: skip
-DEFAULTS, FAST = "trl, defaults", "trl, fast"
+PEERS = ("trl, defaults", "trl, fast", "trl, fast, bf16")  # the last is for a CPU: a GPU's are all in bf16
+
+
+def fast(stage: str, on_cpu: bool) -> dict:
+    """trl's settings that cost memory, or need more than a CPU, and save time, as far as they run here.
+
+    DPO's padding_free is "temporarily unavailable" in trl 1.16, KTO, ORPO and rewards have none; the chunked
+    loss is the default of all but ORPO. On a CPU torch_compile compiles anew for nearly every shape.
+    """
+    options = {"gradient_checkpointing": False}
+    if stage == "sft":  # needs truncated rows, which these are
+        options |= {"padding_free": True, "max_length": None}
+    if stage == "grpo":
+        options |= {"cache_implementation": "static"}
+    if not on_cpu:
+        options |= {"torch_compile": True, "use_liger_kernel": find_spec("liger_kernel") is not None}
+    return options
 
 
 def twins(config: GPTConfig, end: int, mean_length: int, seed: int = 0):
@@ -99,7 +116,7 @@ class Enough(Exception):
 # -------------------------------------------------------------------------------------------- nanoalign
 
 
-def nanoalign(stage: str, given: dict, folder: str) -> dict:
+def run_script(stage: str, given: dict, folder: str) -> dict:
     """Run main of train_<stage>.py → the clock's result, the batches it drew, the responses it sampled."""
     script, draw, log = importlib.import_module(f"train_{stage}"), BatchOrder.__getitem__, cli.Metrics.log
     clock, batches, answers = Clock(given), [], []
@@ -135,7 +152,8 @@ def nanoalign(stage: str, given: dict, folder: str) -> dict:
     known = {field.name for field in fields(script.Config)}
     with contextlib.suppress(Enough):
         script.main(script.Config(**{name: value for name, value in flags.items() if name in known}))
-    return {**clock.result, "batches": batches, "answers": answers}
+    sampled = [[(len(prompt), len(response)) for prompt, response in step] for step in answers]
+    return {**clock.result, "batches": batches, "answers": answers, "sampled": sampled}
 
 
 # -------------------------------------------------------------------------------------------------- trl
@@ -150,9 +168,7 @@ def words(tokenizer: Tokenizer):
     vocabulary = {names.get(i, f"w{i}"): i for i in range(tokenizer.vocab_size)}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary))
     split.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=split, eos_token="<end>", pad_token="<pad>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=split, eos_token="<end>", pad_token="<pad>")
 
 
 def columns(stage: str, folder: str, tokenizer: Tokenizer, batches: list, max_length: int) -> dict:
@@ -168,7 +184,9 @@ def columns(stage: str, folder: str, tokenizer: Tokenizer, batches: list, max_le
 
     if stage == "sft":
         rows = [chat_examples(read_rows(path, "chat"), tokenizer, max_length)[i] for i in order]
-        labels = [torch.where(torch.from_numpy(mask), torch.from_numpy(ids), -100).tolist() for ids, mask in rows]
+        labels = [
+            torch.where(torch.from_numpy(mask), torch.from_numpy(ids), -100).tolist() for ids, mask in rows
+        ]
         return {"input_ids": [ids.tolist() for ids, _ in rows], "labels": labels}
     if stage == "kto":  # trl joins x_i to y_{i−1}, nanoalign to y_{i+1}: the same pairs in reverse
         examples, rows = labelled_examples(read_rows(path, "labelled"), tokenizer, max_length)
@@ -187,18 +205,39 @@ def columns(stage: str, folder: str, tokenizer: Tokenizer, batches: list, max_le
     return table
 
 
-def trainer(stage: str, given: dict, folder: str, name: str, batches: list):
-    """trl's trainer of these batches, with its defaults or its fast settings."""
+def arguments(stage: str, given: dict, folder: str, name: str, on_cpu: bool) -> dict:
+    """What trl's config is given: the script's optimiser and schedule, and `name`'s settings."""
+    options = dict(TRL[stage])
+    if stage == "grpo":
+        options |= {"num_generations": given["group_size"], "max_completion_length": given["max_new_tokens"]}
+        options |= {"model_init_kwargs": {"dtype": "float32"}}
+    else:
+        options |= {"max_length": given["max_length"]}
+    return {
+        "output_dir": f"{folder}/trl", "use_cpu": on_cpu, "bf16": not on_cpu or "bf16" in name,
+        "per_device_train_batch_size": given["batch_size"] * (given["group_size"] if stage == "grpo" else 1),
+        "max_steps": given["steps"], "learning_rate": 1e-4, "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "adam_beta2": 0.95, "save_strategy": "no",
+        "train_sampling_strategy": "sequential", "logging_steps": given["log_every"], "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": not on_cpu, **options,
+        **(fast(stage, on_cpu) if "fast" in name else {}),
+    }  # fmt: skip
+
+
+def run_trl(stage: str, given: dict, folder: str, name: str, batches: list, answers: list) -> dict:
+    """Run trl's trainer on those batches → the clock's result; `answers`: what GRPO is made to sample."""
+    os.environ.update(CI="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import datasets
     import trl
-    import trl.experimental.orpo as experimental
-    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+    import trl.experimental.orpo
+    from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainerCallback
 
-    policy, tokenizer, _ = load_policy(f"{folder}/init.pt")
-    (kind, options), on_cpu, hf = TRL[stage], pick_device(given["device"]).type == "cpu", f"{folder}/hf"
-    options = options | ({"gradient_checkpointing": False} if name == FAST else {})
-    more, data = {}, datasets.Dataset.from_dict(columns(stage, folder, tokenizer, batches, given["max_length"]))
-    model = GPT2LMHeadModel.from_pretrained(hf) if stage not in ("rm", "grpo") else hf
+    home, kind = trl.experimental.orpo if stage == "orpo" else trl, KINDS[stage]
+    Config, Trainer = getattr(home, f"{kind}Config"), getattr(home, f"{kind}Trainer")
+    clock, on_cpu, hf = Clock(given), pick_device(given["device"]).type == "cpu", f"{folder}/hf"
+
+    tokenizer = get_tokenizer("gpt2")
+    model, more = hf if stage == "grpo" else GPT2LMHeadModel.from_pretrained(hf), {}
     if stage == "rm":
         torch.manual_seed(0)  # as train_rm.py draws its head
         head = ScalarGPT.from_policy(load_policy(f"{folder}/init.pt")[0]).score.weight
@@ -206,41 +245,26 @@ def trainer(stage: str, given: dict, folder: str, name: str, batches: list):
         model.score.weight.data.copy_(head.detach())
     if stage in ("dpo", "kto"):
         more["ref_model"] = GPT2LMHeadModel.from_pretrained(hf)
+    sampled, said = [], {}
+
+    def length(prompts, completion_ids, **_):  # nanoalign's reward `length`, with its --missing-eos-score
+        asked = [len(prompt.split()) for prompt in prompts]
+        sampled.append([(n, len(ids)) for n, ids in zip(asked, completion_ids)])
+        return [float(len(ids)) if ids[-1] == tokenizer.end else -1.0 for ids in completion_ids]
+
     if stage == "grpo":
-        more["reward_funcs"] = lambda completion_ids, **_: [
-            float(len(ids)) if ids[-1] == tokenizer.end else -1.0 for ids in completion_ids
-        ]
-        options |= {
-            "num_generations": given["group_size"], "max_completion_length": given["max_new_tokens"],
-            "model_init_kwargs": {"dtype": "float32"},
-        }  # fmt: skip
-    else:
-        options["max_length"] = given["max_length"]
-    home = experimental if stage == "orpo" else trl
-    arguments = getattr(home, f"{kind}Config")(**{
-        "output_dir": f"{folder}/trl", "use_cpu": on_cpu, "bf16": not on_cpu, "max_steps": given["steps"],
-        "per_device_train_batch_size": given["batch_size"] * (given["group_size"] if stage == "grpo" else 1),
-        "learning_rate": 1e-4, "lr_scheduler_type": "cosine_with_min_lr", "adam_beta2": 0.95,
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "train_sampling_strategy": "sequential",
-        "logging_steps": given["log_every"], "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "dataloader_pin_memory": not on_cpu, **options,
-    })  # fmt: skip
-    data = {"train_dataset": data, "processing_class": words(tokenizer)}
-    return getattr(home, f"{kind}Trainer")(model=model, args=arguments, **data, **more)
-
-
-def trl(stage: str, given: dict, folder: str, name: str, batches: list, answers: list) -> dict:
-    """Run trl's trainer on those batches → the clock's result; `answers`: what GRPO is made to sample."""
-    os.environ.update(CI="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    from transformers import TrainerCallback
-
-    peer = trainer(stage, given, folder, name, batches)
-    clock, said = Clock(given), {}
+        more["reward_funcs"] = length
+    data = datasets.Dataset.from_dict(columns(stage, folder, tokenizer, batches, given["max_length"]))
+    args = Config(**arguments(stage, given, folder, name, on_cpu))
+    peer = Trainer(model=model, args=args, train_dataset=data, processing_class=words(tokenizer), **more)
     for prompt, response in (answer for step in answers for answer in step):
         said.setdefault(tuple(prompt), []).append(response)
+
+    def repeat(prompts, *_):  # the sampler puts a prompt's responses next to each other
+        return [said[tuple(prompt)][i % given["group_size"]] for i, prompt in enumerate(prompts)], None
+
     if said:
-        G = given["group_size"]
-        peer._generate_single_turn = lambda prompts, *_: ([said[tuple(p)][i % G] for i, p in enumerate(prompts)], None)
+        peer._generate_single_turn = repeat
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -252,11 +276,11 @@ def trl(stage: str, given: dict, folder: str, name: str, batches: list, answers:
 
     peer.add_callback(Look())
     peer.train()
-    return clock.result
+    return {**clock.result, "sampled": sampled}
 
 
 if __name__ == "__main__":
     spec = json.load(sys.stdin)
     with contextlib.redirect_stdout(sys.stderr):
-        found = trl(**spec) if "name" in spec else nanoalign(**spec)
+        found = run_trl(**spec) if "name" in spec else run_script(**spec)
     print(json.dumps(found))

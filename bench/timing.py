@@ -2,8 +2,8 @@
 
     python bench/timing.py out/bench/short.jsonl        # everything that --out has gathered, as one table
 
-A result is a row {"case", "name", "seconds": [a round's], "rates": [tokens/s], "mb", "note"}. The first row of
-a case is its baseline; a ratio is taken within a round, so that a machine that slows down slows both.
+A result is a row {"case", "name", "seconds": [a round's], "rates": [tokens/s], "mb", "note"}. The first row
+of a case is its baseline; a ratio is taken within a round, so that a machine that slows down slows both.
 """
 
 import ctypes
@@ -22,18 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.scoreboard import table
-from nanoalign import UserError
 from nanoalign.cli import Progress, readable_rows
 
-COLUMNS = (
-    "case",
-    "implementation",
-    "ms (min – max)",
-    "tokens/s",
-    "× the first row (min – max)",
-    "extra MB",
-    "",
-)
+COLUMNS = ("case", "implementation", "ms (min – max)", "tokens/s", "× first row (min – max)", "extra MB", "")
 
 
 def machine(device: torch.device) -> str:
@@ -46,14 +37,14 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}, threads {torch.get_num_threads()}"
 
 
-def seconds(function, device: torch.device) -> float:
-    """How long one call takes, on a device that may lag behind."""
+def timed(function, device: torch.device) -> tuple[float, object]:
+    """One call → how long it takes, on a device that may lag behind, and what it returns."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
-    function()
+    result = function()
     wait()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
 def alternate(functions: dict, rounds: int, what: str) -> dict[str, list]:
@@ -86,14 +77,13 @@ def memory(device: torch.device, peak: bool = False) -> float:
         held = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
         return held(device) / 2**20
     status = Path("/proc/self/status")
-    found = (
-        re.search(f"{'VmHWM' if peak else 'VmRSS'}:\\s+(\\d+)", status.read_text()) if status.exists() else 0
-    )
-    return int(found[1]) / 2**10 if found else float("nan")
+    if not status.exists():
+        return float("nan")
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+)", status.read_text())[1]) / 2**10
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start a new peak. What the C allocator has kept of freed blocks goes back first, or it would hide reuse."""
+    """Start a new peak. What the C allocator keeps of freed blocks goes back first: reuse would hide need."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -103,7 +93,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def extra_memory(function, device: torch.device) -> float:
-    """The most that a call holds beyond what was there before it, in MB, its result included; warmed up once."""
+    """The most that a second call holds beyond what was there before it, in MB, its result included."""
     function()
     forget_peak(device)
     before = memory(device)
@@ -118,14 +108,14 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product: what this machine reaches at best."""
     n = 8192 if device.type == "cuda" else 1536
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+    return 2 * n**3 / min(timed(lambda: a @ a, device)[0] for _ in range(5))
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes/s, read and written, of copying a block too large for any cache."""
     x = torch.ones(2**30 if device.type == "cuda" else 2**28, device=device, dtype=torch.uint8)
     y = x.clone()
-    return 2 * x.numel() / min(seconds(lambda: y.copy_(x), device) for _ in range(5))
+    return 2 * x.numel() / min(timed(lambda: y.copy_(x), device)[0] for _ in range(5))
 
 
 # ------------------------------------------------------------------------------------------------ table
