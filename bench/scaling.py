@@ -26,7 +26,7 @@ from torch import Tensor
 import train_dpo
 import train_grpo
 from bench.timing import alternate, extra_memory, finish, timed
-from nanoalign import cli
+from nanoalign import UserError, cli
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, preset
@@ -34,7 +34,7 @@ from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import freeze, make_optimizer, optimizer_step, pick_device
 
 TOKENIZER = get_tokenizer("world")  # only its padding is used
-SIZES = {"batch": 8, "length": 64, "vocab": 4096, "group": 4}  # the middle values
+SIZES = {"batch": 8, "length": 64, "vocab": 4096, "group": 8}  # the middle values
 
 
 @dataclass
@@ -120,6 +120,8 @@ AXES += [("GRPO iteration", "group")]
 def main(config: Config) -> None:
     if config.short:
         config = replace(config, points=3, rounds=3)
+    if not 2 <= config.points <= 5:
+        raise UserError(f"--points must be 2 to 5, not {config.points}: a line needs two, a group two responses.")
     device, results = pick_device(config.device), []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     torch.set_float32_matmul_precision("high")

@@ -159,7 +159,7 @@ def test_losses_are_compared_where_trls_means_are_the_same():
 def test_results_of_several_runs_become_one_table(tmp_path, run, monkeypatch):
     out = tmp_path / "results.jsonl"
     monkeypatch.setattr(scaling, "AXES", [("DPO step", "batch"), ("GRPO iteration", "group")])
-    monkeypatch.setattr(scaling, "SIZES", {"batch": 2, "length": 4, "vocab": 1100, "group": 2})
+    monkeypatch.setattr(scaling, "SIZES", {"batch": 2, "length": 4, "vocab": 1100, "group": 4})
     config = scaling.Config(layers=1, width=16, points=2, rounds=2, out=str(out))
     scaling.main(config)
     scaling.main(config)
@@ -176,6 +176,7 @@ def test_results_of_several_runs_become_one_table(tmp_path, run, monkeypatch):
         (train, {}, "name pair rows with --data"),
         (train, {"data": "x.jsonl", "stages": ("ppo",)}, "--stages are of sft, dpo"),
         (train, {"data": "x.jsonl", "peers": ("verl",)}, "--peers are of trl, defaults"),
+        (scaling, {"points": 7}, "must be 2 to 5"),
         (generate, {"vs": "vllm"}, "the only peer here is hf"),
         (logprobs, {"dtypes": ("fp8",)}, "takes fp32 and bf16, not fp8"),
         (logprobs, {"n": 4, "vocab": 9, "only": ("magic",)}, "choose from full logits, eager"),
