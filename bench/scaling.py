@@ -121,7 +121,7 @@ def main(config: Config) -> None:
     if config.short:
         config = replace(config, points=3, rounds=3)
     if not 2 <= config.points <= 5:
-        raise UserError(f"--points must be 2 to 5, not {config.points}: a line needs two, a group two responses.")
+        raise UserError(f"--points must be 2 to 5, not {config.points}: beyond, a group has one response.")
     device, results = pick_device(config.device), []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     torch.set_float32_matmul_precision("high")
