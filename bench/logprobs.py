@@ -1,4 +1,4 @@
-"""From hidden states to the loss and its gradients, eight ways: time, peak memory, error against float64.
+"""From hidden states to the loss and its gradients, nine ways: time, peak memory, error against float64.
 
     python bench/logprobs.py                                # N = 8192, D = 256, V = 50257, fp32 and bf16
     python bench/logprobs.py --n 2048 --dtypes fp32 --rounds 9
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.timing import alternate, extra_memory, finish, in_child, timed
 from nanoalign import UserError, cli
-from nanoalign.logprobs import linear_logprobs
+from nanoalign.logprobs import linear_logprobs, linear_losses
 from nanoalign.training import pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -77,7 +77,8 @@ def implementations(device: torch.device) -> dict:
         "full logits, eager": by_autograd(full_logits),
         "full logits, compiled": by_autograd(torch.compile(full_logits)),
         "cross-entropy, compiled": by_autograd(torch.compile(cross_entropy)),
-        "nanoalign": by_autograd(lambda h, w, t: -linear_logprobs(h, w, t).mean()),
+        "nanoalign, any loss": by_autograd(lambda h, w, t: -linear_logprobs(h, w, t).mean()),
+        "nanoalign, separable": by_autograd(lambda h, w, t: linear_losses(h, w, t, torch.neg)[0] / len(h)),
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch ≥ 2.13
         table["torch's linear_cross_entropy"] = by_autograd(linear_cross_entropy)

@@ -2,7 +2,7 @@
 
     python bench/train.py --vs trl --data hh_harmless.jsonl                    # a 4-layer, 256-wide GPT-2
     python bench/train.py --vs trl --data hh_harmless.jsonl --model gpt2 --stages dpo grpo
-    python bench/train.py --data hh_harmless.jsonl --short                     # SFT and DPO in four minutes
+    python bench/train.py --data hh_harmless.jsonl --short                     # DPO only, four minutes
 
 The rows are Anthropic's HH pairs (unpack harmless-base/test.jsonl.gz of
 huggingface.co/datasets/Anthropic/hh-rlhf), at their real lengths; longer ones than --max-length are left out.
@@ -39,7 +39,7 @@ from nanoalign.training import pick_device
 
 PASSES = {"sft": 3, "dpo": 4, "kto": 6, "orpo": 3, "rm": 3, "grpo": 6}  # in forward passes' FLOPs
 ITEMS = {"sft": "conversations", "kto": "rows", "grpo": "responses"}  # what a batch is counted in; else pairs
-CHECK = {"warmup": 1, "steps": 3, "log_every": 1}
+CHECK = {"warmup": 1, "steps": 3, "log_every": 1, "batch_size": 3}  # few rows are alike
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Config:
     steps: int = 8  # optimiser steps that are timed
     warmup: int = 3  # steps before them: they compile
     rounds: int = 5  # runs of each
-    short: bool = False  # SFT and DPO, two rounds of three steps
+    short: bool = False  # DPO, two rounds of two steps, four pairs of at most 256 tokens
     device: str = "auto"  # auto, cpu, cuda, …
     out: str = ""  # a file to add the results to, instead of printing the table
 
@@ -134,7 +134,7 @@ def compare(stage: str, config: Config, shape: GPTConfig, folder: str, rows, pai
     device = pick_device(config.device)
     given = {**asdict(config), "log_every": config.warmup, "steps": config.warmup + config.steps}
     spec = {"stage": stage, "given": given, "folder": folder}
-    write_data(folder, alike(stage, rows, pairs), CHECK["steps"] * config.batch_size)
+    write_data(folder, alike(stage, rows, pairs), CHECK["steps"] * CHECK["batch_size"])
     check(stage, {**spec, "given": given | CHECK}, config.peers, exact=device.type == "cpu")
     kept = write_data(folder, rows, given["steps"] * config.batch_size)
     batches: list = []
@@ -178,7 +178,7 @@ def compare(stage: str, config: Config, shape: GPTConfig, folder: str, rows, pai
 
 def main(config: Config) -> None:
     if config.short:
-        config = replace(config, stages=("sft", "dpo"), rounds=2, steps=3, warmup=2)
+        config = replace(config, stages=("dpo",), max_length=256, batch_size=4, rounds=2, steps=2, warmup=2)
     if config.vs != "trl" or set(config.stages) - OURS.keys() or set(config.peers) - set(PEERS):
         raise UserError(f"--vs is trl; --stages are of {', '.join(OURS)}; --peers are of {', '.join(PEERS)}.")
     if not config.data:
