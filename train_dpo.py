@@ -188,7 +188,7 @@ def pair_logprobs(model, batch, tokenizer, device, share: bool = False) -> Tenso
     share: through which each prompt goes once, followed by both of its responses.
     """
     if share:
-        ids, mask, segments = collate_shared(batch, tokenizer.pad)
+        ids, mask, segments, _ = collate_shared(batch, tokenizer.pad)
         logp = token_logprobs(model, ids.to(device, non_blocking=True), mask, segments=segments.to(device))
         return torch.stack([masked_sum(logp, mask & (segments == side)) for side in (1, 2)])
     ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)

@@ -40,6 +40,7 @@ from nanoalign.data import (
     BatchOrder,
     Example,
     collate,
+    collate_shared,
     micro_batches,
     pair_examples,
     split_rows,
@@ -148,10 +149,12 @@ def by_prompt(pairs: list[tuple[Example, Example]], rows: list[dict]) -> list[Pr
 def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tuple[Tensor, Tensor, Tensor]:
     """→ scores of the chosen and of the rejected response of every pair, and the pair's weight, (P,) each.
 
-    The weights of a prompt's pairs sum to 1.
+    The weights of a prompt's pairs sum to 1. A prompt goes through the model once, followed by all of its
+    responses; a score is read at a response's last token.
     """
-    ids, mask = collate([example for prompt in batch for example in prompt.responses], tokenizer.pad)
-    scores = response_scores(model, ids.to(device, non_blocking=True), mask.to(device, non_blocking=True))
+    shared = collate_shared([prompt.responses for prompt in batch], tokenizer.pad)
+    ids, _, segments, ends = (x.to(device, non_blocking=True) for x in shared)
+    scores = model.score(model.gpt.hidden(ids, segments=segments)).flatten()[ends]
     first = np.cumsum([0, *(len(prompt.responses) for prompt in batch)])
     indices = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
     weights = [np.full(len(p.rows), 1 / len(p.rows), dtype=np.float32) for p in batch]

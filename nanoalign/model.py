@@ -268,7 +268,7 @@ class GPT(nn.Module):
         if segments is not None:
             seen = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])  # (B, T, T)
             visible = (seen & (positions <= positions.mT))[:, None]
-            positions = visible.sum(-1).squeeze(1) - 1
+            positions = (visible.sum(-1).squeeze(1) - 1).clamp(max=self.config.context - 1)  # of padding
         x, rope = self.embed(ids), None
         if self.config.positions == "learned":
             x = x + self.position(positions)

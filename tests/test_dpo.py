@@ -354,8 +354,12 @@ def test_a_pairs_logprobs_do_not_depend_on_its_batch_or_padding(model):
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_a_prompt_shared_by_both_responses_changes_neither_logprobs_nor_gradients(positions):
     torch.manual_seed(0)
-    shape = GPTConfig(TOKENIZER.vocab_size, 64, layers=2, width=16, heads=4, kv_heads=2, positions=positions)
-    model, batch = GPT(shape).double(), examples(*PAIRS)
+    batch = examples(*PAIRS, ("Hi", "word " * 20, "Hello."))
+    context = max(len(ids) for pair in batch for ids, _ in pair)  # shared rows, and their padding, are longer
+    shape = GPTConfig(
+        TOKENIZER.vocab_size, context, layers=2, width=16, heads=4, kv_heads=2, positions=positions
+    )
+    model = GPT(shape).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     results = []
