@@ -127,8 +127,9 @@ def stream(
     u = torch.rand(
         len(of), max_new_tokens, generator=generator, device=device
     )  # a row's own, whatever is dropped
-    slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
     on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
+    slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
+    slots += -slots % 64 * on_gpu  # few lengths: few graphs
 
     cache = KVCache(model.config, N, P, device, model.embed.weight.dtype)
     positions = torch.arange(P, device=device).expand(N, P)
@@ -156,7 +157,7 @@ def stream(
                 cache = cache.take(kept, slots)
                 rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
         # a row at the limit is no longer alive; what it writes is not looked at
-        at, length = position.clamp(max=slots) - 1, slots if on_gpu else min(P + t + 1, slots)
+        at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
         token, logp = decoder(device.type)(model, token, cache, at, length, u[rows, t + 1], sampling)
 
 
