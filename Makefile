@@ -194,12 +194,13 @@ $(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl 
 prm: .venv/installed $(OUT)/best_of_n.txt $(OUT)/best_of_n.rollouts.txt  ## score every step: process reward models, best of n, search
 	@cat $(filter %.txt,$^)
 
-BEST = $(PY) best_of_n.py --policy $(OUT)/solver.pt --problems $(WORLD)/problems_held_out.jsonl \
+PROBLEMS = 100#  how many of the held-out ones
+BEST = $(PY) best_of_n.py --policy $(OUT)/solver.pt --problems $(WORLD)/problems_held_out.jsonl --count $(PROBLEMS) \
   $(FLAGS) $(if $(filter tiny,$(SIZE)),--samples 4 --depth 4)
 $(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
 	$(BEST) --prm $< --orm $(OUT)/orm.pt --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
 $(OUT)/best_of_8.txt: $(OUT)/prm.pt best_of_n.py
-	$(BEST) --prm $< --samples 8 --count 100 --show 2 --out $(@:.txt=.csv) > $@
+	$(BEST) --prm $< --samples 8 --show 2 --out $(@:.txt=.csv) > $@
 $(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt best_of_n.py
 	$(BEST) --prm $< --out $(@:.txt=.csv) > $@
 
