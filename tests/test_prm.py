@@ -197,7 +197,7 @@ def test_quality_control_rows_of_prm800k_are_left_out_and_counted(tmp_path, caps
         ],
     )
     assert len(read_rows(path, "steps")) == 1
-    assert "2 rows are for quality control" in capsys.readouterr().out
+    assert "2 rows (ties, unrated or for quality control) were left out" in capsys.readouterr().out
 
 
 def test_a_bad_rating_of_prm800k_is_named():
