@@ -189,7 +189,8 @@ def pair_logprobs(model, batch, tokenizer, device, share: bool = False) -> Tenso
     """
     if share:
         ids, mask, segments, _ = collate_shared(batch, tokenizer.pad)
-        logp = token_logprobs(model, ids.to(device, non_blocking=True), mask, segments=segments.to(device))
+        ids, owners = (x.to(device, non_blocking=True) for x in (ids, segments))
+        logp = token_logprobs(model, ids, mask, segments=owners)
         return torch.stack([masked_sum(logp, mask & (segments == side)) for side in (1, 2)])
     ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)
     logp = token_logprobs(model, ids.to(device, non_blocking=True), mask)  # (2B, T)

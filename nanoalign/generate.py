@@ -124,9 +124,8 @@ def stream(
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
     of = torch.arange(N, device=device) if of is None else of
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    u = torch.rand(
-        len(of), max_new_tokens, generator=generator, device=device
-    )  # a row's own, whatever is dropped
+    # a row's own numbers, whatever becomes of the others
+    u = torch.rand(len(of), max_new_tokens, generator=generator, device=device)
     on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
     slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
     slots += -slots % 64 * on_gpu  # few lengths: few graphs
@@ -148,7 +147,7 @@ def stream(
             alive = alive & ~torch.isin(token, stops)
         if t + 1 == max_new_tokens:
             return
-        if not on_gpu or t % CHECK_EVERY == 0:
+        if device.type == "cpu" or t % CHECK_EVERY == 0:
             living = int(alive.sum())
             if not living:
                 return
@@ -220,27 +219,14 @@ def rollouts(
     progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        distinct = {np.asarray(prompts[i]).tobytes(): i for i in rows}  # each is read once
-        number = {prompt: n for n, prompt in enumerate(distinct)}
-        of = torch.tensor([number[np.asarray(prompts[i]).tobytes()] for i in rows], device=device)
-        ids = pad_sequence([torch.tensor(prompts[i]) for i in distinct.values()], True, tokenizer.pad).to(
-            device
-        )
-        lengths = torch.tensor([len(prompts[i]) for i in distinct.values()], device=device)
-        yield (
-            rows,
-            generate(
-                model,
-                ids,
-                lengths,
-                max_new_tokens,
-                tokenizer.end,
-                tokenizer.pad,
-                of,
-                seed=seed + start,
-                **sampling,
-            ),
-        )
+        keys = [np.asarray(prompts[i]).tobytes() for i in rows]
+        number = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # each distinct prompt is read once
+        of = torch.tensor([number[key] for key in keys], device=device)
+        asked = [torch.tensor(prompts[i]) for i in dict(zip(keys, rows)).values()]
+        ids = pad_sequence(asked, True, tokenizer.pad).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in asked], device=device)
+        end, pad = tokenizer.end, tokenizer.pad
+        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, of, seed=seed + start, **sampling)
         if progress:
             progress.advance(len(rows))
 

@@ -120,9 +120,10 @@ class KVCache:
 
     def take(self, rows: Tensor, length: int) -> "KVCache":
         """A cache of these rows, in this order and however often, with room for `length` positions."""
-        taken = copy.copy(self)
-        room = max(0, length - self.k.shape[3])
-        taken.k, taken.v = (F.pad(x[:, rows], (0, 0, 0, room)) for x in (self.k, self.v))
+        taken, room = copy.copy(self), length - self.k.shape[3]
+        taken.k, taken.v = self.k[:, rows], self.v[:, rows]
+        if room > 0:
+            taken.k, taken.v = (F.pad(x, (0, 0, 0, room)) for x in (taken.k, taken.v))
         taken.rows = torch.arange(len(rows), device=rows.device)[:, None]
         return taken
 
