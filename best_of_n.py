@@ -271,13 +271,7 @@ def print_steps(row: dict, text: str, p: list[float], right: bool) -> None:
 
 
 def plot(table: dict, path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'nanoalign[plot]'.") from None
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    plt = cli.pyplot(path)
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name, curve in table.items():
         means, errors = np.array(list(curve.values())).T
@@ -341,6 +335,8 @@ def check_flags(config: Config) -> None:
 @torch.no_grad()
 def main(config: Config) -> None:
     check_flags(config)
+    if config.plot:
+        cli.pyplot(config.plot)
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     models = {"prm": config.prm} | ({"orm": config.orm} if config.orm else {})

@@ -244,25 +244,9 @@ def starred(cell, change):
     return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell else cell
 
 
-def pyplot(path: str):
-    """matplotlib's, or a sentence: asked before anything is sampled."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'nanoalign[plot]'.") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix[1:] not in kinds:
-        raise UserError(f"--plot {path}: expected a name that ends in .png, or in one of {', '.join(kinds)}.")
-    return pyplot
-
-
 def plot(names: list[str], cards: list[dict], path: str) -> None:
     """A panel per metric, a bar per checkpoint, with its standard error."""
-    plt = pyplot(path)
+    plt = cli.pyplot(path)
     lines = list(dict.fromkeys(line for card in cards for line in card if not math.isnan(card[line][0])))
     wide, bars = 4, range(len(names))
     high = -(-len(lines) // wide)
@@ -299,7 +283,7 @@ def main(config: Config) -> None:
     checks = load_checks(config.checks) if config.checks else None
     check_rows(rows, checks, config.prompts)
     if config.plot:
-        pyplot(config.plot)
+        cli.pyplot(config.plot)
     stages, tokenizers = {}, set()
     for path in config.checkpoints:
         content = load(path)

@@ -26,6 +26,7 @@ import train_dpo
 import train_grpo
 import train_ppo
 import train_rm
+from nanoalign import cli
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import response_scores
@@ -238,11 +239,7 @@ def main(plot: str) -> None:
 
 
 def draw(world: World, policies: dict, curves: dict, best: Tensor, path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = cli.pyplot(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2))
     names = ["".join("ab."[t] for t in y) for y in world.said]
     order = best[: world.each].argsort(descending=True)
