@@ -44,7 +44,7 @@ from nanoalign.data import BatchOrder, collate, micro_batches, split_rows
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import ScalarGPT
 from nanoalign.rows import read_rows
-from nanoalign.steps import step_example
+from nanoalign.steps import UNLABELLED, step_example
 from nanoalign.training import (
     CleanStop,
     already_finished,
@@ -55,8 +55,6 @@ from nanoalign.training import (
     prepare,
     setup,
 )
-
-UNLABELLED = -100
 
 
 @dataclass

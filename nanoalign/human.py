@@ -4,10 +4,8 @@ import contextlib
 import random
 import shutil
 import sys
-import termios
 import textwrap
 import time
-import tty
 from collections.abc import Callable
 from itertools import zip_longest
 
@@ -92,6 +90,9 @@ def single_keys():
     if not sys.stdin.isatty():
         yield
         return
+    import termios  # not on Windows, where collect.py must run all the same
+    import tty
+
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)
