@@ -24,32 +24,34 @@ import os
 from collections.abc import Callable
 
 import torch
-import torch._dynamo.exc
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoalign.training import compile_or_eager
+
 BUDGET = {"cpu": 2**27, "cuda": 2**31}  # bytes of logits held at once, or a 64th of the free memory
-COMPILE_FROM_VOCAB = 8192  # a smaller vocabulary's chunk is too cheap to be worth compiling
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, for 16-bit a and b in fp32 throughout: bf16 logits would put the PPO ratio off."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+LARGE = 8192  # from this vocabulary size on, what is done to each logit is compiled
+GROUP = 16  # logits summed at a time in compiled CPU code, so that they are read once, in order
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the autocast in force, if any."""
+    """Both rounded to the dtype of the autocast in force; where 16-bit products stay 16-bit, then in fp32."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        return hidden.to(dtype), weight.to(dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not hidden.is_cuda and hidden.itemsize == 2:
+        hidden, weight = hidden.float(), weight.float()
     return hidden, weight
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, for 16-bit a and b in fp32: bf16 logits would put the PPO ratio off by several percent."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.itemsize == 2 else a @ b
+
+
 @functools.cache
-def _chunk_size(vocab: int, element: int, device: torch.device) -> int:
+def _chunk_size(vocab: int, itemsize: int, device: torch.device) -> int:
     """Tokens whose logits fit the budget, a power of two, so that it is the same from run to run."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -57,7 +59,7 @@ def _chunk_size(vocab: int, element: int, device: torch.device) -> int:
         names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
         free = os.sysconf(names[0]) * os.sysconf(names[1]) if names[0] in os.sysconf_names else 2**33
     budget = min(BUDGET.get(device.type, 2**27), free // 64)
-    return 1 << max(1, budget // (vocab * element)).bit_length() - 1
+    return 1 << max(1, budget // (vocab * itemsize)).bit_length() - 1
 
 
 @functools.cache
@@ -74,7 +76,8 @@ def _chunks(N: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    z = _matmul(hidden, weight.t())
+    """(n, V); on a CPU column by column, which its matrix products fill half as fast again."""
+    z = _matmul(hidden, weight.t()) if hidden.is_cuda else _matmul(weight, hidden.t()).t()
     if bias is not None:
         z += bias
     return z if temperature == 1 else z.div_(temperature)
@@ -82,10 +85,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 
 def _statistics(z: Tensor, targets: Tensor, with_entropy: bool):
     """Logits (n, V) → logp, lse, entropy (n,); the entropy is 0 unless asked for."""
-    lse = z.logsumexp(-1)
+    in_order = torch.compiler.is_compiling() and not z.is_cuda
+    groups = z.unflatten(-1, (-1, GROUP if in_order else z.shape[-1]))
+    lse = groups.logsumexp(-1).logsumexp(-1)
     logp = z.gather(-1, targets[:, None]).squeeze(-1) - lse
-    entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1) if with_entropy else torch.zeros_like(lse)
-    return logp, lse, entropy
+    if not with_entropy:
+        return logp, lse, torch.zeros_like(lse)
+    return logp, lse, lse - ((groups - lse[:, None, None]).exp() * groups).sum(-1).sum(-1)
 
 
 def _into_logits(z, targets, lse, entropy, g, g_lse, g_entropy, temperature: float, with_entropy: bool):
@@ -103,31 +109,11 @@ def _into_logits(z, targets, lse, entropy, g, g_lse, g_entropy, temperature: flo
         z.div_(temperature)
 
 
-_compiler_works = True
-
-
-def compile_or_eager(function, dynamic: bool = True, mode: str | None = None):
-    """torch.compile(function), or the function itself once there turns out to be no working compiler."""
-    compiled = torch.compile(function, dynamic=dynamic, mode=mode)
-
-    def call(*args):
-        global _compiler_works
-        if _compiler_works:
-            try:
-                return compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                _compiler_works = False
-                print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
-        return function(*args)
-
-    return call
-
-
 @functools.cache
 def _body(function, vocab_size: int):
-    """The chunk body to call: compiled where the vocabulary is large enough for that to pay. The loop over
-    chunks is never compiled: its graph would hold them all."""
-    if vocab_size < COMPILE_FROM_VOCAB:
+    """What is done to a chunk of logits, compiled where the vocabulary is large enough for that to pay. The
+    loop over chunks is never compiled: its graph would hold them all."""
+    if vocab_size < LARGE:
         return function
     compiled = compile_or_eager(function)
     # copies, because a graph that is given views is bound to the size of what they are views of
@@ -151,7 +137,9 @@ class _Gradients:
         grad = grad.to(hidden.dtype)
         if self.hidden is not None:
             self.hidden[rows] = grad @ weight
-        if self.weight is not None:
+        if self.weight is not None and hidden.itemsize > 2:
+            self.weight.addmm_(grad.t(), hidden[rows])
+        elif self.weight is not None:
             self.weight += _matmul(grad.t(), hidden[rows])
 
 
@@ -219,15 +207,13 @@ class _LinearLosses(torch.autograd.Function):
 
 
 def _prepare(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, chunk: int | None):
-    """The operands in autocast's dtype, on a GPU with the vocabulary padded to what its matrix units take."""
+    """The operands in autocast's dtype, a large vocabulary padded to what vector and matrix units take."""
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     hidden, weight = _autocast(hidden, weight)
-    V = weight.shape[0]
-    if hidden.is_cuda and V % 64:
+    if weight.shape[0] >= LARGE and weight.shape[0] % 64:
         weight, bias = pad_vocabulary(weight, bias, 64)
-    element = max(4, hidden.element_size())
-    return hidden, weight, bias, chunk or _chunk_size(V, element, hidden.device)
+    return hidden, weight, bias, chunk or _chunk_size(len(weight), max(4, hidden.itemsize), hidden.device)
 
 
 def pad_vocabulary(weight: Tensor, bias: Tensor | None, multiple: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch._inductor.exc
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoalign import logprobs
+from nanoalign import logprobs, training
 from nanoalign.logprobs import (
     linear_logprobs,
     linear_losses,
@@ -282,14 +282,15 @@ def test_the_forward_pass_keeps_nothing_of_size_vocabulary_per_token():
 def test_logits_that_fit_one_chunk_are_computed_once(monkeypatch):
     hidden, weight, _, targets = inputs(torch.float32)
     products = []
-    monkeypatch.setattr(logprobs, "_matmul", lambda a, b: products.append(1) or a @ b)
+    logits = logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", lambda *args: products.append(1) or logits(*args))
 
     def count(chunk):
         products.clear()
         linear_logprobs(hidden, weight, targets, chunk=chunk).sum().backward()
-        return len(products)  # logits, logits again, and the weight's gradient
+        return len(products)
 
-    assert count(N) == 2 and count(12) == 2 * 3
+    assert count(N) == 1 and count(12) == 2 * 2
 
 
 def test_by_default_a_chunk_of_logits_fits_the_budget(monkeypatch):
@@ -325,7 +326,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
 @pytest.fixture
 def fresh_compiler(monkeypatch):
     """As in a new process: nothing compiled yet, and no failure seen."""
-    monkeypatch.setattr(logprobs, "_compiler_works", True)
+    monkeypatch.setattr(training, "_compiler_works", True)
     logprobs._body.cache_clear()
     yield
     logprobs._body.cache_clear()
@@ -333,7 +334,7 @@ def fresh_compiler(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
-    v = logprobs.COMPILE_FROM_VOCAB
+    v = logprobs.LARGE
     *leaves, targets = inputs(torch.float32, n=8, d=4, v=v)
     compiled, real_compile = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compiled.append(f) or real_compile(f, **kw))
@@ -343,13 +344,13 @@ def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
         return *outputs, *gradients(outputs, leaves)
 
     fast = run()
-    assert compiled == [logprobs._statistics, logprobs._into_logits] and logprobs._compiler_works
+    assert compiled == [logprobs._statistics, logprobs._into_logits] and training._compiler_works
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for n in (5, 7, 8, 2):  # another number of tokens is no reason to compile again
         linear_logprobs(leaves[0][:n], leaves[1], targets[:n], leaves[2], 0.7, True, 3)[0].sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     logprobs._body.cache_clear()
-    monkeypatch.setattr(logprobs, "COMPILE_FROM_VOCAB", v + 1)
+    monkeypatch.setattr(logprobs, "LARGE", v + 1)
     for ours, eager in zip(fast, run()):
         assert_close(ours, eager, torch.float32)
     assert len(compiled) == 2  # the second run was eager
@@ -369,7 +370,7 @@ def test_without_a_working_compiler_it_runs_eager_and_says_so_once(
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(logprobs, "COMPILE_FROM_VOCAB", V)
+    monkeypatch.setattr(logprobs, "LARGE", V)
     *leaves, targets = inputs()
     outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy=True, chunk=5)
     expected = oracle(*leaves, targets, 0.7)
