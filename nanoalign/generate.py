@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanoalign import UserError
 from nanoalign.cli import Progress
 from nanoalign.logprobs import next_token_logits, token_logprobs
-from nanoalign.model import GPT, KVCache
+from nanoalign.model import GPT, GPTConfig, KVCache
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import compile_or_eager
 
@@ -83,10 +83,31 @@ def decode(
 
 @functools.cache
 def decoder(device_type: str) -> Callable:
-    """`decode`, on a GPU as one CUDA graph for each number of rows."""
+    """`decode`, on a GPU as one CUDA graph for each number of rows and of slots."""
     if device_type != "cuda":
         return decode
-    return compile_or_eager(decode, mode="reduce-overhead", dynamic=False)
+    compiled = compile_or_eager(decode, mode="reduce-overhead", dynamic=False)
+
+    def step(*args):
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(x.clone() for x in compiled(*args))  # the next run of the graph overwrites its results
+
+    return step
+
+
+_spare: dict[tuple, KVCache] = {}  # a GPU's cache of the last batch: a graph is bound to where it lies
+
+
+def take_cache(config: GPTConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    """A cache for one batch; on a GPU that of the last batch again, if it has this shape."""
+    if spare := _spare.pop((config, rows, slots, device, dtype), None):
+        return spare
+    _spare.clear()
+    cache = KVCache(config, rows, slots, device, dtype)
+    if device.type == "cuda":  # the graph writes into it in place
+        torch._dynamo.mark_static_address(cache.k)
+        torch._dynamo.mark_static_address(cache.v)
+    return cache
 
 
 def bucket(rows: int, device_type: str) -> int:
@@ -123,42 +144,49 @@ def stream(
     (N, P), context, device = prompts.shape, model.config.context, prompts.device
     if context <= P:
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
-    of = torch.arange(N, device=device) if of is None else of
+    B = N if of is None else len(of)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     # a row's own numbers, whatever becomes of the others
-    u = torch.rand(len(of), max_new_tokens, generator=generator, device=device)
+    u = torch.rand(B, max_new_tokens, generator=generator, device=device)
     on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
     slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
     slots += -slots % 64 * on_gpu  # few lengths: few graphs
 
-    cache = KVCache(model.config, N, P, device, model.embed.weight.dtype)
-    positions = torch.arange(P, device=device).expand(N, P)
-    hidden = model.hidden(prompts, cache, positions)[cache.rows[:, 0], lengths - 1]  # (N, D)
-    rows = torch.arange(len(of), device=device)
-    cache, position = cache.take(of, slots), lengths[of]
-    token, logp = sample(next_token_logits(model, hidden)[of], u[:, 0], *sampling)
+    key = (model.config, max(N, B), slots, device, model.embed.weight.dtype)
+    cache = take_cache(*key)
+    rows, position = torch.arange(B, device=device), lengths
+    hidden = model.hidden(prompts, cache, torch.arange(P, device=device).expand(N, P))
+    logits = next_token_logits(model, hidden[torch.arange(N, device=device), lengths - 1])
+    if of is not None:
+        cache.rearrange(of, P)
+        logits, position = logits[of], lengths[of]
+    token, logp = sample(logits, u[:, 0], *sampling)
     alive = torch.ones_like(rows, dtype=torch.bool)
-    for t in range(max_new_tokens):
-        yield rows, token, logp, alive
-        position = position + 1
-        alive = alive & (position < context)
-        if end_id is not None:
-            alive = alive & (token != end_id)
-        if len(stops):
-            alive = alive & ~torch.isin(token, stops)
-        if t + 1 == max_new_tokens:
-            return
-        if device.type == "cpu" or t % CHECK_EVERY == 0:
-            living = int(alive.sum())
-            if not living:
+    try:
+        for t in range(max_new_tokens):
+            yield rows, token, logp, alive
+            position = position + 1
+            alive = alive & (position < context)
+            if end_id is not None:
+                alive = alive & (token != end_id)
+            if len(stops):
+                alive = alive & ~torch.isin(token, stops)
+            if t + 1 == max_new_tokens:
                 return
-            if (keep := bucket(living, device.type)) <= KEEP * len(rows):
-                kept = (~alive).int().argsort(stable=True)[:keep]
-                cache = cache.take(kept, slots)
-                rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
-        # a row at the limit is no longer alive; what it writes is not looked at
-        at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
-        token, logp = decoder(device.type)(model, token, cache, at, length, u[rows, t + 1], sampling)
+            if device.type == "cpu" or t % CHECK_EVERY == 0:
+                living = int(alive.sum())
+                if not living:
+                    return
+                if (keep := bucket(living, device.type)) <= KEEP * len(rows):
+                    kept = (~alive).int().argsort(stable=True)[:keep]
+                    cache.rearrange(kept, min(P + t, slots))
+                    rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
+            # a row at the limit is no longer alive; what it writes is not looked at
+            at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
+            token, logp = decoder(device.type)(model, token, cache, at, length, u[rows, t + 1], sampling)
+    finally:
+        if on_gpu:
+            _spare[key] = cache
 
 
 @torch.no_grad()
@@ -178,12 +206,12 @@ def generate(
     prompt; sampling: temperature, top_k, top_p, seed, stops. Rows stop at their end token, after
     `max_new_tokens`, or at the model's context; their masks stop at what they generated.
     """
-    (N, P), device = prompts.shape, prompts.device
-    of = torch.arange(N, device=device) if of is None else of
-    lengths_of, B, T = lengths[of], len(of), min(P + max_new_tokens, model.config.context)
+    P, device = prompts.shape[1], prompts.device
+    prompts_of, lengths_of = (x if of is None else x[of] for x in (prompts, lengths))
+    B, T = len(lengths_of), min(P + max_new_tokens, model.config.context)
     columns = torch.arange(T, device=device)
     ids = torch.full((B, T + 1), pad_id, device=device)  # the last column takes what is not to be kept
-    ids[:, :P] = prompts[of].masked_fill(columns[:P] >= lengths_of[:, None], pad_id)
+    ids[:, :P] = prompts_of.masked_fill(columns[:P] >= lengths_of[:, None], pad_id)
     logps = torch.zeros(B, T + 1, device=device)
     written, ended = torch.zeros_like(lengths_of), torch.zeros_like(lengths_of, dtype=torch.bool)
     for t, (rows, token, logp, alive) in enumerate(
@@ -222,7 +250,7 @@ def rollouts(
         rows = order[start : start + batch_size]
         keys = [np.asarray(prompts[i]).tobytes() for i in rows]
         number = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # each distinct prompt is read once
-        of = torch.tensor([number[key] for key in keys], device=device)
+        of = None if len(number) == len(keys) else torch.tensor([number[key] for key in keys], device=device)
         asked = [torch.tensor(prompts[i]) for i in dict(zip(keys, rows)).values()]
         ids = pad_sequence(asked, True, tokenizer.pad).to(device)
         lengths = torch.tensor([len(prompt) for prompt in asked], device=device)

@@ -7,7 +7,6 @@
 Rows are right-padded and attention is causal, so padding can never reach a real token: no mask is needed.
 """
 
-import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -109,7 +108,7 @@ class KVCache:
     """Keys and values of every layer, allocated once: (L, B, kv_heads, S, head_dim) each.
 
     Every row writes at its own positions, so ragged prompts stay right-padded: what padding wrote beyond a
-    row's length is overwritten before any query can see it.
+    row's length is overwritten before any query can see it. A batch of fewer rows uses the first ones.
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype=torch.float32):
@@ -118,14 +117,10 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch, device=device)[:, None]
 
-    def take(self, rows: Tensor, length: int) -> "KVCache":
-        """A cache of these rows, in this order and however often, with room for `length` positions."""
-        taken, room = copy.copy(self), length - self.k.shape[3]
-        taken.k, taken.v = self.k[:, rows], self.v[:, rows]
-        if room > 0:
-            taken.k, taken.v = (F.pad(x, (0, 0, 0, room)) for x in (taken.k, taken.v))
-        taken.rows = torch.arange(len(rows), device=rows.device)[:, None]
-        return taken
+    def rearrange(self, rows: Tensor, length: int) -> None:
+        """Row i becomes what rows[i] was, in its first `length` positions; in place, for CUDA graphs."""
+        for x in (*self.k, *self.v):
+            x[: len(rows), :, :length] = x[rows, :, :length]
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -174,11 +169,11 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if layer_cache is not None:
             keys, values, rows, positions = layer_cache
-            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+            keys[rows[:B], :, positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows[:B], :, positions] = v.transpose(1, 2).to(values.dtype)
             if visible is not None:  # decoding: attend to everything written so far
                 length = visible.shape[-1]
-                k, v = keys[:, :, :length], values[:, :, :length]
+                k, v = keys[:B, :, :length], values[:B, :, :length]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.kv_heads < self.heads
         )
