@@ -80,11 +80,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def compile_hidden(model: nn.Module) -> None:
-    """torch.compile the plain forward in place (state-dict keys stay as they are); decoding stays eager."""
+    """torch.compile the forward in place (state-dict keys stay as they are); decoding stays eager."""
     eager, compiled = model.hidden, compile_or_eager(model.hidden)
-    model.hidden = lambda ids, cache=None, *args, **kwargs: (
-        compiled(ids) if cache is None else eager(ids, cache, *args, **kwargs)
-    )
+    model.hidden = lambda ids, cache=None, positions=None, length=0, segments=None: (
+        compiled if cache is None else eager
+    )(ids, cache, positions, length, segments)
 
 
 def prepare(config, *models: GPT | None) -> None:

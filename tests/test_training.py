@@ -1,5 +1,6 @@
 """One optimisation step: decay, clipping, schedule, and gradient accumulation that changes nothing."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from nanoalign.checkpoint import load
 from nanoalign.model import GPT, preset
 from nanoalign.training import (
     already_finished,
+    compile_hidden,
     fingerprint,
     freeze,
     learning_rate,
@@ -69,6 +71,17 @@ def test_a_schedule_shorter_than_its_warmup_or_without_one_is_sane():
     assert learning_rate(0, 1, 1.0, warmup=0) == 1.0
     assert [learning_rate(s, 2, 1.0, warmup=4) for s in range(2)] == [0.25, 0.5]
     assert learning_rate(500, 100, 1.0, warmup=10, floor=0.0) == pytest.approx(0.0)  # past the end
+
+
+def test_a_compiled_forward_still_separates_the_responses_that_share_a_row(monkeypatch, double):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.manual_seed(0)
+    model, ids = GPT(TINY), torch.randint(64, (2, 9))
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 2, 2, 3, 3]])
+    due = model.hidden(ids), model.hidden(ids, segments=segments)
+    compile_hidden(model)
+    torch.testing.assert_close((model.hidden(ids), model.hidden(ids, segments=segments)), due)
+    assert not torch.allclose(*due)
 
 
 def test_a_frozen_model_has_no_gradients():
