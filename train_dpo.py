@@ -39,7 +39,6 @@ from nanoalign.checkpoint import CHAT, finish, load_policy, resume, save_partial
 from nanoalign.data import (
     BatchOrder,
     collate,
-    collate_shared,
     micro_batches,
     one_per_prompt,
     pair_examples,
@@ -185,16 +184,12 @@ def soft_labels(rows: list[dict], device) -> Tensor:
 def pair_logprobs(model, batch, tokenizer, device, share: bool = False) -> Tensor:
     """Pairs → summed response log-probs of the chosen and of the rejected (2, B), in one forward pass.
 
-    share: through which each prompt goes once, followed by both of its responses.
+    share: in which each prompt is read once, not with either response.
     """
-    if share:
-        ids, mask, segments, _ = collate_shared(batch, tokenizer.pad)
-        ids, owners = (x.to(device, non_blocking=True) for x in (ids, segments))
-        logp = token_logprobs(model, ids, mask, segments=owners)
-        return torch.stack([masked_sum(logp, mask & (segments == side)) for side in (1, 2)])
-    ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)
-    logp = token_logprobs(model, ids.to(device, non_blocking=True), mask)  # (2B, T)
-    return masked_sum(logp, mask).view(2, -1)
+    ids, mask = collate([side for pair in batch for side in pair], tokenizer.pad)  # (2B, T)
+    ids = ids.to(device, non_blocking=True)
+    hidden = model.packed_hidden(ids, mask, [2] * len(batch)) if share else None
+    return masked_sum(token_logprobs(model, ids, mask, hidden=hidden), mask).view(-1, 2).T
 
 
 def response_tokens(batch, device) -> Tensor:

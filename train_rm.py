@@ -40,12 +40,12 @@ from nanoalign.data import (
     BatchOrder,
     Example,
     collate,
-    collate_shared,
     micro_batches,
     pair_examples,
     split_rows,
     without_ties,
 )
+from nanoalign.logprobs import last_scored
 from nanoalign.model import ScalarGPT
 from nanoalign.rewards import model_reward, response_scores, score_texts
 from nanoalign.rows import read_rows, write_rows
@@ -152,10 +152,11 @@ def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tup
     The weights of a prompt's pairs sum to 1. A prompt goes through the model once, followed by all of its
     responses; a score is read at a response's last token.
     """
-    shared = collate_shared([prompt.responses for prompt in batch], tokenizer.pad)
-    ids, _, segments, ends = (x.to(device, non_blocking=True) for x in shared)
-    scores = model.score(model.gpt.hidden(ids, segments=segments)).flatten()[ends]
-    first = np.cumsum([0, *(len(prompt.responses) for prompt in batch)])
+    sizes = [len(prompt.responses) for prompt in batch]
+    ids, mask = collate([response for prompt in batch for response in prompt.responses], tokenizer.pad)
+    hidden = model.gpt.packed_hidden(ids.to(device, non_blocking=True), mask, sizes)
+    scores = model.score(hidden).gather(1, last_scored(mask)[:, None].to(device)).squeeze(1)
+    first = np.cumsum([0, *sizes])
     indices = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
     weights = [np.full(len(p.rows), 1 / len(p.rows), dtype=np.float32) for p in batch]
     chosen, rejected = torch.from_numpy(np.concatenate(indices, axis=1)).to(device, non_blocking=True)

@@ -4,7 +4,6 @@ An example is (ids, mask): int64 token ids (T,) and a bool mask (T,), true where
 """
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -210,26 +209,6 @@ class BatchOrder:
 def micro_batches(indices: np.ndarray, size: int) -> list[np.ndarray]:
     """One optimiser step's rows in pieces of at most `size` (0: all at once), for gradient accumulation."""
     return np.split(indices, range(size, len(indices), size)) if size else [indices]
-
-
-def collate_shared(groups: list[Sequence[Example]], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Groups of examples with one prompt each → rows of that prompt and all its responses: ids, mask and
-    segments (B, T) as for `GPT.hidden`, right-padded, and the flat index of each response's last token, one
-    group after another; on the CPU. Padding belongs to a row's last response."""
-    rows, ends = [], []
-    for group in groups:
-        start = int(group[0][1].argmax())  # where the responses begin
-        sizes = [start, *(len(ids) - start for ids, _ in group)]
-        parts = zip(*((ids[start:], mask[start:]) for ids, mask in group))
-        ids, mask = (np.concatenate((x[:start], *own)) for x, own in zip(group[0], parts))
-        rows.append((ids, mask, np.repeat(np.arange(len(sizes)), sizes)))
-        ends.append(np.cumsum(sizes)[1:] - 1)
-    columns = zip(zip(*rows), (pad_id, False, max(map(len, groups))))
-    ids, mask, segments = (
-        pad_sequence([torch.from_numpy(x) for x in column], True, fill) for column, fill in columns
-    )
-    ends = np.concatenate([end + row * ids.shape[1] for row, end in enumerate(ends)])
-    return ids, mask, segments, torch.from_numpy(ends)
 
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -284,34 +284,27 @@ def token_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     hidden: Tensor | None = None,
-    segments: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """logp[b, t] = log π(ids[b, t] | ids[b, :t]), aligned with ids; logp[:, 0] = 0. The only shift there is.
 
     ids (B, T); mask (B, T) bool: only these positions go through the head, the others are 0. The mask may
     stay on the CPU, which spares a GPU the synchronisation of counting the scored positions.
     With `entropy=True` → (logp, entropy), entropy[b, t] of the distribution that token t was drawn from.
-    hidden (B, T, D): model.hidden(ids), if it is known already. segments (B, T): as in `GPT.hidden`; the
-    first token of each response is then predicted by the last one of the prompt.
+    hidden (B, T, D): model.hidden(ids), if it is known already.
     """
-    index, *operands = _scored(model, ids, mask, hidden, segments)
+    index, *operands = _scored(model, ids, mask, hidden)
     picked = linear_logprobs(*operands, None, temperature, entropy)
     spread = tuple(_spread(x, index, ids) for x in (picked if entropy else (picked,)))
     return spread if entropy else spread[0]
 
 
-def _scored(model: nn.Module, ids: Tensor, mask: Tensor | None, hidden: Tensor | None, segments=None):
+def _scored(model: nn.Module, ids: Tensor, mask: Tensor | None, hidden: Tensor | None):
     """→ flat indices b T + t of the scored tokens, t ≥ 1; what predicts each; the head; the tokens."""
-    hidden = model.hidden(ids, segments=segments) if hidden is None else hidden
+    hidden = model.hidden(ids) if hidden is None else hidden
     scored = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.clone()
     scored[:, 0] = False  # nothing predicts the first token
     index = scored.flatten().nonzero().squeeze(-1).to(ids.device, non_blocking=True)
-    previous = index - 1
-    if segments is not None:
-        ends = torch.arange(len(ids), device=ids.device) * ids.shape[1] + (segments == 0).sum(1) - 1
-        flat = segments.flatten()
-        previous = torch.where(flat[index] == flat[previous], previous, ends[index // ids.shape[1]])
-    return index, hidden.flatten(0, 1)[previous], model.head.weight, ids.flatten()[index]
+    return index, hidden.flatten(0, 1)[index - 1], model.head.weight, ids.flatten()[index]
 
 
 def _spread(x: Tensor, index: Tensor, ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import UserError
@@ -281,6 +282,31 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, layer_cache, visible)
         return self.norm(x)
+
+    def packed_hidden(self, ids: Tensor, own: Tensor, sizes: list[int]) -> Tensor:
+        """`hidden(ids)` (B, T, D), computed in fewer rows: `sizes[0]` rows of ids become one, and so on.
+
+        own (B, T) bool, on the CPU: in each row one run of tokens. Those before it are a prompt, the same for
+        all the rows that become one, which it then opens, once; their own tokens follow. With no prompt it
+        is whole rows that are packed. Beyond a row's own tokens what comes back means nothing.
+        """
+        (B, T), packs = ids.shape, torch.tensor(sizes)
+        row, position = torch.arange(B)[:, None], torch.arange(T)
+        pack = torch.arange(len(packs)).repeat_interleave(packs)[:, None]  # (B, 1)
+        first = (packs.cumsum(0) - packs)[pack]  # (B, 1) the first row of each row's pack
+        prompt = position < own.int().argmax(1, keepdim=True)  # (B, T)
+        kept = own | (prompt & (row == first))
+        counts = [int(part.sum()) for part in kept.split(sizes)]
+
+        def packed(values: Tensor, fill: int) -> Tensor:  # (B, T) → (packs, the longest of them)
+            rows = pad_sequence(values[kept].split(counts), batch_first=True, padding_value=fill)
+            return rows.to(ids.device, non_blocking=True)
+
+        source, segments = packed(T * row + position, 0), packed(torch.where(prompt, 0, row + 1), B + 1)
+        rank = kept.flatten().cumsum(0).view(B, T)
+        place = pack * max(counts) + torch.where(prompt, position, rank - rank[first, 0])
+        hidden = self.hidden(ids.flatten()[source], segments=segments)
+        return hidden.flatten(0, 1)[place.to(ids.device, non_blocking=True)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py`, which never builds this."""

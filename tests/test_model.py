@@ -244,6 +244,33 @@ def test_an_unknown_preset_is_a_user_error_that_lists_the_known_ones():
 
 
 @family
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_packed_into_one_have_the_hidden_states_and_gradients_they_have_alone(config, shared):
+    torch.manual_seed(0)
+    sizes, prompts, ends = [2, 1, 3], [3, 5, 1], [5, 12, 7, 2, 9, 4]  # the second fills the context
+    ids = random_ids(6, 12)
+    position, row = torch.arange(12), 0
+    own = position < torch.tensor(ends)[:, None]
+    for size, prompt in zip(sizes, prompts):
+        if shared:
+            ids[row : row + size, :prompt] = ids[row, :prompt].clone()
+            own[row : row + size, :prompt] = False
+        row += size
+    model, read = lively(config), []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
+    valid = (position < torch.tensor(ends)[:, None])[..., None]
+    weights = torch.randn(6, 12, config.width, dtype=torch.float64) * valid
+    results = []
+    for hidden in (model.hidden(ids), model.packed_hidden(ids, own, sizes)):
+        trained = [p for name, p in model.named_parameters() if not name.startswith("head")]
+        results.append((hidden * valid, *torch.autograd.grad((weights * hidden).sum(), trained)))
+    for plain, packed in zip(*results):
+        torch.testing.assert_close(packed, plain)
+    saved = [3, 0, 2 * 1] if shared else [0, 0, 0]  # the prompts not read again
+    assert read == [(6, 12), (3, max(5 + 12 - saved[0], 7, 2 + 9 + 4 - saved[2]))]
+
+
+@family
 def test_recomputed_activations_give_the_same_gradients(config):
     torch.manual_seed(0)
     model, ids = GPT(config).double(), torch.randint(config.vocab_size, (3, 9))
