@@ -74,6 +74,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    share_prompts: bool = True  # a pair's prompt goes through the model once, not with either response
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -105,14 +106,16 @@ def orpo_loss(nll: Tensor, chosen_mean: Tensor, rejected_mean: Tensor, lam: floa
 
 def pair_logprobs(policy, batch, tokenizer, config: Config, device) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs → NLL of the chosen side, mean response log-probs of both, (B,) each, in one forward pass."""
-    ids, mask = collate([chosen for chosen, _ in batch] + [rejected for _, rejected in batch], tokenizer.pad)
-    imitated = mask.clone()  # (2B, T)
+    ids, mask = collate([side for pair in batch for side in pair], tokenizer.pad)  # (2B, T)
+    imitated = mask.clone()
     if config.nll == "all":
         for row, (chosen, _) in enumerate(batch):
-            imitated[row, 1 : len(chosen[0])] = True
-    logp = token_logprobs(policy, ids.to(device, non_blocking=True), imitated)  # (2B, T)
-    chosen_mean, rejected_mean = masked_mean(logp, mask).chunk(2)
-    return -masked_mean(logp, imitated).chunk(2)[0], chosen_mean, rejected_mean
+            imitated[2 * row, 1 : len(chosen[0])] = True
+    ids = ids.to(device, non_blocking=True)
+    hidden = policy.packed_hidden(ids, mask, [2] * len(batch)) if config.share_prompts else None
+    logp = token_logprobs(policy, ids, imitated, hidden=hidden)  # (2B, T)
+    chosen_mean, rejected_mean = masked_mean(logp, mask).view(-1, 2).T
+    return -masked_mean(logp, imitated)[::2], chosen_mean, rejected_mean
 
 
 def parts(nll: Tensor, chosen: Tensor, rejected: Tensor, lam: float) -> Tensor:

@@ -153,6 +153,26 @@ def test_the_nll_is_over_prompt_and_response_or_the_response_only_and_odds_are_o
         assert abs(np.mean(opening) - np.mean(response)) > 0.1  # so the two can be told apart
 
 
+@pytest.mark.parametrize("nll", ["all", "response"])
+def test_a_prompt_read_once_for_both_sides_changes_neither_values_nor_gradients(model, nll):
+    read, results = [], []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2].numel()))
+    for share in (False, True):
+        values = pair_logprobs(
+            model, examples(*PAIRS), TOKENIZER, Config(nll=nll, share_prompts=share), "cpu"
+        )
+        loss = (torch.tensor([1.0, 2.0, 4.0]) * orpo_loss(*values, lam=0.5)).sum()
+        results.append((*values, *torch.autograd.grad(loss, list(model.parameters()))))
+    for plain, shared in zip(*results):
+        torch.testing.assert_close(shared, plain)
+    rows = [(len(c), len(r) - int((~mask).sum())) for (c, mask), (r, _) in examples(*PAIRS)]
+    assert read == [
+        6 * max(len(ids) for pair in examples(*PAIRS) for ids, _ in pair),
+        3 * max(map(sum, rows)),
+    ]
+    assert read[1] < read[0] and Config().share_prompts
+
+
 def test_by_default_the_prompt_is_imitated_too_as_in_the_paper():
     assert Config().nll == "all"
 
