@@ -101,6 +101,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    share_prompts: bool = True  # a group's prompt goes through the model once, not with every response
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -168,6 +169,13 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- a run
+
+
+def group_logprobs(model, ids: Tensor, mask: Tensor, group: np.ndarray, config, entropy: bool = False):
+    """`token_logprobs` of responses; group (B,), ascending: the number of each one's prompt."""
+    _, sizes = np.unique(group, return_counts=True)
+    hidden = model.packed_hidden(ids, mask, sizes.tolist()) if config.share_prompts else None
+    return token_logprobs(model, ids, mask, config.temperature, entropy, hidden)
 
 
 def update_stats(logp, old_logp, advantages, mask, ratio, kl_loss, loss, share, config) -> Tensor:
@@ -273,8 +281,9 @@ def main(config: Config) -> None:
         # Score: the reward of each whole response, the log-probs of policy and reference; compare in groups.
         with torch.no_grad(), autocast:
             score = unless_unfinished(rewards["score"](batch, rollout), rollout, config.missing_eos_score)
-            old_logp, entropy = token_logprobs(policy, ids, scored, config.temperature, entropy=True)
-            ref_logp = token_logprobs(ref, ids, scored, config.temperature)
+            group = np.arange(len(ids)) // G
+            old_logp, entropy = group_logprobs(policy, ids, scored, group, config, entropy=True)
+            ref_logp = group_logprobs(ref, ids, scored, group, config)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
         penalty = config.beta * kl if config.kl == "reward" else torch.zeros_like(kl)
         if score.dim() == 1:
@@ -290,9 +299,10 @@ def main(config: Config) -> None:
         ends = (last_scored(scored) + 1).numpy()  # (B,) tokens of prompt and response
         update, updates = torch.zeros(len(UPDATE), device=device), 0
         for epoch in range(config.epochs):
-            shuffle = np.random.default_rng((config.seed, step, epoch)).permutation(len(indices))
-            for minibatch in micro_batches(shuffle, config.minibatch):
-                minibatch = minibatch[np.argsort(ends[minibatch])]  # micro-batches of rows alike in length
+            groups = np.arange(len(indices)).reshape(-1, G)
+            shuffle = np.random.default_rng((config.seed, step, epoch)).permutation(groups)
+            for minibatch in micro_batches(shuffle.flatten(), config.minibatch):
+                minibatch = np.sort(minibatch)  # as rolled out: by prompt, and these by length
                 weights = token_weights(scored[minibatch], config.kind, config.max_new_tokens)
                 weights, at, first = weights.to(device, non_blocking=True), 0, []
                 for micro in micro_batches(minibatch, config.micro_batch):
@@ -300,7 +310,7 @@ def main(config: Config) -> None:
                     x, m, old, reference = (t[picked, :T] for t in (ids, mask, old_logp, ref_logp))
                     a, weight = advantages[picked, :T], weights[at : at + len(micro), :T]
                     with autocast:
-                        logp = token_logprobs(policy, x, scored[micro, :T], config.temperature)
+                        logp = group_logprobs(policy, x, scored[micro, :T], group[micro], config)
                     loss, ratio = policy_loss(logp, old, a, m, config.kind, config.clip_low, config.clip_high)
                     loss, kl_loss = masked_sum(loss * weight, m).sum(), torch.zeros((), device=device)
                     if config.kl != "reward":

@@ -25,6 +25,7 @@ from train_grpo import (
     check_flags,
     check_start,
     group_advantages,
+    group_logprobs,
     kl_estimate,
     policy_loss,
     token_weights,
@@ -393,6 +394,27 @@ def test_a_group_stays_together_when_rollouts_are_sorted_by_length():
     assert sorted(seen) == list(range(7))
 
 
+@pytest.mark.parametrize("picked", [range(28), (0, 1, 2, 5, 11, 12, 14), (3,)])
+def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor_gradients(double, picked):
+    """Of whole groups, and of what a micro-batch cuts out of them."""
+    asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS for _ in range(4)]
+    model, rows = talker(), torch.tensor(picked)
+    [(_, rollout)] = rollouts(model, TOKENIZER, asked, 20, seed=0, temperature=0.7, batch_size=28)
+    ids, mask, group = rollout.ids[rows], rollout.mask[rows], np.array(picked) // 4
+    read, results = [], []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
+    for share in (False, True):
+        config = Config(share_prompts=share, temperature=0.7)
+        found = group_logprobs(model, ids, mask, group, config, entropy=True)
+        weighed = sum((torch.arange(1.0, 1 + x.numel()).view(x.shape) * x).sum() for x in found)
+        results.append((*found, *torch.autograd.grad(weighed, list(model.parameters()))))
+    for plain, shared in zip(*results):
+        torch.testing.assert_close(shared, plain)
+    torch.testing.assert_close(results[1][0], rollout.logp[rows].double(), rtol=1e-5, atol=1e-5)  # of fp32
+    whole = [mask[group == g].sum() + int(mask[group == g][0].int().argmax()) for g in sorted({*group})]
+    assert read == [ids.shape, (len(whole), max(whole))]
+
+
 class LongestFirst(BatchOrder):
     """Prompts in another order than that in which rollouts come back."""
 
@@ -444,6 +466,17 @@ def test_micro_batches_change_nothing(double, trained, kind):
         for name in ("loss", "grad_norm", "approxkl", "clip_fraction", "ratio", "kl_loss", "entropy"):
             assert pieces[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-9), name
         assert all(torch.allclose(weights[name], same[name], atol=1e-6) for name in weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_each_prompt_once_changes_nothing(double, trained, kind):
+    flags = {"kind": kind, "other_reference": True, "micro_batch": 5, "epochs": 2}
+    ([plain], weights), ([shared], same) = (
+        trained(by_content, share_prompts=s, **flags) for s in (False, True)
+    )
+    for name in ("loss", "grad_norm", "approxkl", "clip_fraction", "ratio", "kl", "entropy", "ratio_error"):
+        assert shared[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-9), name
+    assert all(torch.allclose(weights[name], same[name], atol=1e-6) for name in weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
