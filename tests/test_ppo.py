@@ -273,6 +273,15 @@ def test_a_value_is_read_before_its_token_is_emitted(double, shared):
     assert not torch.isclose(values[0][0, 4], changed[0, 4])
 
 
+@pytest.mark.parametrize("shared, passes", [(True, 1), (False, 2)])
+def test_one_pass_gives_logprobs_entropies_and_of_a_shared_trunk_values(monkeypatch, shared, passes):
+    policy, critic, read, hidden = GPT(TINY), ScalarHead(8) if shared else ScalarGPT(TINY), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda self, *a, **k: read.append(self) or hidden(self, *a, **k))
+    ids, mask = torch.tensor([[1, 0, 1, 0, 2]]), torch.tensor([[False, False, True, True, True]])
+    (logp, entropy), values = forward(policy, critic, ids, mask, 1.0, entropy=True)
+    assert len(read) == passes and logp.shape == entropy.shape == values.shape == ids.shape
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_every_log_prob_is_taken_at_the_sampling_temperature(double, temperature):
     torch.manual_seed(0)
