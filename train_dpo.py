@@ -86,6 +86,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 2e-4  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
@@ -362,7 +363,8 @@ def main(config: Config) -> None:
             indices = order[step]
         pairs = len(indices)  # of the whole optimiser step
         sums = torch.zeros(len(LOGGED), device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = [2 * max(len(ids) for ids, _ in examples[i]) for i in indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             batch = [examples[i] for i in micro]
             where = torch.from_numpy(micro).to(device, non_blocking=True)
             p = 1.0 if reward else soft[where]  # (B,)

@@ -70,6 +70,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # rows per optimiser step, at least 2
     micro_batch: int = 0  # rows per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 2e-4  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
@@ -133,7 +134,8 @@ def reference_point(
     pairs = mismatched([ids[~mask] for ids, mask in batch], [ids[mask] for ids, mask in batch])
     joined = [join(prompt, response, max_length) for prompt, response in pairs]
     log_ratios = []
-    for micro in micro_batches(np.arange(len(joined)), config.micro_batch):
+    rows, lengths = np.arange(len(joined)), [len(ids) for ids, _ in joined]
+    for micro in micro_batches(rows, config.micro_batch, lengths, config.micro_tokens):
         part = [joined[i] for i in micro]
         with autocast:
             logp, ref_logp = (sequence_logprobs(model, part, tokenizer, device) for model in (policy, ref))
@@ -203,7 +205,8 @@ def main(config: Config) -> None:
             policy, ref, [examples[i] for i in indices], tokenizer, config, max_length, device, autocast
         )
         loss_sum, by_label = torch.zeros((), device=device), torch.zeros(3, 2, device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = order.lengths[indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             batch = [examples[i] for i in micro]
             desirable = labels[torch.from_numpy(micro)].to(device, non_blocking=True)
             with autocast:

@@ -63,6 +63,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # pairs per optimiser step
     micro_batch: int = 0  # pairs per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
@@ -166,7 +167,8 @@ def main(config: Config) -> None:
         indices = order[step]
         pairs = len(indices)  # of the whole optimiser step
         sums = torch.zeros(len(LOGGED), device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = 2 * order.lengths[indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             batch = [examples[i] for i in micro]
             with autocast:
                 nll, chosen, rejected = pair_logprobs(policy, batch, tokenizer, config, device)

@@ -69,6 +69,7 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 32  # solutions per optimiser step
     micro_batch: int = 0  # solutions per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lm_weight: float = 0.3  # of the language-modelling loss on steps that are right; 0: none
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
@@ -255,7 +256,8 @@ def main(config: Config) -> None:
         labelled = sum(int((examples[i][1] != UNLABELLED).sum()) for i in indices)  # of the optimiser step
         written = max(1, sum(int(examples[i][2].sum()) for i in indices))
         loss = torch.zeros((), device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = order.lengths[indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             ids, labels, imitated = batch_of([examples[i] for i in micro], tokenizer, device)
             share = sum(int((examples[i][1] != UNLABELLED).sum()) for i in micro) / labelled
             with autocast:

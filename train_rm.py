@@ -87,6 +87,7 @@ class Config:
     epochs: float = 1.0  # passes over the data
     batch_size: int = 16  # prompts per optimiser step, each with all of its pairs
     micro_batch: int = 0  # prompts per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
@@ -339,7 +340,8 @@ def train(config: Config) -> None:
     for step in range(first_step, steps):
         indices = order[step]
         sums = torch.zeros(len(LOGGED), device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = [len(prompts[i].responses) * order.lengths[i] for i in indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             batch = [prompts[i] for i in micro]
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)

@@ -47,6 +47,7 @@ class Config:
     steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # conversations per optimiser step
     micro_batch: int = 0  # conversations per forward pass; 0: the whole batch at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 1e-3  # peak learning rate
     warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
     weight_decay: float = 0.0  # on matrices
@@ -111,7 +112,8 @@ def main(config: Config) -> None:
         indices = order[step]
         scored = sum(int(examples[i][1].sum()) for i in indices)  # tokens of the whole optimiser step
         loss = torch.zeros((), device=device)
-        for micro in micro_batches(indices, config.micro_batch):
+        lengths = order.lengths[indices]
+        for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             ids, mask = collate([examples[i] for i in micro], tokenizer.pad)
             with autocast:
                 ids = ids.to(device, non_blocking=True)

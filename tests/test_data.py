@@ -458,6 +458,24 @@ def test_micro_batches_partition_a_step():
     assert [m.tolist() for m in micro_batches(rows, 0)] == [rows.tolist()]
 
 
+def test_a_token_budget_makes_the_fewest_pieces_of_rows_alike_in_length_that_keep_to_it():
+    rng = np.random.default_rng(0)
+    for budget in (1, 40, 100, 1000):
+        for size in (0, 3):
+            rows, lengths = rng.permutation(50)[:20], rng.integers(1, 60, 20)
+            pieces = micro_batches(rows, size, lengths, budget)
+            of = dict(zip(rows.tolist(), lengths.tolist()))
+            flat = np.concatenate(pieces).tolist()
+            assert sorted(flat) == sorted(rows.tolist())
+            assert [of[i] for i in flat] == sorted(of.values())  # short ones first
+            for piece, following in zip(pieces, [*pieces[1:], None]):
+                longest = max(of[i] for i in piece)
+                assert len(piece) == 1 or len(piece) * longest <= budget
+                assert not size or len(piece) <= size
+                if following is not None:  # the next row would not have fitted
+                    assert len(piece) == size or (len(piece) + 1) * of[following[0]] > budget
+
+
 def test_collating_pads_on_the_right_and_never_scores_padding():
     pad = 9
     examples = [

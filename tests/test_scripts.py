@@ -349,15 +349,19 @@ def test_a_compiled_run_saves_the_same_keys_and_no_traces_of_the_compiler(stage,
     assert list(load(config.out)["model"]) == list(load(base)["model"])
 
 
-@pytest.mark.parametrize("stage", ["rm", "kto", "orpo", "online", "ppo", *KINDS])
-def test_micro_batches_change_nothing(stage, job, double):
-    fewer = {"kto": 0.3, "orpo": 0.05, "online": 0.25}
+@pytest.mark.parametrize(
+    "stage, split",
+    [(stage, {"micro_batch": 3}) for stage in ("rm", "kto", "orpo", "online", "ppo", *KINDS)]
+    + [(stage, {"micro_tokens": 99}) for stage in ("sft", "rm", "prm", "kto", "orpo", "dpo", "online")],
+)
+def test_micro_batches_change_nothing(stage, split, job, double):
+    fewer = {"kto": 0.3, "orpo": 0.05, "dpo": 0.05, "online": 0.25, "sft": 0.5, "prm": 0.1}
     kl = "reward" if stage == "rloo" else "k3"
     changes = {"kind": stage, "kl": kl, "steps": 4, "eval_prompts": 1} if stage in KINDS else {}
     changes |= {"epochs": fewer[stage], "eval_every": 99} if stage in fewer else {}
     runs, logged = [], []
-    for micro_batch in (0, 3):
-        script, config = job("grpo" if stage in KINDS else stage, micro_batch=micro_batch, **changes)
+    for flags in ({}, split):
+        script, config = job("grpo" if stage in KINDS else stage, **flags, **changes)
         script.main(config)
         runs.append(load(config.out)["model"])
         logged.append(steps(config.out))
