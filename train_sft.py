@@ -59,6 +59,7 @@ class Config:
     seed: int = 0  # of data order and samples
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
+    packing: bool = False  # one row of whole conversations instead of padded rows: for many tokens, on a GPU
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -115,9 +116,12 @@ def main(config: Config) -> None:
         lengths = order.lengths[indices]
         for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
             ids, mask = collate([examples[i] for i in micro], tokenizer.pad)
+            ids, hidden = ids.to(device, non_blocking=True), None
             with autocast:
-                ids = ids.to(device, non_blocking=True)
-                nll, _ = token_losses(policy, ids, mask, torch.neg)
+                if config.packing:
+                    whole = torch.arange(ids.shape[1]) < torch.from_numpy(order.lengths[micro])[:, None]
+                    hidden = policy.packed_hidden(ids, whole, [len(micro)])
+                nll, _ = token_losses(policy, ids, mask, torch.neg, hidden=hidden)
             micro_loss = nll / scored
             micro_loss.backward()
             loss += micro_loss.detach()

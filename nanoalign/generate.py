@@ -16,10 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
 from nanoalign.cli import Progress
+from nanoalign.compiler import compile_or_eager
 from nanoalign.logprobs import next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
 from nanoalign.tokenizer import Tokenizer
-from nanoalign.training import compile_or_eager
 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
 KEEP = 0.75  # rows are dropped once at most this share is left

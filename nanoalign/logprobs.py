@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoalign.training import compile_or_eager
+from nanoalign.compiler import compile_or_eager
 
 BUDGET = {"cpu": 2**27, "cuda": 2**31}  # bytes of logits held at once, or a 64th of the free memory
 LARGE = 8192  # from this vocabulary size on, what is done to each logit is compiled

@@ -14,10 +14,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import UserError
+from nanoalign.compiler import compile_or_eager
+
+FLEX_FROM = {"cuda": 1024}  # tokens in a row of segments from which skipping what is masked pays
+flex = compile_or_eager(flex_attention)
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+def segment_mask(segments: Tensor) -> Tensor | BlockMask:
+    """segments (B, T), ascending → what each token sees: up to itself, segment 0 and its own.
+
+    Dense, (B, 1, T, T) bool; where `FLEX_FROM` says so, blocks for FlexAttention, which skips what is masked.
+    """
+    B, T = segments.shape
+
+    def sees(b, _, q, k):
+        return (k <= q) & ((segments[b, k] == 0) | (segments[b, k] == segments[b, q]))
+
+    if FLEX_FROM.get(segments.device.type, math.inf) <= T:
+        return create_block_mask(sees, B, None, T, T, device=segments.device)
+    at = torch.arange(max(B, T), device=segments.device)
+    return sees(at[:B, None, None, None], 0, at[:T, None], at[:T])
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -157,7 +178,7 @@ class Attention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope, layer_cache, visible: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, layer_cache, visible: Tensor | BlockMask | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             self.qkv(x)
@@ -175,9 +196,13 @@ class Attention(nn.Module):
             if visible is not None:  # decoding: attend to everything written so far
                 length = visible.shape[-1]
                 k, v = keys[:B, :, :length], values[:B, :, :length]
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.kv_heads < self.heads
-        )
+        grouped = self.kv_heads < self.heads
+        if isinstance(visible, BlockMask):
+            y = flex(q.to(v.dtype), k.to(v.dtype), v, None, visible, None, grouped)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped
+            )
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -204,7 +229,7 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope, layer_cache, visible: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rope, layer_cache, visible: Tensor | BlockMask | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, layer_cache, visible)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -263,9 +288,10 @@ class GPT(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         visible = None
         if segments is not None:
-            seen = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])  # (B, T, T)
-            visible = (seen & (positions <= positions.mT))[:, None]
-            positions = (visible.sum(-1).squeeze(1) - 1).clamp(max=self.config.context - 1)  # of padding
+            visible, prompt = segment_mask(segments), (segments == 0).sum(1, keepdim=True)
+            begins = torch.searchsorted(segments, segments)  # (B, T) where a token's segment does
+            positions = positions - begins + prompt * (segments > 0)
+            positions = positions.clamp(max=self.config.context - 1)  # of padding
         x, rope = self.embed(ids), None
         if self.config.positions == "learned":
             x = x + self.position(positions)

@@ -11,16 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo.exc
 import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy, partial_path
+from nanoalign.compiler import compile_or_eager
 from nanoalign.model import GPT
 from nanoalign.tokenizer import Tokenizer
-
-_compiler_works = True
 
 
 def setup(config) -> tuple[torch.device, torch.autocast]:
@@ -47,23 +45,6 @@ def check(config) -> None:
     for name in ("batch_size", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
-
-
-def compile_or_eager(function, dynamic: bool = True, mode: str | None = None):
-    """torch.compile(function), or the function itself once there turns out to be no working compiler."""
-    compiled = torch.compile(function, dynamic=dynamic, mode=mode)
-
-    def call(*args):
-        global _compiler_works
-        if _compiler_works:
-            try:
-                return compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                _compiler_works = False
-                print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
-        return function(*args)
-
-    return call
 
 
 def pick_device(name: str) -> torch.device:

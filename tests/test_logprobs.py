@@ -10,7 +10,7 @@ import torch._inductor.exc
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoalign import logprobs, training
+from nanoalign import compiler, logprobs
 from nanoalign.logprobs import (
     linear_logprobs,
     linear_losses,
@@ -326,7 +326,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary():
 @pytest.fixture
 def fresh_compiler(monkeypatch):
     """As in a new process: nothing compiled yet, and no failure seen."""
-    monkeypatch.setattr(training, "_compiler_works", True)
+    monkeypatch.setattr(compiler, "_works", True)
     logprobs._body.cache_clear()
     yield
     logprobs._body.cache_clear()
@@ -344,7 +344,7 @@ def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
         return *outputs, *gradients(outputs, leaves)
 
     fast = run()
-    assert compiled == [logprobs._statistics, logprobs._into_logits] and training._compiler_works
+    assert compiled == [logprobs._statistics, logprobs._into_logits] and compiler._works
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for n in (5, 7, 8, 2):  # another number of tokens is no reason to compile again
         linear_logprobs(leaves[0][:n], leaves[1], targets[:n], leaves[2], 0.7, True, 3)[0].sum().backward()

@@ -352,7 +352,8 @@ def test_a_compiled_run_saves_the_same_keys_and_no_traces_of_the_compiler(stage,
 @pytest.mark.parametrize(
     "stage, split",
     [(stage, {"micro_batch": 3}) for stage in ("rm", "kto", "orpo", "online", "ppo", *KINDS)]
-    + [(stage, {"micro_tokens": 99}) for stage in ("sft", "rm", "prm", "kto", "orpo", "dpo", "online")],
+    + [(stage, {"micro_tokens": 99}) for stage in ("sft", "rm", "prm", "kto", "orpo", "dpo", "online")]
+    + [("sft", {"packing": True}), ("sft", {"packing": True, "micro_tokens": 99})],
 )
 def test_micro_batches_change_nothing(stage, split, job, double):
     fewer = {"kto": 0.3, "orpo": 0.05, "dpo": 0.05, "online": 0.25, "sft": 0.5, "prm": 0.1}

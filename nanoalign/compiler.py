@@ -1,0 +1,23 @@
+"""torch.compile where there is a compiler, and one line where there is none."""
+
+import torch
+import torch._dynamo.exc
+
+_works = True
+
+
+def compile_or_eager(function, dynamic: bool = True, mode: str | None = None):
+    """torch.compile(function), or the function itself once there turns out to be no working compiler."""
+    compiled = torch.compile(function, dynamic=dynamic, mode=mode)
+
+    def call(*args):
+        global _works
+        if _works:
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _works = False
+                print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
+        return function(*args)
+
+    return call
