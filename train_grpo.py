@@ -101,7 +101,7 @@ class Config:
     seed: int = 0  # of prompts, samples and minibatches
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
-    share_prompts: bool = True  # a group's prompt goes through the model once, not with every response
+    share_prompts: bool = True  # read a group's prompt once; no gain where responses are much longer
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -302,7 +302,10 @@ def main(config: Config) -> None:
             groups = np.arange(len(indices)).reshape(-1, G)
             shuffle = np.random.default_rng((config.seed, step, epoch)).permutation(groups)
             for minibatch in micro_batches(shuffle.flatten(), config.minibatch):
-                minibatch = np.sort(minibatch)  # as rolled out: by prompt, and these by length
+                by = (
+                    minibatch if config.share_prompts else ends[minibatch]
+                )  # by group, or rows alike in length
+                minibatch = minibatch[np.argsort(by)]
                 weights = token_weights(scored[minibatch], config.kind, config.max_new_tokens)
                 weights, at, first = weights.to(device, non_blocking=True), 0, []
                 for micro in micro_batches(minibatch, config.micro_batch):

@@ -459,6 +459,8 @@ def test_micro_batches_partition_a_step():
 
 
 def test_a_token_budget_makes_the_fewest_pieces_of_rows_alike_in_length_that_keep_to_it():
+    filled = micro_batches(np.arange(5), 0, [5, 9, 2, 5, 5], 15)
+    assert [piece.tolist() for piece in filled] == [[2, 0, 3], [4], [1]]
     rng = np.random.default_rng(0)
     for budget in (1, 40, 100, 1000):
         for size in (0, 3):

@@ -479,6 +479,15 @@ def test_reading_each_prompt_once_changes_nothing(double, trained, kind):
     assert all(torch.allclose(weights[name], same[name], atol=1e-6) for name in weights)
 
 
+def test_minibatches_are_whole_groups(trained, monkeypatch):
+    read, packed = [], GPT.packed_hidden
+    monkeypatch.setattr(GPT, "packed_hidden", lambda *a: read.append(a[-1]) or packed(*a))
+    trained(by_content, epochs=3)
+    assert (
+        read == [[4] * 6] * 2 + [[4] * 3] * 6
+    )  # to score all of them, policy and reference; two a minibatch
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reward_of_the_prompt_alone_teaches_nothing_so_groups_are_groups(trained, kind, capsys):
     """Responses of another prompt in a group would give it spread."""

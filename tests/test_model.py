@@ -275,6 +275,7 @@ SEGMENTS = torch.tensor([[0] * 3 + [1] * 4 + [2] * 5 + [4] * 8, [1] * 9 + [2] * 
 
 
 @family
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_blocks_of_flex_attention_hide_what_the_dense_mask_hides(config, monkeypatch):
     """Without gradients, which FlexAttention has on a GPU only."""
     model, ids = lively(config), random_ids(2, 20)
