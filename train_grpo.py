@@ -302,10 +302,8 @@ def main(config: Config) -> None:
             groups = np.arange(len(indices)).reshape(-1, G)
             shuffle = np.random.default_rng((config.seed, step, epoch)).permutation(groups)
             for minibatch in micro_batches(shuffle.flatten(), config.minibatch):
-                by = (
-                    minibatch if config.share_prompts else ends[minibatch]
-                )  # by group, or rows alike in length
-                minibatch = minibatch[np.argsort(by)]
+                # micro-batches of whole groups, or of rows alike in length
+                minibatch = minibatch[np.argsort(minibatch if config.share_prompts else ends[minibatch])]
                 weights = token_weights(scored[minibatch], config.kind, config.max_new_tokens)
                 weights, at, first = weights.to(device, non_blocking=True), 0, []
                 for micro in micro_batches(minibatch, config.micro_batch):
