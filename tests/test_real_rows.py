@@ -55,7 +55,7 @@ def test_gsm8k_rows_are_chat_rows_and_prompts_as_they_are(r50k):
 
 
 def test_shakespeare_and_hh_run_through_every_stage(tmp_path, r50k, monkeypatch):
-    monkeypatch.setattr(nanoalign.logprobs, "COMPILE_FROM_VOCAB", 10**9)  # compiling is not what is tested
+    monkeypatch.setattr(nanoalign.logprobs, "LARGE", 10**9)  # compiling is not what is tested
     with (DATA / "tinyshakespeare.txt").open(encoding="utf-8") as file:
         (tmp_path / "text.txt").write_text(file.read(20_000), encoding="utf-8")
     with HH.open(encoding="utf-8") as file:
