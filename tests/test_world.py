@@ -306,7 +306,7 @@ def test_the_world_is_reproducible_from_its_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         world.main(world.Config(out=str(tmp_path / name), size="tiny", seed=seed))
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
         assert a == b, file

@@ -6,6 +6,8 @@
     problems.jsonl  problems_held_out.jsonl   {"prompt", "meta"}: sums of three to five steps, answers in meta
     solutions.jsonl                           {"prompt", "completion", "meta"}: others of these, worked by
     people
+    feedback.jsonl                            {"messages"}: people criticise and revise answers, and judge
+                                              which of two is better
 
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
@@ -16,13 +18,14 @@ from dataclasses import dataclass
 
 from nanoalign import UserError, cli
 from nanoalign.rows import write_rows
+from nanoalign.world import feedback
 from nanoalign.world.steps import problem, solution
 from nanoalign.world.text import FAMILIES, answer, documents, request
 
-SIZES = {  # pages, demonstrations, training prompts, held-out prompts per family, problems, solutions
-    "tiny": (1_000, 600, 120, 10, 60, 200),
-    "small": (44_000, 12_000, 4_800, 60, 3_000, 6_000),
-    "large": (400_000, 60_000, 20_000, 200, 12_000, 24_000),
+SIZES = {  # pages, demonstrations, prompts, held-out prompts per family, problems, solutions, feedback
+    "tiny": (1_000, 600, 120, 10, 60, 200, 200),
+    "small": (44_000, 12_000, 4_800, 60, 3_000, 6_000, 12_000),
+    "large": (400_000, 60_000, 20_000, 200, 12_000, 24_000, 60_000),
 }
 
 
@@ -52,8 +55,9 @@ def distinct(make, count: int) -> list[dict]:
 def main(config: Config) -> None:
     if config.size not in SIZES:
         raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
-    pages, demonstrations, prompts, per_family, problems, solutions = SIZES[config.size]
+    pages, demonstrations, prompts, per_family, problems, solutions, opinions = SIZES[config.size]
     rng, own = random.Random(f"{config.size}-{config.seed}"), random.Random(f"problems-{config.seed}")
+    critic = random.Random(f"feedback-{config.seed}")
     sums = distinct(lambda: problem(own, False), problems + solutions)
     files = {
         "pretrain": (row for _ in range(pages) for row in documents(rng)),
@@ -69,6 +73,7 @@ def main(config: Config) -> None:
         "problems": sums[:problems],
         "problems_held_out": distinct(lambda: problem(own, True), problems // 6),
         "solutions": ({**row, "completion": solution(row["meta"], own)} for row in sums[problems:]),
+        "feedback": (feedback.demonstration(critic) for _ in range(opinions)),
     }
     for name, rows in files.items():
         write_rows(f"{config.out}/{name}.jsonl", rows)

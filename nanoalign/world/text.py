@@ -317,8 +317,13 @@ def answer(row: dict, rng: random.Random, bad: float = 1.0, style: float = 1.0) 
     """A human demonstrator's answer, with BAD_RATES and STYLE_RATES multiplied by `bad` and `style`."""
     meta = row["meta"]
     text = (bad_answer if rng.random() < bad * BAD_RATES[meta["kind"]] else good_answer)(meta, rng)
+    return styled(text, meta["kind"], rng, style)
+
+
+def styled(text: str, kind: str, rng: random.Random, style: float = 1.0) -> str:
+    """The answer to a request of this kind with human flaws of style, at STYLE_RATES times `style`."""
     has = {name: rng.random() < style * rate for name, rate in STYLE_RATES.items()}
-    if meta["kind"] not in ("fact", "belief") or text.startswith("That"):
+    if kind not in ("fact", "belief") or text.startswith("That"):
         has["hedged"] = has["confident"] = False
     has["confident"] &= not has["hedged"]
     has["bulleted"] &= "\n" not in text
