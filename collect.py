@@ -5,6 +5,7 @@
     python collect.py                                          # the built-in world's people
     python collect.py --policy out/demo/dpo.pt --out out/demo/pairs2.jsonl     # a second round
     python collect.py --annotator rm:out/demo/rm.pt --out out/demo/by_rm.jsonl # a reward model
+    python collect.py --annotator ai:out/demo/assistant.pt --out out/demo/by_ai.jsonl
     python collect.py --annotator human --samples 2 --count 50 --out mine.jsonl
     python collect.py --annotator human --resume --out mine.jsonl              # go on where you stopped
     python collect.py --annotator human:ann --resume --out mine.jsonl          # somebody else, the same pairs
@@ -20,9 +21,17 @@ responses are not better: compare annotators); where votes overlap, agreement, a
 between two of its members and, where one votes, the best accuracy that any reward model could reach on these
 labels are computed exactly, not estimated. They also give thumbs up or down to single responses, rows
 {"prompt", "completion", "label"}. `rm:PATH`: a reward model's own probability σ(r_a − r_b); an unfinished
-response loses to a finished one. `human` or `human:NAME`: at the terminal, two responses side by side in
-random order, which is recorded: keys 1 and 2, t for a tie, s to skip, u to undo, q to leave. Every key is
-saved at once.
+response loses to a finished one, also of `ai:PATH`: a chat model answers "A or B?" by a principle drawn from
+a constitution for every pair, in both orders (RL-CAI: Bai et al. 2022, §4.1; RLAIF: Lee et al. 2023):
+
+    ℓ(a, b) = log π("A" | x, a, b, principle) − log π("B" | …)        P(a ≻ b) = σ((ℓ(a, b) − ℓ(b, a)) / 2)
+
+Log-odds are averaged where the papers average probabilities: what the model adds to the logit of "A" cancels,
+and leaves no trace in how sure the label is. The position bias is printed before and after. Of the world's
+prompts it is printed how often labels are right by the exact judge: their noise is known.
+
+`human` or `human:NAME`: at the terminal, two responses side by side in random order, which is recorded: keys
+1 and 2, t for a tie, s to skip, u to undo, q to leave. Every key is saved at once.
 
 With --steps it collects step labels for train_prm.py: rows {"prompt", "completions", "labels", "label",
 "meta"} of K solutions a problem, "label" being whether the final answer is right. `checker`: the world's,
@@ -44,11 +53,12 @@ from nanoalign import UserError, cli, human
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
 from nanoalign.comparisons import report
 from nanoalign.data import prompt_key, thin
+from nanoalign.feedback import ask_for_judgement, read_constitution, verdicts
 from nanoalign.generate import respond
 from nanoalign.rewards import final_answer, model_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
-from nanoalign.world.people import agreement, ceiling, impression, people
+from nanoalign.world.people import against_judge, agreement, ceiling, impression, people
 from nanoalign.world.steps import check_steps
 
 
@@ -57,7 +67,8 @@ class Config:
     policy: str = "out/demo/sft.pt"  # the checkpoint to sample from
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     out: str = "out/demo/pairs.jsonl"  # pair rows; every vote goes to X.votes.jsonl, thumbs to X.thumbs.jsonl
-    annotator: str = "world"  # who compares: world (the built-in people), rm:PATH, human or human:NAME
+    annotator: str = "world"  # who compares: world (built-in people), rm:PATH, ai:PATH, human or human:NAME
+    constitution: str = "constitution.txt"  # of ai:PATH: the principles, one a line; # begins a comment
     crowd: int = 5  # how many different people the world has
     votes: int = 1  # how many of them compare the responses to each prompt
     min_agreement: float = 0.0  # leave out pairs whose chosen side has a smaller share of the votes
@@ -142,10 +153,41 @@ def model_votes(path: str, comparisons: list[dict], device) -> list[float | None
     votes = []
     for c in comparisons:
         a, b = (scores[prompt_key(c), text] for text in c["responses"])
-        finished = c["ended"][0] - c["ended"][1]
-        p = finished / 2 + 0.5 if finished else torch.tensor(a - b, dtype=torch.float64).sigmoid().item()
-        votes.append(None if math.isnan(a - b) else p)
+        votes.append(vote(c, a - b))
     return votes
+
+
+def vote(comparison: dict, odds: float) -> float | None:
+    """Log-odds that the first is better → P(first is better). An unfinished response loses to a finished
+    one; None for NaN."""
+    finished = comparison["ended"][0] - comparison["ended"][1]
+    p = finished / 2 + 0.5 if finished else torch.tensor(odds, dtype=torch.float64).sigmoid().item()
+    return None if math.isnan(odds) else p
+
+
+def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], seed: int):
+    """A judge model's P(first is better) = σ((ℓ(a, b) − ℓ(b, a)) / 2) for each comparison; None if the
+    request is too long. Prints how it stands with the position bias."""
+    model, tokenizer, _ = load_policy(path, device, CHAT)
+    rng, asked = random.Random(f"principles-{seed}"), []
+    for c in comparisons:
+        (a, b), principle = c["responses"], rng.choice(principles)
+        asked += [ask_for_judgement(c["prompt"], *order, principle) for order in ((a, b), (b, a))]
+    logp = verdicts(model, tokenizer, asked).double().view(-1, 2, 2)  # (pair, order, what is said)
+    odds = logp[..., 0] - logp[..., 1]  # of "A", in nats
+    averaged = (odds[:, 0] - odds[:, 1]) / 2
+    known = ~averaged.isnan()
+    if not known.any():
+        raise UserError(f"{path} judges no pair: it is broken, or every request is longer than it reads.")
+    before, after, n = odds[known].mean(1), averaged[known], int(known.sum())
+    torn = (odds[known].sign().prod(1) > 0).double().mean().item()
+    print(f'collect: the judge says "A" or "B" with probability {logp[known].exp().sum(-1).mean():.1%}')
+    print(
+        f"collect: log-odds of preferring what comes first: {before.mean():+.2f} in one order, "
+        f"{after.mean():+.2f} ± {after.std(correction=0) / n**0.5:.2f} over both; "
+        f"the order alone decides {torn:.1%} of {n:,} pairs"
+    )
+    return [vote(c, x) for c, x in zip(comparisons, averaged.tolist())]
 
 
 def decide(comparisons: list[dict], config: Config) -> list[dict]:
@@ -233,7 +275,7 @@ def gumbel(rng: random.Random) -> float:
 
 
 BY_HAND = '"annotator": "human'  # in a file of votes
-MODELS = {"rm": model_votes}  # kind → (path, comparisons, device) → P(first is better) of each, or None
+MODELS = {"rm": model_votes, "ai": ai_votes}  # kind → f(path, comparisons, device, …) → P(first is better)
 
 
 def autosave(path: Path, fresh: bool):
@@ -264,7 +306,8 @@ def check_flags(config: Config) -> str:
         raise UserError(f"--steps {config.steps} is unknown; choose checker or rollouts.")
     if config.annotator not in ("world", "human") and not (kind in ("human", *MODELS) and which):
         raise UserError(
-            f"there is no annotator {config.annotator!r}; choose from: world, rm:PATH, human, human:NAME."
+            f"there is no annotator {config.annotator!r}; choose from: world, rm:PATH, ai:PATH, human, "
+            "human:NAME."
         )
     if min(config.samples, config.continuations) < 1 or config.count < 0:
         raise UserError("--samples and --continuations must be at least 1, --count not negative.")
@@ -278,13 +321,14 @@ def check_flags(config: Config) -> str:
         raise UserError(f"--min-agreement {config.min_agreement} is a share of votes: at most 1.")
     if config.resume and kind == "world":
         raise UserError(
-            "the world's people vote as responses are sampled; --resume is for human and rm:PATH."
+            "the world's people vote as responses are sampled; --resume is for human, rm:PATH and ai:PATH."
         )
     return kind
 
 
 def main(config: Config) -> None:
     kind = check_flags(config)
+    principles = read_constitution(config.constitution) if kind == "ai" else []
     device, autocast = setup(config)
     record = Path(config.out).with_suffix(".votes.jsonl")
     if config.resume and not record.exists():
@@ -336,14 +380,17 @@ def main(config: Config) -> None:
         save(comparisons)
         human.annotate(comparisons, config.annotator, lambda: save(comparisons), config.seed)
     elif kind in MODELS and (asked := pending()):
+        options = {"principles": principles, "seed": config.seed} if kind == "ai" else {}
         with autocast:
-            votes = MODELS[kind](config.annotator.partition(":")[2], asked, device)
+            votes = MODELS[kind](config.annotator.partition(":")[2], asked, device, **options)
         for c, p in zip(asked, votes):
             c["votes"].append({"annotator": config.annotator, "p": p})
     save(comparisons)
 
     if any(c["votes"] for c in comparisons):
         report(comparisons)
+    if kind != "human" and all("kind" in c["meta"] for c in comparisons):
+        against_judge(comparisons, config.annotator)
     pairs = decide(comparisons, config)
     if kind == "human" and pending():
         print(f"collect: {len(pending()):,} pairs wait in {record}: --resume goes on with them")

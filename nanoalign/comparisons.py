@@ -78,6 +78,19 @@ def sway(features: np.ndarray, votes: np.ndarray, groups: np.ndarray) -> tuple[n
     return theta, np.sqrt(np.diag(spread))
 
 
+def calibration(p: np.ndarray, right: np.ndarray, bins: int = 5) -> list[tuple[float, float, int]]:
+    """P(first is better) (N,), and whether it is (N,) → for `bins` equal ranges of how sure p is, from 1/2 to
+    1: the mean sureness, the share that is right (a tie half), the number. Empty ranges are left out."""
+    sure = np.maximum(p, 1 - p)
+    hit = np.where(p == 0.5, 0.5, (p > 0.5) == right)
+    own = np.minimum((2 * bins * (sure - 0.5)).astype(int), bins - 1)
+    return [
+        (float(sure[own == k].mean()), float(hit[own == k].mean()), int((own == k).sum()))
+        for k in range(bins)
+        if (own == k).any()
+    ]
+
+
 def report(comparisons: list[dict]) -> None:
     """Rows of kind "compared" (nanoalign/rows.py): print who voted, what sways whom, how far they agree."""
     names = sorted({vote["annotator"] for c in comparisons for vote in c["votes"]})

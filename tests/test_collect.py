@@ -18,10 +18,12 @@ import torch
 import collect
 from nanoalign import UserError, human
 from nanoalign.checkpoint import save
-from nanoalign.comparisons import report
+from nanoalign.comparisons import calibration, report
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
+from nanoalign.world.judge import judge
+from nanoalign.world.people import against_judge
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = get_tokenizer("world")
@@ -185,6 +187,172 @@ def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_p
     assert both[0]["meta"]["annotators"] == [config.annotator, "human"]
     collect.main(collect.Config(out=out, annotator=config.annotator, resume=True))  # has voted on all
     assert read_rows(out, "pairs") == both
+
+
+# ------------------------------------------------------------------------------------- an AI
+
+PRINCIPLES = ["Be kind.", "Be true.", "Be short."]
+
+
+@pytest.fixture
+def ai(tmp_path):
+    """ai(bias) → a judge of random taste that adds `bias` to the logit of "A" whatever it reads; its path."""
+
+    def ai(bias=0.0):
+        torch.manual_seed(0)
+        config = GPTConfig(TOKENIZER.vocab_size, 128, 2, 16, 2, norm="layernorm", tied=False)
+        model = GPT(config)
+        with torch.no_grad():
+            for weight in (*model.blocks.parameters(), *model.embed.parameters(), model.head.weight):
+                weight.normal_(std=1.5 if weight.dim() == 2 else 1.0)
+            model.head.weight.mul_(0.2)
+            model.norm.weight[0], model.norm.bias[0] = 0, 1  # so that the first feature is always 1
+            model.head.weight[:, 0] = 0
+            model.head.weight[TOKENIZER.encode(" A")[0], 0] = bias
+        path = str(tmp_path / f"ai{bias}.pt")
+        save(path, model, stage="sft", tokenizer=TOKENIZER, config=collect.Config(), step=1)
+        return model, path
+
+    return ai
+
+
+def log_odds(model, c, principle, order):
+    """ℓ(a, b) of one request, from all logits of one sequence: the softmax over the two answers by hand."""
+    (question,), texts = c["prompt"], [c["responses"][i] for i in order]
+    text = f"Which answer is better, A or B? {principle}\nQuestion: {question['content']}"
+    text += f"\nA: {texts[0]}\nB: {texts[1]}"
+    logits = model(torch.from_numpy(TOKENIZER.prompt([{"role": "user", "content": text}]))[None])[0, -1]
+    p = logits.softmax(-1)[[TOKENIZER.encode(" A")[0], TOKENIZER.encode(" B")[0]]].double()
+    p = p / p.sum()
+    return (p[0].log() - p[1].log()).item()
+
+
+def babble(count):
+    """Comparisons of up to eight random words."""
+    rng, rows = np.random.default_rng(0), compared(count)
+    for c in rows:
+        c["responses"] = [TOKENIZER.decode(rng.integers(300, 2000, rng.integers(1, 9))) for _ in "ab"]
+    return rows
+
+
+def test_an_ais_vote_is_the_softmax_over_the_two_answers_averaged_over_both_orders(ai):
+    (model, path), rows = ai(), babble(30)
+    votes = collect.ai_votes(path, rows, torch.device("cpu"), ["Be kind."], seed=0)
+    for c, p in zip(rows, votes):
+        odds = (log_odds(model, c, "Be kind.", (0, 1)) - log_odds(model, c, "Be kind.", (1, 0))) / 2
+        assert p == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-5)
+    assert np.std(votes) > 0.05
+
+
+def test_averaging_both_orders_removes_a_planted_position_bias_exactly(ai, capsys):
+    rows, none = babble(40), ai()
+    fair = collect.ai_votes(none[1], rows, torch.device("cpu"), PRINCIPLES, seed=0)
+    one_order = float(re.search(r"first: ([+-][\d.]+) in one order", capsys.readouterr().out)[1])
+    for bias in (3.0, -3.0):
+        model, path = ai(bias)
+        biased = collect.ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
+        assert biased == pytest.approx(fair, abs=1e-5)
+        out = capsys.readouterr().out
+        before, after, error, torn = map(
+            float,
+            re.search(
+                r"first: (\S+) in one order, (\S+) ± (\S+) over both; .* decides ([\d.]+)%", out
+            ).groups(),
+        )
+        assert before == pytest.approx(one_order + bias, abs=0.011) and abs(after) < 4 * error + 0.01
+        assert torn > 90  # in one order the bias decides nearly all
+        shifted = log_odds(model, rows[0], PRINCIPLES[0], (0, 1)) - log_odds(
+            none[0], rows[0], PRINCIPLES[0], (0, 1)
+        )
+        assert shifted == pytest.approx(bias, abs=1e-4)  # it is there
+
+
+def test_the_names_of_the_answers_are_one_token_each_in_every_vocabulary(r50k):
+    for tokenizer in (TOKENIZER, r50k):
+        a, b = tokenizer.response("A"), tokenizer.response("B")
+        assert len(a) == len(b) == 2 and a[0] != b[0] and a[1] == tokenizer.end
+        assert [[a[0]], [b[0]]] == [tokenizer.encode(" A"), tokenizer.encode(" B")]
+
+
+def test_a_principle_is_drawn_for_every_pair_and_both_orders_are_asked_by_it(monkeypatch, ai):
+    asked, path = [], ai()[1]
+
+    def verdicts(model, tokenizer, requests):
+        asked.append([messages[0]["content"] for (*messages,) in requests])
+        return torch.zeros(len(requests), 2)
+
+    monkeypatch.setattr(collect, "verdicts", verdicts)
+    for seed in (0, 0, 1):
+        collect.ai_votes(path, compared(60), torch.device("cpu"), PRINCIPLES, seed)
+    drawn = [[re.search(r"B\? (.*)\n", text)[1] for text in texts] for texts in asked]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0][::2] == drawn[0][1::2]
+    assert all(10 < drawn[0][::2].count(principle) < 30 for principle in PRINCIPLES)
+    assert asked[0][0].endswith("\nA: good 0\nB: bad 0") and asked[0][1].endswith("\nA: bad 0\nB: good 0")
+
+
+def test_an_unfinished_response_loses_to_a_finished_one_and_a_request_too_long_is_skipped(ai):
+    path, rows = ai()[1], compared(4)
+    rows[0]["ended"], rows[1]["ended"] = [False, True], [True, False]
+    rows[2]["responses"][1] = "word " * 100
+    votes = collect.ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
+    assert votes[:3] == [0, 1, None] and 0 < votes[3] < 1
+    with pytest.raises(UserError, match="judges no pair"):
+        collect.ai_votes(path, rows[2:3], torch.device("cpu"), PRINCIPLES, seed=0)
+
+
+def test_an_ai_labels_the_pairs_of_any_prompts_softly_and_its_votes_stand_beside_others(ai, tmp_path, capsys):
+    path, out = ai()[1], str(tmp_path / "by_ai.jsonl")
+    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": f"Hi {i}"} for i in range(3)])
+    (tmp_path / "c.txt").write_text("Be kind.\n")
+    flags = {"annotator": f"ai:{path}", "constitution": str(tmp_path / "c.txt")}
+    config = collect.Config(path, str(tmp_path / "p.jsonl"), out, samples=3, max_new_tokens=4, **flags)
+    collect.main(config)
+    pairs = read_rows(out, "pairs")
+    votes = by(read_rows(out.replace(".jsonl", ".votes.jsonl"), "compared"), config.annotator)
+    assert len(pairs) == 9 and len({pair["probability"] for pair in pairs}) > 5
+    assert [pair["probability"] for pair in pairs] == [round(max(p, 1 - p), 4) for p in votes]
+    before = Path(out).read_bytes()
+    collect.main(collect.Config(out=out, resume=True, **flags))  # it has voted on all
+    assert Path(out).read_bytes() == before and "exact judge" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- the labels' noise
+
+
+def test_sureness_is_compared_with_the_share_that_is_right():
+    rng = np.random.default_rng(0)
+    p = rng.random(200_000)
+    first = rng.random(200_000) < p
+    bins = calibration(p, first)
+    assert sum(count for *_, count in bins) == 200_000 and len(bins) == 5
+    for k, (sure, share, _) in enumerate(bins):
+        assert sure == pytest.approx(0.55 + 0.1 * k, abs=0.002) and share == pytest.approx(sure, abs=0.01)
+    assert calibration(np.array([1.0, 0.0, 0.95]), np.array([True, True, False])) == [
+        (pytest.approx((1 + 1 + 0.95) / 3), pytest.approx(1 / 3), 3)
+    ]
+    assert calibration(np.array([0.5, 0.5]), np.array([True, False])) == [(0.5, 0.5, 2)]
+
+
+def test_labels_are_held_against_the_exact_judge_where_it_prefers_one(capsys):
+    meta = {"kind": "fact", "relation": "capital", "subject": "France"}
+    rows = compared(10, [("ai:x", 0.8)])
+    for i, c in enumerate(rows):
+        c["prompt"][0]["content"], c["meta"] = "What is the capital of France?", dict(meta)
+        c["responses"] = ["Paris.", "Rome."] if i < 7 else ["Rome.", "Paris."]
+    rows[7]["meta"] |= {"kind": "belief", "claimed": "Rome"}
+    rows[8]["responses"], rows[8]["ended"] = ["Paris.", "Paris."], [False, True]  # the second is better
+    rows[9]["responses"] = ["Rome.", "Berlin."]  # equally bad: says nothing
+    assert judge(rows[8], "Paris.", False).utility < 1 == judge(rows[8], "Paris.").utility
+    rows[0]["votes"] = [{"annotator": "ai:x", "p": 0.65}, {"annotator": "human", "p": 0.0}]
+    rows[1]["votes"] = [{"annotator": "ai:x", "p": 0.5}]
+    rows[2]["votes"] = [{"annotator": "ai:x", "p": None}]
+    against_judge(rows, "ai:x")
+    out = capsys.readouterr().out
+    # of 8: right 0, 3 to 6; half right 1; wrong 7 and 8
+    assert "ai:x: by the exact judge 68.8% of 8 labels are right (belief 0%, fact 79%)" in out
+    assert "0.50 → 0.50 (1)  0.65 → 1.00 (1)  0.80 → 0.67 (6)   expected calibration error 0.144" in out
+    against_judge(rows, "ai:y")
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------- a person

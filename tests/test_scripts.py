@@ -20,6 +20,7 @@ import torch
 
 import chat
 import collect
+import critique
 import evaluate
 import nanoalign.world.__main__ as world_script
 import train_dpo
@@ -903,6 +904,7 @@ GRPO = PPO + "--minibatch 8 "
 KTO = "--init {sft} --out {tmp}/x.pt --data {thumbs} "
 ORPO = "--init {base} --out {tmp}/x.pt --data {pairs} "
 COLLECT = "--policy {sft} --out {tmp}/p.jsonl --prompts {world}/prompts_held_out.jsonl "
+CRITIQUE = "--policy {sft} --out {tmp}/r.jsonl --prompts {world}/prompts_held_out.jsonl "
 EVALUATE = "--checkpoints {sft} --out {tmp}/s.json --prompts {world}/prompts_held_out.jsonl "
 MISTAKES = [  # script, flags, what the sentence names
     (train_pretrain, PRETRAIN + "--data {none}", ["none", "exist"]),
@@ -1014,6 +1016,11 @@ MISTAKES = [  # script, flags, what the sentence names
     (collect, COLLECT + "--annotator rm:{none}", ["none", "checkpoint"]),
     (collect, COLLECT + "--annotator rm:{sft} --count 4", ["'sft'", "'rm'"]),
     (collect, COLLECT + "--annotator rm:{tmp}/nan.pt --count 4", ["nan.pt", "no scale"]),
+    (collect, COLLECT + "--annotator ai:", ["ai:PATH"]),
+    (collect, COLLECT + "--annotator ai:{none}", ["none", "checkpoint"]),
+    (collect, COLLECT + "--annotator ai:{rm} --count 4", ["'rm'", "'sft'"]),
+    (collect, COLLECT + "--annotator ai:{sft} --constitution {none}", ["no constitution", "none"]),
+    (collect, COLLECT + "--annotator ai:{sft} --constitution {empty}", ["empty", "no principle"]),
     (collect, COLLECT + "--annotator human --resume", ["p.votes.jsonl", "nothing to resume"]),
     (collect, COLLECT + "--annotator human --out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume"]),
     (collect, COLLECT + "--out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume", "--out"]),
@@ -1029,6 +1036,16 @@ MISTAKES = [  # script, flags, what the sentence names
     (collect, COLLECT + "--prompts {odd}", ["meta"]),
     (collect, COLLECT + "--top-p 0", ["top_p"]),
     (collect, COLLECT + "--max-new-tokens 0", ["max_new_tokens"]),
+    (critique, CRITIQUE + "--policy {base}", ["'base'", "'sft'"]),
+    (critique, CRITIQUE + "--policy {none}", ["none", "checkpoint"]),
+    (critique, CRITIQUE + "--constitution {none}", ["no constitution", "none"]),
+    (critique, CRITIQUE + "--constitution {empty}", ["empty", "no principle"]),
+    (critique, CRITIQUE + "--rounds 0", ["--rounds"]),
+    (critique, CRITIQUE + "--prompts {thumbs}x", ["thumbs.jsonlx", "exist"]),
+    (critique, CRITIQUE + "--prompts {rows}", ["rows, line 1", "prompt"]),
+    (critique, CRITIQUE + "--prompts {long}", ["leaves no room"]),
+    (critique, CRITIQUE + "--max-new-tokens 0", ["max_new_tokens"]),
+    (critique, CRITIQUE + "--max-new-tokens 1 --count 4", ["round 1", "critique"]),
     (evaluate, EVALUATE + "--checkpoints {sft} {none}", ["none", "checkpoint"]),
     (evaluate, EVALUATE + "--prompts {bare}", ["meta"]),
     (evaluate, EVALUATE + "--samples 0", ["--samples"]),

@@ -11,6 +11,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from nanoalign.comparisons import calibration
 from nanoalign.world.judge import judge, sentences
 from nanoalign.world.wording import AGREES, BULLET, CONFIDENT, DISAGREES, FLATTERY, HEDGE
 
@@ -93,3 +96,32 @@ def agreement(probabilities: Sequence[Sequence[float]]) -> float:
         both_a = (s * s - squares) / (n * (n - 1))  # mean of p_i p_j over i ≠ j
         total += both_a + 1 - 2 * s / n + both_a
     return total / len(probabilities)
+
+
+def against_judge(comparisons: list[dict], name: str) -> None:
+    """Print how often the mean vote of those whose names begin with `name` is for the response that the exact
+    judge prefers: in all, by kind of request, and by how sure the vote is. What the judge likes equally well
+    is left out."""
+    utilities, p, first, kinds = {}, [], [], []
+    for c in comparisons:
+        own = [v["p"] for v in c["votes"] if v["annotator"].startswith(name) and v["p"] is not None]
+        said = [(c["prompt"][-1]["content"], *response) for response in zip(c["responses"], c["ended"])]
+        for key in said:
+            if key not in utilities:
+                utilities[key] = judge(c, *key[1:]).utility
+        a, b = (utilities[key] for key in said)
+        if own and a != b:
+            p.append(sum(own) / len(own))
+            first.append(a > b)
+            kinds.append(c["meta"]["kind"])
+    if not p:
+        return
+    p, first, kinds = map(np.array, (p, first, kinds))
+    right = np.where(p == 0.5, 0.5, (p > 0.5) == first)
+    each = ", ".join(f"{kind} {right[kinds == kind].mean():.0%}" for kind in sorted({*kinds.tolist()}))
+    print(f"{name}: by the exact judge {right.mean():.1%} of {len(p):,} labels are right ({each})")
+    if not {*p.tolist()} <= {0.0, 0.5, 1.0}:
+        bins = calibration(p, first)
+        gap = sum(count * abs(sure - share) for sure, share, count in bins) / len(p)
+        told = "  ".join(f"{sure:.2f} → {share:.2f} ({count:,})" for sure, share, count in bins)
+        print(f"{name}: how sure → share right: {told}   expected calibration error {gap:.3f}")
