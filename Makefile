@@ -55,7 +55,7 @@ RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
 PPO_FLAGS_small = --micro-batch 16#  on a CPU, less padding is worth more than larger matrices
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 
-$(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py steps.py __main__.py) | .venv/installed
+$(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py steps.py feedback.py __main__.py) | .venv/installed
 	$(PY) -m nanoalign.world --out $(WORLD) --size $(SIZE) --seed $(SEED)
 
 $(WORLD)/sft.jsonl $(WORLD)/prompts.jsonl $(WORLD)/prompts_held_out.jsonl: $(WORLD)/pretrain.jsonl
@@ -152,7 +152,7 @@ $(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
 # ------------------------------------------------------------------------------------------------ steps
 # Sums of several steps: a solver, rewarded for the right answer, or read step by step.
 
-$(WORLD)/solutions.jsonl $(WORLD)/problems.jsonl $(WORLD)/problems_held_out.jsonl: $(WORLD)/pretrain.jsonl
+$(WORLD)/solutions.jsonl $(WORLD)/problems.jsonl $(WORLD)/problems_held_out.jsonl $(WORLD)/feedback.jsonl: $(WORLD)/pretrain.jsonl
 	@test -f $@ || { rm -f $<; $(MAKE) --no-print-directory $<; }
 	@touch -c $@
 
@@ -217,6 +217,65 @@ $(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
 	  --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl --beta 0.01 --lr 2e-4 --max-new-tokens 96 \
 	  --batch-size 128 --minibatch 128 --micro-batch 64 --steps $(if $(filter tiny,$(SIZE)),3,30) --eval-every 10 \
 	  --out $@ --resume $(FLAGS)
+
+# ------------------------------------------------------------------------------------------------ AI feedback
+# Constitutional AI: an assistant that has learnt to criticise, to revise and to judge learns from its own revisions
+# (SL-CAI), then from its own preferences (RLAIF); beside people's preferences on the same responses (human), and
+# as many of these as cost the same, alone (few) and half of either (mixed).
+
+PRICE = 10#  AI labels for the price of a person's: about what Lee et al. (2023) estimate
+CAI = $(OUT)/cai
+CAI_FLAGS_tiny = --max-new-tokens 24
+
+$(OUT)/assistant.pt: $(WORLD)/sft.jsonl $(WORLD)/feedback.jsonl $(OUT)/base.pt train_sft.py
+	@rm -f $@
+	cat $(filter %.jsonl,$^) > $(OUT)/assistant.jsonl
+	$(PY) train_sft.py --data $(OUT)/assistant.jsonl --init $(OUT)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+$(CAI)/revisions.jsonl: $(WORLD)/prompts.jsonl $(OUT)/assistant.pt constitution.txt critique.py nanoalign/feedback.py
+	$(PY) critique.py --prompts $< --policy $(OUT)/assistant.pt --out $@ $(FLAGS) $(CAI_FLAGS_$(SIZE))
+
+$(CAI)/sl-cai.pt: $(CAI)/revisions.jsonl train_sft.py
+	@rm -f $@
+	$(PY) train_sft.py --data $< --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
+
+CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
+BY_AI = --annotator ai:$(OUT)/assistant.pt
+$(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
+	$(CAI_COLLECT) --prompts $< --out $@
+$(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
+	$(CAI_COLLECT) --prompts $< --out $@ $(BY_AI)
+$(CAI)/few.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
+	awk 'NR % $(PRICE) == 0' $< > $(CAI)/few.prompts.jsonl
+	$(CAI_COLLECT) --prompts $(CAI)/few.prompts.jsonl --out $@
+$(CAI)/mixed.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
+	awk 'NR % (2 * $(PRICE)) == 0' $< > $(CAI)/mixed-human.prompts.jsonl
+	awk 'NR % 2 == 1' $< > $(CAI)/mixed-ai.prompts.jsonl
+	$(CAI_COLLECT) --prompts $(CAI)/mixed-human.prompts.jsonl --out $(CAI)/mixed-human.jsonl
+	$(CAI_COLLECT) --prompts $(CAI)/mixed-ai.prompts.jsonl --out $(CAI)/mixed-ai.jsonl $(BY_AI)
+	cat $(CAI)/mixed-human.jsonl $(CAI)/mixed-ai.jsonl > $@
+
+$(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
+	@rm -f $@
+	$(PY) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $$(($(RESPONSES) / 64)) --out $@ --resume $(FLAGS)
+
+# How good people and the AI are as judges, on the same held-out pairs, by the exact judge.
+$(CAI)/judges.txt: $(WORLD)/prompts_held_out.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
+	$(CAI_COLLECT) --prompts $< --out $(CAI)/held_out.jsonl > $@
+	$(CAI_COLLECT) --resume --out $(CAI)/held_out.jsonl $(BY_AI) >> $@
+
+CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,sl-cai human ai few mixed)
+$(CAI)/scorecard.json: $(WORLD)/prompts_held_out.jsonl $(CAI_CHECKPOINTS) $(CAI)/judges.txt evaluate.py
+	$(PY) evaluate.py --checkpoints $(CAI_CHECKPOINTS) --baseline $(OUT)/assistant.pt --reference $(CAI)/sl-cai.pt \
+	  --show 0 --prompts $< --out $@ $(FLAGS) > $(CAI)/scorecard.txt
+
+.PHONY: cai
+cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences, measured; SEEDS=3 repeats it
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(call lab-out,$$seed)/cai/scorecard.json SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+	done
+	@cat $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/cai/judges.txt)
+	$(PY) bench/seeds.py $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/cai/scorecard.json)
 
 # ------------------------------------------------------------------------------------------------ laboratory
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
