@@ -62,12 +62,14 @@ def whole(policy, tokenizer, asked: list[list[dict] | None], **options) -> list[
     return replies
 
 
-def revise(policy, tokenizer, rows: list[dict], answers: list[str], principles: list[str], **options):
+def revise(
+    policy, tokenizer, rows: list[dict], answers: list[str], principles: list[str], seed: int, **options
+):
     """One round, each answer by its own principle → {"principle", "critique", "revision"} of each."""
     asked = [ask_for_critique(row["prompt"], *both) for row, *both in zip(rows, answers, principles)]
-    critiques = whole(policy, tokenizer, asked, **options)
+    critiques = whole(policy, tokenizer, asked, seed=seed, **options)
     asked = [critique and ask_for_revision(a, critique) for a, critique in zip(asked, critiques)]
-    revisions = whole(policy, tokenizer, asked, **options)
+    revisions = whole(policy, tokenizer, asked, seed=seed + 1, **options)
     return [
         {"principle": principle, "critique": critique, "revision": revision}
         for principle, critique, revision in zip(principles, critiques, revisions)
@@ -90,23 +92,31 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     rows = thin(rows, config.count) if config.count else rows
+    prompts, context = [tokenizer.prompt(row["prompt"]) for row in rows], policy.config.context
+    fits = [len(prompt) < context for prompt in prompts]
+    if not any(fits):
+        raise UserError(
+            f"no prompt leaves room for an answer in {config.policy}'s context of {context} tokens."
+        )
+    if not all(fits):
+        print(f"critique: {fits.count(False):,} of {len(rows):,} prompts left out: longer than the context")
+        rows, prompts = ([x for x, fit in zip(xs, fits) if fit] for xs in (rows, prompts))
     options = {
         "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
         "top_k": config.top_k, "top_p": config.top_p,
     }  # fmt: skip
 
     with autocast:
-        prompts = [tokenizer.prompt(row["prompt"]) for row in rows]
         answers, ended = respond(policy, tokenizer, prompts, seed=config.seed, what="answer", **options)
         show(f"{len(rows):,} first answers", rows, answers, ended)
         trails = [{"prompt": row["prompt"], "response": y, "rounds": []} for row, y in zip(rows, answers)]
         for k in range(1, config.rounds + 1):
-            options |= {"seed": config.seed + k, "what": f"round {k} of {config.rounds}"}
-            steps = revise(policy, tokenizer, rows, answers, rng.choices(principles, k=len(rows)), **options)
+            drawn, options["what"] = rng.choices(principles, k=len(rows)), f"round {k} of {config.rounds}"
+            steps = revise(policy, tokenizer, rows, answers, drawn, config.seed + 2 * k - 1, **options)
             if all(step["critique"] is None for step in steps):
                 raise UserError(
                     f"round {k} brought no whole critique: {config.policy} never ends one, or prompt, answer "
-                    f"and principle leave no room in its context of {policy.config.context} tokens."
+                    f"and principle leave no room in its context of {context} tokens."
                 )
             changed = sum(step["revision"] not in (None, y) for step, y in zip(steps, answers))
             failed = sum(step["revision"] is None for step in steps)

@@ -208,7 +208,7 @@ def generate(
     """
     P, device = prompts.shape[1], prompts.device
     prompts_of, lengths_of = (x if of is None else x[of] for x in (prompts, lengths))
-    B, T = len(lengths_of), min(P + max_new_tokens, model.config.context)
+    B, T = len(lengths_of), max(P, min(P + max_new_tokens, model.config.context))
     columns = torch.arange(T, device=device)
     ids = torch.full((B, T + 1), pad_id, device=device)  # the last column takes what is not to be kept
     ids[:, :P] = prompts_of.masked_fill(columns[:P] >= lengths_of[:, None], pad_id)
