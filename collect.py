@@ -20,15 +20,16 @@ responses are not better: compare annotators); where votes overlap, agreement, a
 `world`: people whose biases differ, drawn for each prompt from a crowd. As the crowd is known, the agreement
 between two of its members and, where one votes, the best accuracy that any reward model could reach on these
 labels are computed exactly, not estimated. They also give thumbs up or down to single responses, rows
-{"prompt", "completion", "label"}. `rm:PATH`: a reward model's own probability σ(r_a − r_b); an unfinished
-response loses to a finished one, also of `ai:PATH`: a chat model answers "A or B?" by a principle drawn from
-a constitution for every pair, in both orders (RL-CAI: Bai et al. 2022, §4.1; RLAIF: Lee et al. 2023):
+{"prompt", "completion", "label"}. `rm:PATH`: a reward model's own probability σ(r_a − r_b). `ai:PATH`: a chat
+model answers "A or B?" by a principle drawn from a constitution for every pair, in both orders (RL-CAI: Bai
+et al. 2022, §4.1; RLAIF: Lee et al. 2023):
 
     ℓ(a, b) = log π("A" | x, a, b, principle) − log π("B" | …)        P(a ≻ b) = σ((ℓ(a, b) − ℓ(b, a)) / 2)
 
-Log-odds are averaged where the papers average probabilities: what the model adds to the logit of "A" cancels,
-and leaves no trace in how sure the label is. The position bias is printed before and after. Of the world's
-prompts it is printed how often labels are right by the exact judge: their noise is known.
+Log-odds are averaged where Lee et al. average probabilities: what the model adds to the logit of "A" cancels,
+and leaves no trace in how sure the label is. The position bias is printed before and after. To both models an
+unfinished response loses to a finished one. Of the world's prompts it is printed how often labels are right
+by the exact judge: their noise is known.
 
 `human` or `human:NAME`: at the terminal, two responses side by side in random order, which is recorded: keys
 1 and 2, t for a tie, s to skip, u to undo, q to leave. Every key is saved at once.
@@ -53,7 +54,7 @@ from nanoalign import UserError, cli, human
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
 from nanoalign.comparisons import report
 from nanoalign.data import prompt_key, thin
-from nanoalign.feedback import ask_for_judgement, read_constitution, verdicts
+from nanoalign.feedback import ask_for_judgement, choice_logprobs, read_constitution
 from nanoalign.generate import respond
 from nanoalign.rewards import final_answer, model_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
@@ -136,7 +137,7 @@ def label(prompts: list[dict], responses: list[list[tuple[str, bool]]], config: 
     return comparisons, thumbs, probabilities
 
 
-def model_votes(path: str, comparisons: list[dict], device) -> list[float | None]:
+def rm_votes(path: str, comparisons: list[dict], device) -> list[float | None]:
     """A reward model's P(first is better) = σ(r_a − r_b) for each comparison; None if the prompt is too long.
 
     The checkpoint's scores are normalised: times their "std" their difference is in nats again.
@@ -157,33 +158,35 @@ def model_votes(path: str, comparisons: list[dict], device) -> list[float | None
     return votes
 
 
-def vote(comparison: dict, odds: float) -> float | None:
+def vote(comparison: dict, log_odds: float) -> float | None:
     """Log-odds that the first is better → P(first is better). An unfinished response loses to a finished
     one; None for NaN."""
     finished = comparison["ended"][0] - comparison["ended"][1]
-    p = finished / 2 + 0.5 if finished else torch.tensor(odds, dtype=torch.float64).sigmoid().item()
-    return None if math.isnan(odds) else p
+    p = finished / 2 + 0.5 if finished else torch.tensor(log_odds, dtype=torch.float64).sigmoid().item()
+    return None if math.isnan(log_odds) else p
 
 
-def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], seed: int):
+def ai_votes(
+    path: str, comparisons: list[dict], device, principles: list[str], seed: int
+) -> list[float | None]:
     """A judge model's P(first is better) = σ((ℓ(a, b) − ℓ(b, a)) / 2) for each comparison; None if the
-    request is too long. Prints how it stands with the position bias."""
+    request is too long. Prints the judge's position bias before and after averaging."""
     model, tokenizer, _ = load_policy(path, device, CHAT)
     rng, asked = random.Random(f"principles-{seed}"), []
     for c in comparisons:
         (a, b), principle = c["responses"], rng.choice(principles)
         asked += [ask_for_judgement(c["prompt"], *order, principle) for order in ((a, b), (b, a))]
-    logp = verdicts(model, tokenizer, asked).double().view(-1, 2, 2)  # (pair, order, what is said)
-    odds = logp[..., 0] - logp[..., 1]  # of "A", in nats
-    averaged = (odds[:, 0] - odds[:, 1]) / 2
+    logp = choice_logprobs(model, tokenizer, asked).double().view(-1, 2, 2)  # (pair, order, "A" or "B")
+    log_odds = logp[..., 0] - logp[..., 1]  # of what is shown first, (pair, order)
+    averaged = (log_odds[:, 0] - log_odds[:, 1]) / 2  # of a
     known = ~averaged.isnan()
     if not known.any():
         raise UserError(f"{path} judges no pair: it is broken, or every request is longer than it reads.")
-    before, after, n = odds[known].mean(1), averaged[known], int(known.sum())
-    torn = (odds[known].sign().prod(1) > 0).double().mean().item()
+    before, after, n = log_odds[known].mean(), averaged[known], int(known.sum())
+    torn = (log_odds[known].sign().prod(1) > 0).double().mean().item()
     print(f'collect: the judge says "A" or "B" with probability {logp[known].exp().sum(-1).mean():.1%}')
     print(
-        f"collect: log-odds of preferring what comes first: {before.mean():+.2f} in one order, "
+        f"collect: log-odds of preferring what comes first: {before:+.2f} in one order, "
         f"{after.mean():+.2f} ± {after.std(correction=0) / n**0.5:.2f} over both; "
         f"the order alone decides {torn:.1%} of {n:,} pairs"
     )
@@ -275,7 +278,6 @@ def gumbel(rng: random.Random) -> float:
 
 
 BY_HAND = '"annotator": "human'  # in a file of votes
-MODELS = {"rm": model_votes, "ai": ai_votes}  # kind → f(path, comparisons, device, …) → P(first is better)
 
 
 def autosave(path: Path, fresh: bool):
@@ -304,7 +306,7 @@ def check_flags(config: Config) -> str:
     kind, _, which = config.annotator.partition(":")
     if config.steps not in ("", "checker", "rollouts"):
         raise UserError(f"--steps {config.steps} is unknown; choose checker or rollouts.")
-    if config.annotator not in ("world", "human") and not (kind in ("human", *MODELS) and which):
+    if config.annotator not in ("world", "human") and not (kind in ("human", "rm", "ai") and which):
         raise UserError(
             f"there is no annotator {config.annotator!r}; choose from: world, rm:PATH, ai:PATH, human, "
             "human:NAME."
@@ -376,13 +378,16 @@ def main(config: Config) -> None:
     def pending() -> list[dict]:
         return [c for c in comparisons if all(vote["annotator"] != config.annotator for vote in c["votes"])]
 
+    save(comparisons)
     if kind == "human":
-        save(comparisons)
         human.annotate(comparisons, config.annotator, lambda: save(comparisons), config.seed)
-    elif kind in MODELS and (asked := pending()):
-        options = {"principles": principles, "seed": config.seed} if kind == "ai" else {}
+    elif kind != "world" and (asked := pending()):
+        path = config.annotator.partition(":")[2]
         with autocast:
-            votes = MODELS[kind](config.annotator.partition(":")[2], asked, device, **options)
+            if kind == "rm":
+                votes = rm_votes(path, asked, device)
+            else:
+                votes = ai_votes(path, asked, device, principles, config.seed)
         for c, p in zip(asked, votes):
             c["votes"].append({"annotator": config.annotator, "p": p})
     save(comparisons)

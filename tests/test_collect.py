@@ -19,6 +19,7 @@ import collect
 from nanoalign import UserError, human
 from nanoalign.checkpoint import save
 from nanoalign.comparisons import calibration, report
+from nanoalign.feedback import ask_for_judgement, choice_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
@@ -138,7 +139,7 @@ def rm(tmp_path):
 def test_a_reward_models_vote_is_its_bradley_terry_probability_at_the_scale_of_training(rm):
     model, path = rm
     rows = compared(20)
-    votes = collect.model_votes(path, rows, torch.device("cpu"))
+    votes = collect.rm_votes(path, rows, torch.device("cpu"))
     for c, p in zip(rows, votes):
         a, b = (
             model(torch.from_numpy(np.append(TOKENIZER.prompt(c["prompt"]), TOKENIZER.response(text)))[None])
@@ -150,17 +151,17 @@ def test_a_reward_models_vote_is_its_bradley_terry_probability_at_the_scale_of_t
 
 def test_an_unfinished_response_loses_whatever_it_scores_and_two_of_a_kind_are_scored(rm):
     rows = [{**compared(1)[0], "ended": [a, b]} for a in (True, False) for b in (True, False)]
-    both, lost, won, none = collect.model_votes(rm[1], rows, torch.device("cpu"))
+    both, lost, won, none = collect.rm_votes(rm[1], rows, torch.device("cpu"))
     assert (lost, won) == (1, 0) and both == none and 0 < both < 1
 
 
 def test_a_prompt_too_long_for_the_reward_model_is_skipped(rm):
     rows = compared(2)
     rows[1]["prompt"][0]["content"] = "word " * 100
-    kept, skipped = collect.model_votes(rm[1], rows, torch.device("cpu"))
+    kept, skipped = collect.rm_votes(rm[1], rows, torch.device("cpu"))
     assert kept is not None and skipped is None
     with pytest.raises(UserError, match="scores no response"):
-        collect.model_votes(rm[1], rows[1:], torch.device("cpu"))
+        collect.rm_votes(rm[1], rows[1:], torch.device("cpu"))
 
 
 def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_pairs(
@@ -274,14 +275,23 @@ def test_the_names_of_the_answers_are_one_token_each_in_every_vocabulary(r50k):
         assert [[a[0]], [b[0]]] == [tokenizer.encode(" A"), tokenizer.encode(" B")]
 
 
+def test_requests_of_all_lengths_keep_their_order_whatever_the_batch(ai):
+    model, asked = ai()[0], [ask_for_judgement(c["prompt"], *c["responses"], "Be kind.") for c in babble(20)]
+    asked[4] = [{"role": "user", "content": "word " * 200}]
+    one = choice_logprobs(model, TOKENIZER, asked)
+    assert one.isnan().any(-1).nonzero().flatten().tolist() == [4]
+    torch.testing.assert_close(choice_logprobs(model, TOKENIZER, asked, batch_size=3), one, equal_nan=True)
+    assert choice_logprobs(model, TOKENIZER, asked[4:5]).isnan().all()
+
+
 def test_a_principle_is_drawn_for_every_pair_and_both_orders_are_asked_by_it(monkeypatch, ai):
     asked, path = [], ai()[1]
 
-    def verdicts(model, tokenizer, requests):
+    def choice_logprobs(model, tokenizer, requests):
         asked.append([messages[0]["content"] for (*messages,) in requests])
         return torch.zeros(len(requests), 2)
 
-    monkeypatch.setattr(collect, "verdicts", verdicts)
+    monkeypatch.setattr(collect, "choice_logprobs", choice_logprobs)
     for seed in (0, 0, 1):
         collect.ai_votes(path, compared(60), torch.device("cpu"), PRINCIPLES, seed)
     drawn = [[re.search(r"B\? (.*)\n", text)[1] for text in texts] for texts in asked]
@@ -298,6 +308,21 @@ def test_an_unfinished_response_loses_to_a_finished_one_and_a_request_too_long_i
     assert votes[:3] == [0, 1, None] and 0 < votes[3] < 1
     with pytest.raises(UserError, match="judges no pair"):
         collect.ai_votes(path, rows[2:3], torch.device("cpu"), PRINCIPLES, seed=0)
+
+
+def test_a_judge_that_fails_loses_no_response(ai, tmp_path):
+    path, out = ai()[1], str(tmp_path / "by_ai.jsonl")
+    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": f"Hi {i}"} for i in range(3)])
+    flags = {"prompts": str(tmp_path / "p.jsonl"), "out": out, "max_new_tokens": 4}
+    flags["constitution"] = str(ROOT / "constitution.txt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        collect.main(collect.Config(path, annotator=f"ai:{tmp_path}/none.pt", **flags))
+    sampled = [c["responses"] for c in read_rows(out.replace(".jsonl", ".votes.jsonl"), "compared")]
+    collect.main(collect.Config(annotator=f"ai:{path}", resume=True, **flags))
+    assert len(sampled) == 18
+    assert [sorted((pair["chosen"], pair["rejected"])) for pair in read_rows(out, "pairs")] == [
+        *map(sorted, sampled)
+    ]
 
 
 def test_an_ai_labels_the_pairs_of_any_prompts_softly_and_its_votes_stand_beside_others(ai, tmp_path, capsys):
