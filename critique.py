@@ -5,7 +5,8 @@
 with a principle p_k drawn from a constitution for every prompt and round (SL-CAI: Bai et al. 2022, §3.1).
 SFT on (x, y_rounds) then teaches a model to answer at once as it would after all that thought:
 
-    python critique.py                                             # the built-in world's assistant
+    make out/demo/assistant.pt                                     # the built-in world's assistant
+    python critique.py
     python train_sft.py --data out/demo/revisions.jsonl --init out/demo/assistant.pt --out out/demo/sl-cai.pt
     python critique.py --policy chat.pt --prompts mine.jsonl --constitution mine.txt --out new.jsonl
 

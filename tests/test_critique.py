@@ -164,9 +164,7 @@ def test_more_rounds_go_on_from_fewer(revise):
         assert a["response"] == b["response"] and a["rounds"] == b["rounds"][:1] and len(b["rounds"]) == 3
 
 
-def test_the_judge_says_what_each_round_was_worth_of_the_worlds_prompts_only(
-    scripted, tmp_path, capsys, monkeypatch
-):
+def test_the_judge_says_what_each_round_was_worth_of_the_worlds_prompts_only(scripted, tmp_path, capsys):
     meta = {"kind": "fact", "relation": "capital", "subject": "France"}
     question = {"prompt": "What is the capital of France?", "meta": meta}
     write_rows(str(tmp_path / "world.jsonl"), [question] * 2)
@@ -196,6 +194,7 @@ def test_blank_lines_comments_and_line_ends_of_any_kind_do_not_count(tmp_path):
     "content, said",
     [
         (None, "there is no constitution"),
+        ("a folder", "directory"),
         (b"", "holds no principle"),
         (b"\n# only this\n  \n", "holds no principle"),
         (b"Be kind.\n\xff\xfe", "UTF-8"),
@@ -205,13 +204,13 @@ def test_blank_lines_comments_and_line_ends_of_any_kind_do_not_count(tmp_path):
 )
 def test_a_constitution_that_cannot_be_used_is_one_sentence(content, said, tmp_path, policy):
     path = tmp_path / "c.txt"
-    if content is not None:
+    if content == "a folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
         critique.main(critique.Config(policy, constitution=str(path), out=str(tmp_path / "out.jsonl")))
     assert "c.txt" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="directory"):
-        read_constitution(str(tmp_path))
 
 
 def test_the_constitution_that_comes_along_is_what_the_world_teaches():
