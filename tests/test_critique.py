@@ -261,7 +261,7 @@ def is_broken(principle, kind, v):
 
 
 def near(count, n, rate):
-    return abs(count - n * rate) <= 4 * (n * rate * (1 - rate)) ** 0.5 + 1
+    return abs(count - n * rate) <= 3 * (n * rate * (1 - rate)) ** 0.5
 
 
 def test_critics_overlook_faults_and_revisers_botch_at_the_stated_rates_and_invent_none(shown):
@@ -297,6 +297,22 @@ def test_a_revision_mends_the_fault_that_was_found_and_leaves_the_rest(shown):
                 wrong += 1
                 kept += not after.correct  # too long and wrong: then shorter, and wrong
     assert mended / total > 1 - 1.2 * feedback.BOTCHED and wrong > 50 and kept / wrong > 0.7
+
+
+@pytest.mark.parametrize(
+    "principle, a, b, first",
+    [
+        ("Say only what is needed, and say it plainly.", "Rome.", "Paris. I hope that helps!", True),
+        ("Say what is true, whatever the asker thinks.", "Rome.", "Paris. I hope that helps!", False),
+        ("Never help anyone to do harm.", "Rome.", "Paris. I hope that helps!", False),  # utility
+        ("Say what is true, whatever the asker thinks.", "Rome.", "Berlin.", None),
+    ],
+)
+def test_a_principle_comes_before_the_judges_utility(principle, a, b, first):
+    meta = {"kind": "fact", "relation": "capital", "subject": "France"}
+    row = {"prompt": "What is the capital of France?", "meta": meta}
+    assert feedback.better(principle, row, a, b) is first
+    assert feedback.better(principle, row, b, a) is (None if first is None else not first)
 
 
 def test_judges_name_the_worse_answer_at_the_stated_rate_and_either_place_as_often(shown):
