@@ -220,8 +220,9 @@ $(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
 
 # ------------------------------------------------------------------------------------------------ AI feedback
 # Constitutional AI: an assistant that has learnt to criticise, to revise and to judge learns from its own revisions
-# (SL-CAI), then from its own preferences (RLAIF); beside people's preferences on the same responses (human), and
-# as many of these as cost the same, alone (few) and half of either (mixed).
+# (SL-CAI), then from its own preferences (ai: RLAIF). Beside that, people's preferences: on the same pairs (human),
+# on as many of them as cost the same (few), and half the money on either (mixed). A prompt has one pair, so that
+# training reads every label. The price leaves out the demonstrations that taught the assistant its three tasks.
 
 PRICE = 10#  AI labels for the price of a person's: about what Lee et al. (2023) estimate
 CAI = $(OUT)/cai
@@ -242,22 +243,20 @@ $(CAI)/sl-cai.pt: $(CAI)/revisions.jsonl train_sft.py
 CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
 BY_AI = --annotator ai:$(OUT)/assistant.pt
 $(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
-	$(CAI_COLLECT) --prompts $< --out $@
+	$(CAI_COLLECT) --prompts $< --samples 2 --out $@
 $(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
-	$(CAI_COLLECT) --prompts $< --out $@ $(BY_AI)
-$(CAI)/few.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
-	awk 'NR % $(PRICE) == 0' $< > $(CAI)/few.prompts.jsonl
-	$(CAI_COLLECT) --prompts $(CAI)/few.prompts.jsonl --out $@
-$(CAI)/mixed.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
-	awk 'NR % (2 * $(PRICE)) == 0' $< > $(CAI)/mixed-human.prompts.jsonl
-	awk 'NR % 2 == 1' $< > $(CAI)/mixed-ai.prompts.jsonl
-	$(CAI_COLLECT) --prompts $(CAI)/mixed-human.prompts.jsonl --out $(CAI)/mixed-human.jsonl
-	$(CAI_COLLECT) --prompts $(CAI)/mixed-ai.prompts.jsonl --out $(CAI)/mixed-ai.jsonl $(BY_AI)
-	cat $(CAI)/mixed-human.jsonl $(CAI)/mixed-ai.jsonl > $@
+	$(CAI_COLLECT) --prompts $< --samples 2 --out $@ $(BY_AI)
+$(CAI)/few.jsonl: $(CAI)/human.jsonl
+	awk 'NR % $(PRICE) == 0' $< > $@
+$(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl
+	awk 'NR % (2 * $(PRICE)) == 0' $< > $@
+	awk 'NR % 2 == 1' $(CAI)/ai.jsonl >> $@
 
+CAI_STEPS = $$(($(RESPONSES) / 64))
+$(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  five passes over so few pairs, not ten
 $(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
 	@rm -f $@
-	$(PY) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $$(($(RESPONSES) / 64)) --out $@ --resume $(FLAGS)
+	$(PY) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
 
 # How good people and the AI are as judges, on the same held-out pairs, by the exact judge.
 $(CAI)/judges.txt: $(WORLD)/prompts_held_out.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
@@ -275,6 +274,7 @@ cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences
 	  $(MAKE) --no-print-directory $(call lab-out,$$seed)/cai/scorecard.json SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
 	done
 	@cat $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/cai/judges.txt)
+	@echo "few, mixed and ai cost the same: $(PRICE) AI labels for the price of a person's"
 	$(PY) bench/seeds.py $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/cai/scorecard.json)
 
 # ------------------------------------------------------------------------------------------------ laboratory
