@@ -46,7 +46,7 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
-from nanoalign.comparisons import elo, pairwise_wins
+from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, print_table, starred
 from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
@@ -95,22 +95,6 @@ class Config:
     temperature: float = 1.0  # of sampling; 0: greedy
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
-    values = values[~np.isnan(values).all(axis=1)]
-    if len(values) == 0:
-        return float("nan"), float("nan")
-    per_prompt = np.nanmean(values, axis=1)
-    error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
-    return float(per_prompt.mean()), float(error)
-
-
-def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
-    over prompts: smaller than that of two unrelated means, for the prompts are the same."""
-    return mean_and_error((values.mean(axis=1) - baseline.mean(axis=1))[:, None])
 
 
 def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
@@ -222,26 +206,6 @@ def summarise(scores: dict[str, np.ndarray], picked=slice(None)) -> dict[str, tu
         for name, values in scores.items()
         if not np.isnan(values[picked]).all()
     }
-
-
-def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
-    """A cell is (mean, standard error), and a mark if there is one."""
-
-    def text(cell) -> str:
-        if cell is None or math.isnan(cell[0]):
-            return "– "
-        error = "–" if math.isnan(cell[1]) else f"{cell[1]:.3f}"
-        return f"{cell[0]:.3f} ± {error}{cell[2] if cell[2:] else ' '}"
-
-    width = max(17, *(len(name) + 3 for name in header))
-    print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
-    for name, cells in lines:
-        print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
-
-
-def starred(cell, change):
-    """The cell of a table, marked if the change is more than twice its standard error."""
-    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell else cell
 
 
 def plot(names: list[str], cards: list[dict], path: str) -> None:

@@ -1,5 +1,7 @@
-"""What comparisons say: how far annotators agree, what sways an annotator, how strong players are."""
+"""What comparisons say: how far annotators agree, what sways an annotator, how strong players are; means and
+changes with their standard errors, and the table that shows them."""
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -161,3 +163,39 @@ def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray,
     drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=draws)  # (draws, N)
     resampled = rate(np.einsum("dn,nij->dij", drawn, wins))
     return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
+    values = values[~np.isnan(values).all(axis=1)]
+    if len(values) == 0:
+        return float("nan"), float("nan")
+    per_prompt = np.nanmean(values, axis=1)
+    error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
+    return float(per_prompt.mean()), float(error)
+
+
+def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
+    over prompts: smaller than that of two unrelated means, for the prompts are the same."""
+    return mean_and_error((values.mean(axis=1) - baseline.mean(axis=1))[:, None])
+
+
+def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
+    """A cell is (mean, standard error), and a mark if there is one."""
+
+    def text(cell) -> str:
+        if cell is None or math.isnan(cell[0]):
+            return "– "
+        error = "–" if math.isnan(cell[1]) else f"{cell[1]:.3f}"
+        return f"{cell[0]:.3f} ± {error}{cell[2] if cell[2:] else ' '}"
+
+    width = max(17, *(len(name) + 3 for name in header))
+    print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
+    for name, cells in lines:
+        print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
+
+
+def starred(cell, change):
+    """The cell of a table, marked if the change is more than twice its standard error."""
+    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell else cell
