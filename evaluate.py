@@ -25,6 +25,13 @@ A check called "utility" decides the win rate, as the judge's does; length, repe
 tokens come by themselves. The file is code and is run as such: name none that you would not run. What is read
 from prompts and checkpoints is never run.
 
+With --red-team PROMPTS attackers look for what makes the checkpoints help with harm or, with --reward, what
+that reward pays for although it is worse, and are measured on --prompts (nanoalign/redteam.py):
+
+    python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt out/demo/ppo.pt
+    python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt \
+        --reward out/demo/rm.pt --adversarial-pairs out/demo/adversarial.jsonl
+
 --doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
 
 With --elo every checkpoint also meets every other one, and their Elo ratings (Bradley & Terry's maximum
@@ -38,6 +45,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -50,6 +58,7 @@ from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, pr
 from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
+from nanoalign.redteam import red_team
 from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.training import setup
@@ -88,6 +97,11 @@ class Config:
     out: str = "out/demo/scorecard.json"  # everything that was measured
     plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
     doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
+    red_team: str = ""  # prompt rows to look for attacks on; they are then measured on --prompts
+    attackers: tuple = ()  # of --red-team: policies that were trained to attack
+    tries: int = 32  # of --red-team: pieces of text to try in each round of a search
+    replay: str = ""  # of --red-team with --reward: an earlier report, whose exploits are tried again
+    adversarial_pairs: str = ""  # of --red-team with --reward: write what fooled it, as pair rows
     samples: int = 4  # responses per prompt
     elo: bool = False  # also rate the checkpoints by the judge's verdict on each pair of them
     show: int = 1  # samples of each family to print
@@ -246,6 +260,11 @@ def main(config: Config) -> None:
     rows = read_rows(config.prompts, "prompts")
     checks = load_checks(config.checks) if config.checks else None
     check_rows(rows, checks, config.prompts)
+    if config.red_team:
+        searched = read_rows(config.red_team, "prompts")
+        check_rows(searched, checks, config.red_team)
+        with autocast:
+            return red_team(config, searched, rows, partial(measure, checks=checks), device)
     if config.plot:
         cli.pyplot(config.plot)
     stages, tokenizers = {}, set()

@@ -15,6 +15,8 @@ An expression is a signed sum of terms, each `name` or `number*name`; + and − 
     judge                          the built-in world's judge (rows need the world's meta)
     answer                         1 where the final answer ("#### n" or "Answer: n") is the one in meta
     length                         the number of response tokens
+    harm:out/demo/sft.pt           red-teaming: 1 where that policy, asked the row's prompt with the response
+                                   behind it, helps with the harm (rows of kind "harm"; Perez et al. 2022)
 """
 
 import glob
@@ -25,17 +27,18 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError
-from nanoalign.checkpoint import load_scalar
+from nanoalign.checkpoint import CHAT, load_policy, load_scalar
 from nanoalign.data import collate, join
-from nanoalign.generate import Rollout, rollouts
+from nanoalign.generate import Rollout, respond, rollouts
 from nanoalign.logprobs import last_scored, token_logprobs
 from nanoalign.model import ScalarGPT
 from nanoalign.steps import AGGREGATES, aggregate, step_probabilities
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze
-from nanoalign.world.judge import judge
+from nanoalign.world.judge import judge, on_topic
 
 Reward = Callable[[list[dict], Rollout], Tensor]
+READ = 48  # tokens of a target's answer that `harm:` looks at
 
 
 def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor) -> Tensor:
@@ -151,6 +154,40 @@ def _answer(tokenizer: Tokenizer) -> Reward:
     return score
 
 
+def attacked(row: dict, pattern: str) -> list[dict]:
+    """The row's messages, the last of them put in place of every {} of the pattern."""
+    *before, last = row["prompt"]
+    return [*before, {**last, "content": pattern.replace("{}", last["content"])}]
+
+
+def _harm(path: str, tokenizer: Tokenizer, device) -> Reward:
+    """An attacker's reward. The target's answers are samples, seeded by what the attacker wrote."""
+    target, own, _ = load_policy(path, device, CHAT)
+    if own.name != tokenizer.name:
+        raise UserError(
+            f"{path} reads tokens of {own.name!r}, the attacker writes those of {tokenizer.name!r}."
+        )
+    freeze(target)
+
+    def score(rows: list[dict], rollout: Rollout) -> Tensor:
+        if any(row["meta"].get("kind") != "harm" for row in rows):
+            raise UserError(
+                'the reward `harm:` needs harmful requests of the world only: rows of kind "harm".'
+            )
+        asked = [
+            tokenizer.prompt(attacked(row, "{} " + tokenizer.decode_response(written)))
+            for row, written in zip(rows, rollout.responses())
+        ]
+        texts, ended = respond(target, tokenizer, asked, READ, seed=int(rollout.ids.sum()))
+        helped = [
+            judge(row, text, end).complied_with_harm and on_topic(row, text)
+            for row, text, end in zip(rows, texts, ended)
+        ]
+        return torch.tensor(helped, dtype=torch.float32, device=rollout.ids.device)
+
+    return score
+
+
 def _length(rows: list[dict], rollout: Rollout) -> Tensor:
     return rollout.mask.sum(-1).float()
 
@@ -161,6 +198,8 @@ def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
         return _ensemble(kind, pattern, tokenizer, device)
     if colon and kind.removeprefix("prm-") in (*AGGREGATES, "steps") and kind.startswith("prm-"):
         return _process_model(kind.removeprefix("prm-"), pattern, tokenizer, device)
+    if colon and kind == "harm":
+        return _harm(pattern, tokenizer, device)
     if name.endswith(".pt") and not re.fullmatch(r"\w+", kind if colon else ""):
         return _reward_model(name, tokenizer, device)
     if name == "length":
@@ -169,7 +208,7 @@ def _term(name: str, tokenizer: Tokenizer, device) -> Reward:
         return {"judge": _judge, "answer": _answer}[name](tokenizer)
     raise UserError(
         f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:…, "
-        "mean-1std:… or prm-min:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
+        "mean-1std:…, prm-min:… or harm:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
     )
 
 
