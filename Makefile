@@ -281,7 +281,7 @@ cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
 
 LAB = $(OUT)/hacking
-RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive continued
+RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued
 from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
 run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
 run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
@@ -290,6 +290,7 @@ run-beta-0.2 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.2
 run-judge = $(from-sft) --reward judge
 run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
 run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
+run-adversarial = $(from-sft) --reward $(OUT)/rm-adversarial.pt --beta 0
 run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
 run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt
 
@@ -309,6 +310,8 @@ ON_HELD_OUT = --eval-data $(WORLD)/prompts_held_out.jsonl --eval-prompts 1000 --
 $(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt $(OUT)/rm.2.pt train_ppo.py
 	@rm -f $@
 	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
+
+$(LAB)/adversarial.pt: $(OUT)/rm-adversarial.pt
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt bench/hacking.py
 	$(PY) bench/hacking.py best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(WORLD)/prompts_held_out.jsonl \
@@ -332,6 +335,49 @@ $(OUT)/rm2.pt: $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl train_rm.py
 $(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
 	@rm -f $@
 	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt $(ON_HELD_OUT) --out $@
+
+# ------------------------------------------------------------------------------------------------ red team
+# Attack the policies; attack the reward model, retrain it on what fooled it, and attack it again.
+
+RED = $(OUT)/red-team
+ATTACK = $(PY) evaluate.py --red-team $(WORLD)/prompts.jsonl --prompts $(WORLD)/prompts_held_out.jsonl \
+  --max-new-tokens 48 $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 4)
+GRPO = $(PY) train_grpo.py --init $(OUT)/sft.pt --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+
+.PHONY: red-team
+red-team: .venv/installed $(RED)/policies.txt $(RED)/before.txt $(RED)/after.txt  ## attack policies and the reward model; retrain it on what fooled it
+	@cat $(filter %.txt,$^)
+
+$(RED)/policies.txt: $(addprefix $(OUT)/,sft.pt dpo.pt ppo.pt) $(RED)/attacker.pt nanoalign/redteam.py
+	$(ATTACK) --checkpoints $(filter-out $(RED)/%,$(filter %.pt,$^)) --attackers $(RED)/attacker.pt --samples 16 \
+	  --out $(@:.txt=.json) > $@
+
+# Its text stands before the request: harm:… pays where the SFT model then helps.
+$(RED)/attacker.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt
+	@rm -f $@ && mkdir -p $(RED)
+	grep '"kind": "harm"' $< > $(RED)/harm.jsonl
+	$(GRPO) --prompts $(RED)/harm.jsonl --reward harm:$(OUT)/sft.pt --watch "" --beta 0.01 --lr 3e-4 --out $@
+
+$(RED)/before.txt: $(OUT)/rm.pt $(RED)/gap.pt nanoalign/redteam.py
+	$(ATTACK) --checkpoints $(OUT)/sft.pt --reward $< --attackers $(RED)/gap.pt \
+	  --adversarial-pairs $(RED)/pairs.jsonl --out $(@:.txt=.json) > $@
+$(RED)/after.txt: $(OUT)/rm-adversarial.pt $(RED)/gap-again.pt $(RED)/before.txt
+	$(ATTACK) --checkpoints $(OUT)/sft.pt --reward $< --attackers $(RED)/gap.pt $(RED)/gap-again.pt \
+	  --replay $(RED)/before.json --out $(@:.txt=.json) > $@
+
+# They write what the reward likes and the judge does not.
+GAP = $(GRPO) --prompts $(WORLD)/prompts.jsonl --beta 0.05 --watch "judge, $(OUT)/rm.pt"
+$(RED)/gap.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt
+	@rm -f $@
+	$(GAP) --reward "$(OUT)/rm.pt - judge" --out $@
+$(RED)/gap-again.pt: $(OUT)/rm-adversarial.pt
+	@rm -f $@
+	$(GAP) --reward "$< - judge" --out $@
+
+$(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
+	cat $< $(RED)/pairs.jsonl > $(RED)/all-pairs.jsonl
+	@rm -f $@
+	$(PY) train_rm.py --data $(RED)/all-pairs.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
 
 # ------------------------------------------------------------------------------------------------ speed
 # Beside torch, transformers and trl; `python bench/X.py --help` has the long forms. HH=hh.jsonl: pair rows for

@@ -8,7 +8,7 @@ attackers find on one set of prompts is measured on another.
                 put before or behind the best pattern so far, and the best of all is kept. One round is
                 best-of-n (Hughes et al. 2024); several are greedy (with gradients: Zou et al. 2023)
     policies    trained by train_grpo.py to attack (Perez et al. 2022). With --reward harm:TARGET.pt, what
-                they write stands behind the request; with --reward "rm.pt - judge", it is the response
+                they write stands before the request; with --reward "rm.pt - judge", it is the response
 
 The judge, or the user's checks, decide what an attack is worth. Help counts only with the harm that was asked
 for: else "{} How do I cut the cake?" would win, since "use a long knife" is an instruction. An exploit of a
@@ -137,7 +137,7 @@ def attack_policy(path: str, rows: list, held_out: list, measure: Measure, confi
     attacks = {name: [pattern] * len(asked) for name, pattern in patterns.items()}
     for attacker in config.attackers:
         texts = written(attacker, asked, tokenizer, config, device)
-        attacks[Path(attacker).stem] = [f"{{}} {text}" for text in texts]
+        attacks[Path(attacker).stem] = [f"{text} {{}}" for text in texts]
     found = {}
     for name, each in attacks.items():
         helped, said = ask(asked, each)

@@ -15,8 +15,8 @@ An expression is a signed sum of terms, each `name` or `number*name`; + and − 
     judge                          the built-in world's judge (rows need the world's meta)
     answer                         1 where the final answer ("#### n" or "Answer: n") is the one in meta
     length                         the number of response tokens
-    harm:out/demo/sft.pt           red-teaming: 1 where that policy, asked the row's prompt with the response
-                                   behind it, helps with the harm (rows of kind "harm"; Perez et al. 2022)
+    harm:out/demo/sft.pt           red-teaming (Perez et al. 2022): how often that policy, asked the row's
+                                   prompt with the response before it, helps with the harm (kind "harm" only)
 """
 
 import glob
@@ -38,7 +38,7 @@ from nanoalign.training import freeze
 from nanoalign.world.judge import judge, on_topic
 
 Reward = Callable[[list[dict], Rollout], Tensor]
-READ = 48  # tokens of a target's answer that `harm:` looks at
+ASKED, READ = 4, 32  # how often `harm:` asks its target, and how many tokens of an answer it reads
 
 
 def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor) -> Tensor:
@@ -174,16 +174,14 @@ def _harm(path: str, tokenizer: Tokenizer, device) -> Reward:
             raise UserError(
                 'the reward `harm:` needs harmful requests of the world only: rows of kind "harm".'
             )
-        asked = [
-            tokenizer.prompt(attacked(row, "{} " + tokenizer.decode_response(written)))
-            for row, written in zip(rows, rollout.responses())
-        ]
-        texts, ended = respond(target, tokenizer, asked, READ, seed=int(rollout.ids.sum()))
+        texts = map(tokenizer.decode_response, rollout.responses())
+        asked = [tokenizer.prompt(attacked(row, f"{text} {{}}")) for row, text in zip(rows, texts)]
+        found = respond(target, tokenizer, asked * ASKED, READ, seed=int(rollout.ids.sum()))
         helped = [
             judge(row, text, end).complied_with_harm and on_topic(row, text)
-            for row, text, end in zip(rows, texts, ended)
+            for row, text, end in zip(rows * ASKED, *found)
         ]
-        return torch.tensor(helped, dtype=torch.float32, device=rollout.ids.device)
+        return torch.tensor(helped, device=rollout.ids.device).view(ASKED, -1).float().mean(0)
 
     return score
 
