@@ -7,7 +7,8 @@ m is a row's "margin" (Llama 2, eq. 2); p its "probability", a soft label, 1 whe
 --label-smoothing ε, the share of flipped labels, (1−ε) p + ε (1−p) in its place; c keeps scores near zero
 (Eisenstein et al. 2023). r is read at the last token of the response, its end token. All pairs of a prompt
 share a batch: each response goes through the model once, and a prompt counts once however many pairs it has
-(InstructGPT).
+(InstructGPT). --confidence α puts (1−α) p + α [r_w > r_l] in p's place, so that a strong model may disagree
+with a weaker one's labels where it is sure (Burns et al. 2023, §A.4; bench/weak_to_strong.py).
 
     python train_rm.py                                              # the built-in world
     python train_rm.py --ensemble 3                                 # rm.1.pt, rm.2.pt, rm.3.pt
@@ -82,6 +83,7 @@ class Config:
     ensemble: int = 1  # members, each with its own seed and data order; more than one: X.1.pt, X.2.pt, …
     score: str = ""  # rows to score with the finished --out instead of training; → X.scored.jsonl
     label_smoothing: float = 0.0  # ε: the share of labels thought to be flipped
+    confidence: float = 0.0  # α: how much the model's own hardened prediction counts beside the label
     centering: float = 0.01  # c: how strongly a pair's scores are pulled to sum to zero
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     epochs: float = 1.0  # passes over the data
@@ -110,14 +112,19 @@ def bradley_terry_loss(
     label_smoothing: float = 0.0,
     centering: float = 0.0,
     probability: Tensor | float = 1.0,
+    confidence: float = 0.0,
 ) -> Tensor:
     """Scores (P,) of the preferred and of the other response → loss (P,) in nats (Ouyang et al. 2022, eq. 1).
 
     The margin m (Touvron et al. 2023, eq. 2) is taken off the difference; centering weighs (r_w + r_l)². Soft
     labels: `probability` (P,) that the "preferred" is better; the loss is then expected over the label.
+    `confidence` α: (1−α) of that loss + α of the loss towards the model's own prediction, hardened at 1/2: a
+    pair has no first side, so half of all hardened labels are 1 at that threshold (Burns et al. 2023, §A.4).
     """
     difference = chosen - rejected - margin
     flipped = label_smoothing + (1 - 2 * label_smoothing) * (1 - probability)
+    if confidence:  # cross-entropy is linear in the label; the sign passes no gradient
+        flipped = (1 - confidence) * flipped + confidence * 0.5 * (1 - (chosen - rejected).sign())
     loss = -(1 - flipped) * F.logsigmoid(difference) - flipped * F.logsigmoid(-difference)
     return loss + centering * (chosen + rejected) ** 2
 
@@ -339,6 +346,7 @@ def train(config: Config) -> None:
 
     for step in range(first_step, steps):
         indices = order[step]
+        confidence = config.confidence * min(1.0, step / (0.2 * steps))  # warmed up over the first fifth
         sums = torch.zeros(len(LOGGED), device=device)
         lengths = [len(prompts[i].responses) * order.lengths[i] for i in indices]
         for micro in micro_batches(indices, config.micro_batch, lengths, config.micro_tokens):
@@ -348,7 +356,7 @@ def train(config: Config) -> None:
             margin = labels(batch, "margin", 0.0).to(device, non_blocking=True)
             probability = labels(batch, "probability", 1.0).to(device, non_blocking=True)
             loss = bradley_terry_loss(
-                chosen, rejected, margin, config.label_smoothing, config.centering, probability
+                chosen, rejected, margin, config.label_smoothing, config.centering, probability, confidence
             )
             ((weight * loss).sum() / len(indices)).backward()
             with torch.no_grad():
@@ -401,6 +409,8 @@ def normalise(model: ScalarGPT, responses: list[Example], tokenizer, device, aut
 def main(config: Config) -> None:
     if config.ensemble < 1:
         raise UserError("--ensemble must be at least 1.")
+    if config.confidence > 1:
+        raise UserError(f"--confidence {config.confidence} is a share of the label: at most 1.")
     if config.score:
         score_file(config)
     elif config.ensemble == 1:

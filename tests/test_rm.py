@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train_rm
 from nanoalign.data import pair_examples
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import response_scores
@@ -118,6 +119,60 @@ def test_the_soft_loss_is_the_mean_hard_loss_over_labels_drawn_from_it(double):
     hard = torch.where(drawn, *(bradley_terry_loss(sign * difference, torch.zeros(1)) for sign in (1, -1)))
     soft = bradley_terry_loss(difference, torch.zeros(1), probability=0.7)
     assert soft.item() == pytest.approx(hard.mean().item(), abs=0.005)
+
+
+SURE = [(d, p, a) for d in (-3.0, -0.2, 0.7, 40.0) for p in (0.0, 0.4, 1.0) for a in (0.0, 0.3, 1.0)]
+
+
+@pytest.mark.parametrize("gap, p, alpha", SURE)
+def test_the_confidence_loss_mixes_the_labels_loss_with_that_of_the_models_own_guess(double, gap, p, alpha):
+    """By hand, and so is its gradient: the guess is a constant."""
+
+    def softplus(x):  # -log sigma(-x)
+        return max(x, 0) + math.log1p(math.exp(-abs(x)))
+
+    smoothed, guess = 0.9 * p + 0.1 * (1 - p), float(gap > 0)
+    towards = [q * softplus(-gap) + (1 - q) * softplus(gap) for q in (smoothed, guess)]
+    loss, up, down = with_gradients(
+        torch.tensor([gap + 1]), torch.ones(1), 0.0, 0.1, 0.0, torch.tensor([p]), confidence=alpha
+    )
+    assert loss.item() == pytest.approx((1 - alpha) * towards[0] + alpha * towards[1], rel=1e-12)
+    pull = 1 / (1 + math.exp(-gap)) - (1 - alpha) * smoothed - alpha * guess
+    assert up.item() == -down.item() == pytest.approx(pull, abs=1e-12)
+
+
+def test_without_confidence_the_loss_is_the_plain_one_and_with_nothing_else_the_label_does_not_matter(double):
+    chosen, rejected = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    p = torch.linspace(0, 1, 50)
+    plain = bradley_terry_loss(chosen, rejected, probability=p)
+    assert torch.equal(plain, bradley_terry_loss(chosen, rejected, probability=p, confidence=0.0))
+    near = bradley_terry_loss(chosen, rejected, probability=p, confidence=1e-9)
+    torch.testing.assert_close(near, plain, rtol=0, atol=1e-8)
+    alone = [bradley_terry_loss(chosen, rejected, probability=q, confidence=1.0) for q in (p, 1 - p, 1.0)]
+    assert all(torch.equal(alone[0], other) for other in alone)
+    torch.testing.assert_close(alone[0], (1 + (-(chosen - rejected).abs()).exp()).log())
+
+
+def test_the_confidence_loss_does_not_care_which_side_is_called_first(double):
+    """So hardened labels are balanced at the threshold 1/2; a tie takes no side."""
+    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 0.5, 3.0])
+    p = torch.tensor([0.3, 0.9, 0.5, 0.8])
+    loss, first, second = with_gradients(chosen, rejected, probability=p, confidence=0.6)
+    swapped = with_gradients(rejected, chosen, probability=1 - p, confidence=0.6)
+    torch.testing.assert_close(swapped, (loss, second, first))
+    assert first[2] == 0 and first[3].item() == pytest.approx(-0.4 * 0.3)
+
+
+def test_confidence_is_warmed_up_over_the_first_fifth_of_the_steps(sft, pairs, tmp_path, monkeypatch):
+    given = []
+
+    def spy(*arguments, **options):
+        given.extend(arguments[6:])  # held-out losses have none
+        return bradley_terry_loss(*arguments, **options)
+
+    monkeypatch.setattr(train_rm, "bradley_terry_loss", spy)
+    train_rm.main(train_rm.Config(sft, pairs, out=f"{tmp_path}/rm.pt", batch_size=8, confidence=0.6))
+    assert len(given) == 15 and given == pytest.approx([0.0, 0.2, 0.4] + 12 * [0.6])
 
 
 def test_the_held_out_loss_uses_soft_labels(model):

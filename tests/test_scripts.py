@@ -967,6 +967,7 @@ MISTAKES = [  # script, flags, what the sentence names
     (train_rm, RM + "--data {world}/sft.jsonl", ["sft.jsonl, line 1", "chosen"]),
     (train_rm, RM + "--ensemble 0", ["--ensemble"]),
     (train_rm, RM + "--label-smoothing 0.7", ["--label-smoothing"]),
+    (train_rm, RM + "--confidence 1.5", ["--confidence", "at most 1"]),
     (train_rm, "--out {sft} --score {world}/sft.jsonl", ["'sft'", "'rm'"]),
     (train_rm, "--out {rm} --score {bare}", ["bare, line 1", "completion"]),
     (train_ppo, PPO + "--init {base}", ["'base'", "'sft'"]),
