@@ -379,6 +379,44 @@ $(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
 	@rm -f $@
 	$(PY) train_rm.py --data $(RED)/all-pairs.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
 
+# ------------------------------------------------------------------------------------------------ weak to strong
+# A small model's reward model labels pairs for a larger one (naive; confident: with --confidence), beside the larger
+# one on the exact judge's labels of the same pairs (ceiling).
+
+WEAK = $(OUT)/weak-to-strong
+weak-to-strong-weak = --data $(WEAK)/weak.jsonl --init $(WEAK)/sft.pt
+weak-to-strong-naive = --data $(WEAK)/labels.jsonl --init $(OUT)/sft.pt
+weak-to-strong-confident = $(weak-to-strong-naive) --confidence 0.5
+weak-to-strong-ceiling = --data $(WEAK)/ceiling.jsonl --init $(OUT)/sft.pt
+
+.PHONY: weak-to-strong
+weak-to-strong: .venv/installed  ## a small model's labels supervise a larger one: the gap recovered; SEEDS=3 repeats it
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(patsubst %,$(call lab-out,$$seed)/weak-to-strong/%.pt,weak naive confident ceiling) \
+	    SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+	done
+	$(PY) bench/weak_to_strong.py report $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/weak-to-strong)
+
+$(WEAK)/base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
+	@rm -f $@
+	$(PY) train_pretrain.py --data $< --model world-nano --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+$(WEAK)/sft.pt: $(WORLD)/sft.jsonl $(WEAK)/base.pt train_sft.py
+	@rm -f $@
+	$(PY) train_sft.py --data $< --init $(WEAK)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+$(WEAK)/test.jsonl: $(OUT)/pairs.jsonl
+	$(PY) bench/weak_to_strong.py split --pairs $< --out $(WEAK) --seed $(SEED)
+$(WEAK)/labels.jsonl: $(WEAK)/weak.pt $(WEAK)/test.jsonl collect.py
+	cp $(WEAK)/unlabelled.jsonl $(WEAK)/labels.votes.jsonl
+	$(PY) collect.py --annotator rm:$< --resume --out $@ $(FLAGS)
+
+$(WEAK)/weak.pt: $(WEAK)/test.jsonl $(WEAK)/sft.pt
+$(WEAK)/naive.pt $(WEAK)/confident.pt: $(WEAK)/labels.jsonl $(OUT)/sft.pt
+$(WEAK)/ceiling.pt: $(WEAK)/test.jsonl $(OUT)/sft.pt
+$(patsubst %,$(WEAK)/%.pt,weak naive confident ceiling): $(WEAK)/%.pt: train_rm.py
+	@rm -f $@
+	$(PY) train_rm.py $(weak-to-strong-$*) --eval-data $(WEAK)/test.jsonl --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
+
 # ------------------------------------------------------------------------------------------------ speed
 # Beside torch, transformers and trl; `python bench/X.py --help` has the long forms. HH=hh.jsonl: pair rows for
 # the training steps, which are left out without.

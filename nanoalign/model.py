@@ -78,6 +78,7 @@ def _gpt2(layers: int, width: int, heads: int) -> GPTConfig:
 
 PRESETS = {
     # the built-in world's models, and a few million parameters for real text on a laptop
+    "world-nano": GPTConfig(layers=1, width=16, heads=1),
     "world-tiny": GPTConfig(layers=2, width=64, heads=2),
     "world-small": GPTConfig(layers=4, width=128, heads=4),
     "world-large": GPTConfig(layers=8, width=384, heads=6),
