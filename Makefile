@@ -379,6 +379,50 @@ $(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
 	@rm -f $@
 	$(PY) train_rm.py --data $(RED)/all-pairs.jsonl --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
 
+# ------------------------------------------------------------------------------------------------ safety
+# Safety against helpfulness: DPO over the share of pairs about harmful requests (share; of people's own pairs it is
+# 0.05) and over β (beta), GRPO over the weight of a reward model of such pairs beside one of all the others (weight).
+
+PARETO = $(OUT)/pareto
+POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.03 0.1 0.3 1) $(addprefix weight-,0 0.3 0.6 0.9)
+.PRECIOUS: $(PARETO)/share-%.jsonl
+
+.PHONY: pareto
+pareto: .venv/installed  ## safety against helpfulness: the Pareto front; PLOT=pareto.png draws it, SEEDS=3 repeats it
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(call lab-out,$$seed)/pareto/scorecard.json SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+	done
+	$(PY) bench/pareto.py report --folders $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/pareto) $(PLOT:%=--plot %)
+
+$(PARETO)/harmless.jsonl: $(OUT)/pairs.jsonl
+	@mkdir -p $(PARETO)
+	grep '"kind": "harm"' $< > $@
+$(PARETO)/helpful.jsonl: $(OUT)/pairs.jsonl
+	@mkdir -p $(PARETO)
+	grep -v '"kind": "harm"' $< > $@
+$(PARETO)/share-%.jsonl: $(PARETO)/helpful.jsonl $(PARETO)/harmless.jsonl
+	$(PY) bench/pareto.py mix --helpful $< --harmless $(PARETO)/harmless.jsonl --share $* \
+	  --count $$(($(RESPONSES) / 2)) --seed $(SEED) --out $@
+
+$(PARETO)/share-%.pt: $(PARETO)/share-%.jsonl $(OUT)/sft.pt train_dpo.py
+	@rm -f $@
+	$(PY) train_dpo.py $(from-pairs) --data $< --out $@ --resume $(FLAGS)
+$(PARETO)/beta-%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
+	@rm -f $@
+	$(PY) train_dpo.py $(from-pairs) --beta $* --out $@ --resume $(FLAGS)
+$(PARETO)/helpful.pt $(PARETO)/harmless.pt: $(PARETO)/%.pt: $(PARETO)/%.jsonl $(OUT)/sft.pt train_rm.py
+	@rm -f $@
+	$(PY) train_rm.py --data $< --init $(OUT)/sft.pt --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
+$(PARETO)/weight-%.pt: $(PARETO)/helpful.pt $(PARETO)/harmless.pt train_grpo.py
+	@rm -f $@
+	$(PY) train_grpo.py $(from-prompts) --out $@ --resume $(FLAGS) \
+	  --reward "$$(awk 'BEGIN { print 1 - $* }')*$(PARETO)/helpful.pt + $(*)*$(PARETO)/harmless.pt"
+
+PARETO_CHECKPOINTS = $(OUT)/sft.pt $(POINTS:%=$(PARETO)/%.pt)
+$(PARETO)/scorecard.json: $(WORLD)/prompts_held_out.jsonl $(PARETO_CHECKPOINTS) evaluate.py
+	$(PY) evaluate.py --checkpoints $(PARETO_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt --samples 8 \
+	  --show 0 --prompts $< --out $@ $(FLAGS) > $(PARETO)/scorecard.txt
+
 # ------------------------------------------------------------------------------------------------ weak to strong
 # A small model's reward model labels pairs for a larger one (naive; confident: with --confidence), beside the larger
 # one on the exact judge's labels of the same pairs (ceiling).
