@@ -480,7 +480,7 @@ bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.
 
 .PHONY: test lint parity clean
 test: .venv/installed  ## set up and pass the tests
-	$(PY) -m pytest -m "not parity"
+	$(PY) -m pytest -m "not parity" -n 2
 
 lint: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .
