@@ -384,7 +384,7 @@ $(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
 # 0.05) and over β (beta), GRPO over the weight of a reward model of such pairs beside one of all the others (weight).
 
 PARETO = $(OUT)/pareto
-POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.03 0.1 0.3 1) $(addprefix weight-,0 0.3 0.6 0.9)
+POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.03 0.1 0.5) $(addprefix weight-,0 0.5 0.9)
 .PRECIOUS: $(PARETO)/share-%.jsonl
 
 .PHONY: pareto
@@ -420,7 +420,7 @@ $(PARETO)/weight-%.pt: $(PARETO)/helpful.pt $(PARETO)/harmless.pt train_grpo.py
 
 PARETO_CHECKPOINTS = $(OUT)/sft.pt $(POINTS:%=$(PARETO)/%.pt)
 $(PARETO)/scorecard.json: $(WORLD)/prompts_held_out.jsonl $(PARETO_CHECKPOINTS) evaluate.py
-	$(PY) evaluate.py --checkpoints $(PARETO_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt --samples 8 \
+	$(PY) evaluate.py --checkpoints $(PARETO_CHECKPOINTS) --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt \
 	  --show 0 --prompts $< --out $@ $(FLAGS) > $(PARETO)/scorecard.txt
 
 # ------------------------------------------------------------------------------------------------ weak to strong

@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.scoreboard import table
+from bench.scoreboard import print_time, table
 from nanoalign import UserError, cli
 from nanoalign.rows import read_rows, write_rows
 
@@ -114,6 +114,7 @@ def report(config: Report) -> None:
         for i, policy in enumerate(names)
     ]
     table([f"seeds: {seeds}", *BETTER, *FRONTS], rows)
+    print_time(config.folders)
     path = Path(config.folders[0]) / "pareto.csv"
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
@@ -142,7 +143,7 @@ def plot(names: list[str], means: np.ndarray, error: np.ndarray, path: str) -> N
         best = means[front(means, of)][:, [i, j]]
         best = best[best[:, 0].argsort()]
         axis.plot(*best.T, "k--", lw=1, zorder=0, label="front")
-        axis.set(xlabel=of[0], ylabel=of[1])
+        axis.set(xlabel=of[0], ylabel=of[1], title="better is up and to the right")
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()  # better is up and right
     axes[1].invert_xaxis()

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.seeds import over_seeds
-from nanoalign.cli import readable_rows
+from nanoalign.cli import duration, readable_rows
 
 COSTS = ("models", "tokens", "seconds", "MB")
 MEASURES = ("utility", "win rate", "KL to reference", "length (words)", "reward")
@@ -24,6 +24,13 @@ def cost(metrics: Path) -> dict:
     models = next((len(row["names"]) for row in rows if row.get("event") == "models"), 1)
     last = [row for row in rows if "elapsed" in row][-1]
     return {"models": models, "tokens": last["tokens"], "seconds": last["elapsed"], "MB": last["peak_mb"]}
+
+
+def print_time(folders: tuple[str, ...]) -> None:
+    """How long the runs of a folder took to train, in the mean of the folders."""
+    runs = [run for folder in folders for run in Path(folder).glob("*.metrics.jsonl")]
+    seconds = sum(cost(run)["seconds"] for run in runs) / len(folders)
+    print(f"training took {duration(seconds)} a seed, of {len(runs) // len(folders)} models")
 
 
 def main(folders: list[str]) -> None:

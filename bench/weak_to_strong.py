@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.scoreboard import table
+from bench.scoreboard import print_time, table
 from bench.seeds import over_seeds
 from collect import comparison
 from nanoalign import UserError, cli
@@ -102,6 +102,7 @@ def report(folders: list[str]) -> None:
         recovered = list(map(gap_recovered, accuracy["weak"], accuracy[name], accuracy["ceiling"]))
         rows.append([what, over_seeds(accuracy[name]), over_seeds(recovered)])
     table([f"seeds: {len(folders)}", "held-out accuracy", "PGR"], rows)
+    print_time(folders)
 
 
 if __name__ == "__main__":

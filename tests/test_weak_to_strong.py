@@ -100,6 +100,7 @@ def test_the_report_is_over_seeds_and_takes_each_gap_on_its_own(tmp_path, capsys
     for name, found in planted.items():
         for seed, accuracy in enumerate(found):
             rows = [{"event": "start"}, {"step": 1, "eval_accuracy": 0.1}]  # not the last evaluation
+            rows.append({"step": 9, "tokens": 1, "elapsed": 30.0 + seed, "peak_mb": 1})
             rows.append({"step": 9, "eval_accuracy": accuracy, "ece": 0.0})
             (tmp_path / str(seed)).mkdir(exist_ok=True)
             lines = "\n".join(map(json.dumps, rows))
@@ -112,6 +113,7 @@ def test_the_report_is_over_seeds_and_takes_each_gap_on_its_own(tmp_path, capsys
     assert lines[3].endswith("| 0.650 ± 0.050 | 0.500 ± 0.000 |")
     assert lines[4].endswith("| 0.725 ± 0.025 | 0.875 ± 0.125 |")
     assert lines[5].endswith("| 0.750 ± 0.050 | 1.000 ± 0.000 |")
-    (tmp_path / "1" / "naive.metrics.jsonl").write_text('{"event": "start"}')
+    assert lines[-1] == "training took 2m02s a seed, of 4 models"
+    (tmp_path / "1" / "naive.metrics.jsonl").write_text('{"step": 1, "eval_accuracy": 0.5}')
     with pytest.raises(UserError, match=r"naive.metrics.jsonl has no final"):
         report(folders)
