@@ -224,12 +224,13 @@ def main(config: Config) -> None:
     if config.lm_weight and not policy.config.tied:
         raise UserError(f"{config.init} has an output head apart from its embedding: use --lm-weight 0.")
     model = ScalarGPT.from_policy(policy)
+    del policy
     with torch.no_grad():  # the trunk knows what a line break means, and nothing yet of <|step|>
         model.gpt.embed.weight[tokenizer.step] = model.gpt.embed.weight[tokenizer.newlines[0]]
 
     rows = read_rows(config.data, "steps", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "steps", config.skip_bad_rows)
-    max_length = min(config.max_length, policy.config.context)
+    max_length = min(config.max_length, model.config.context)
     examples, eval_examples = (
         step_examples(some, tokenizer, max_length, config.outcome, config.neutral)
         for some in (rows, eval_rows)
@@ -239,7 +240,7 @@ def main(config: Config) -> None:
     prepare(config, model.gpt)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
     steps = max(1, round(config.epochs * order.steps_per_epoch))
-    data = fingerprint(policy.embed.weight, *(part for example in examples for part in example))
+    data = fingerprint(model.gpt.embed.weight, *(part for example in examples for part in example))
     first_step = resume(config, model, optimizer, stage="prm", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
     stop = CleanStop()

@@ -312,10 +312,11 @@ def train(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, stages=("sft", "dpo", "ppo"))
     model = ScalarGPT.from_policy(policy)
+    del policy
 
     rows = read_rows(config.data, "pairs", config.skip_bad_rows)
     rows, eval_rows = split_rows(rows, config.eval_data, "pairs", config.skip_bad_rows)
-    max_length = min(config.max_length, policy.config.context)
+    max_length = min(config.max_length, model.config.context)
     prompts = by_prompt(*pair_examples(rows, tokenizer, max_length))
     eval_prompts = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
     responses = [example for prompt in prompts for example in prompt.responses]
@@ -327,7 +328,7 @@ def train(config: Config) -> None:
     steps = max(1, round(config.epochs * order.steps_per_epoch))
     order_of_pairs = (side for prompt in prompts for side in (prompt.chosen, prompt.rejected))
     soft = labels(prompts, "margin", 0.0), labels(prompts, "probability", 1.0)
-    data = fingerprint(policy.embed.weight, *(ids for ids, _ in responses), *order_of_pairs, *soft)
+    data = fingerprint(model.gpt.embed.weight, *(ids for ids, _ in responses), *order_of_pairs, *soft)
     first_step = resume(config, model, optimizer, stage="rm", data=data)["step"]
     metrics = cli.Metrics(config, steps, device, first_step)
     stop = CleanStop()
