@@ -330,7 +330,7 @@ def test_kto_loss_and_weight_gradients_equal_trls(pair, tmp_path, micro):
     data = table(rows, "prompt", "completion").add_column("label", up)
     trainer = make_trainer("KTO", theirs, data, tmp_path, micro, N // micro, given=given, **options)
     batch = examples(rows)
-    rest = TOKENIZER, SimpleNamespace(micro_batch=0), CONTEXT, CPU, contextlib.nullcontext()
+    rest = TOKENIZER, SimpleNamespace(micro_batch=0, micro_tokens=0), CONTEXT, CPU, contextlib.nullcontext()
     parts = [batch[i : i + micro][::-1] for i in range(0, N, micro)]
     point = [train_kto.reference_point(ours, our_ref, part, *rest) for part in parts]
     assert min(point) > 0.1
