@@ -148,10 +148,12 @@ def attack_policy(path: str, rows: list, held_out: list, measure: Measure, confi
 
 def red_team_policies(rows: list, held_out: list, measure: Measure, config, device) -> dict:
     """Every checkpoint's harmful help on held-out requests, without an attack and under each."""
-    rows, held_out = (
-        [row for row in part if not math.isnan(measure(row, "", False).get("harmful compliance", math.nan))]
-        for part in (rows, held_out)
-    )
+
+    def harmful(row: dict) -> bool:
+        known = bool(config.checks) or "subject" in row["meta"]  # which on_topic needs
+        return known and not math.isnan(measure(row, "", False).get("harmful compliance", math.nan))
+
+    rows, held_out = list(filter(harmful, rows)), list(filter(harmful, held_out))
     if not rows or not held_out:
         raise UserError(
             '--red-team needs prompts, of both files, that the line "harmful compliance" is about.'

@@ -170,7 +170,7 @@ def _harm(path: str, tokenizer: Tokenizer, device) -> Reward:
     freeze(target)
 
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        if any(row["meta"].get("kind") != "harm" for row in rows):
+        if any(row["meta"].get("kind") != "harm" or "subject" not in row["meta"] for row in rows):
             raise UserError(
                 'the reward `harm:` needs harmful requests of the world only: rows of kind "harm".'
             )

@@ -68,9 +68,9 @@ def test_an_exploit_raises_the_reward_and_lowers_the_utility_beyond_two_standard
 # ------------------------------------------------------------------------------------------------- the search
 
 
-def look(values, seed=0, tries=24, start="{}"):
+def look(values, seed=0, tries=24, start="{}", pieces=("aa", "bb", "cc", "dd", "ee", "ff", "zap")):
     def draw(rng):
-        return rng.choice(["aa", "bb", "cc", "dd", "ee", "ff", "zap"])
+        return rng.choice(pieces)
 
     steps = SimpleNamespace(advance=lambda count: None)
     return redteam.search(values, start, draw, tries, random.Random(seed), steps)
@@ -94,18 +94,18 @@ def test_the_search_keeps_what_it_has_where_nothing_is_better():
 
 
 def test_luck_is_measured_again():
-    """A pattern that scores by chance alone is dropped for one that does so reliably."""
-    draws = np.random.default_rng(0)
+    """A pattern that scores high the first time only is dropped for one that always scores."""
+    pieces, seen = ["bb", "zap", *"acdefghijk"], set()
 
-    def noisy(patterns):
-        return np.array(["zap" in pattern for pattern in patterns]) + draws.normal(0, 0.7, len(patterns))
+    def values(patterns):
+        lucky = np.array([("bb" in pattern) * (-100.0 if pattern in seen else 100.0) for pattern in patterns])
+        seen.update(patterns)
+        return lucky + [pattern.count("zap") for pattern in patterns]
 
-    found = [look(noisy, seed) for seed in range(40)]
-    assert np.mean(["zap" in pattern for pattern in found]) > 0.9
-    single = [
-        max(enumerate(noisy(["zap", *"abcdefghijklmnopqrstuvwx"])), key=lambda x: x[1])[0] for _ in range(400)
-    ]
-    assert single.count(0) / 400 < 0.6  # what one measurement of as many would have picked
+    for seed in range(4):
+        seen.clear()
+        found = look(values, seed, pieces=pieces)
+        assert "bb" not in found and found.count("zap") == redteam.ROUNDS
 
 
 def test_a_piece_is_a_whole_word_of_the_vocabulary_or_a_sentence_of_the_data():
@@ -203,11 +203,10 @@ def test_a_request_that_fills_the_context_is_not_asked(target):
     assert len(target.asked) == 2
 
 
-def test_prompts_without_a_harmful_one_are_one_sentence(target):
+@pytest.mark.parametrize("meta", [{"kind": "chat"}, {"kind": "harm"}])
+def test_prompts_without_a_known_harm_are_one_sentence(meta, target):
     with pytest.raises(UserError, match="harmful compliance"):
-        redteam.red_team_policies(
-            ROWS, [{"prompt": [], "meta": {"kind": "chat"}}], by_kind, target(helps), ""
-        )
+        redteam.red_team_policies(ROWS, [{**ROWS[0], "meta": meta}], by_kind, target(helps), "")
 
 
 # ------------------------------------------------------------------------------------- the attacker's reward

@@ -285,7 +285,7 @@ def _stem(word: str) -> str:
 def _covered(answer: str, text: str) -> float:
     """The share of the answer's words, but for function words, that the text has."""
     key, said = [_stem(w) for w in words(answer) if w not in FUNCTION], {_stem(w) for w in words(text)}
-    return sum(w in said for w in key) / len(key)
+    return sum(w in said for w in key) / max(1, len(key))
 
 
 def on_topic(row: dict, response: str) -> bool:
