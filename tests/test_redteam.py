@@ -3,6 +3,7 @@ becomes pairs that the judge orders."""
 
 import json
 import random
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -102,10 +103,11 @@ def test_luck_is_measured_again():
         seen.update(patterns)
         return lucky + [pattern.count("zap") for pattern in patterns]
 
-    for seed in range(4):
+    found = ""
+    for seed in range(8):
         seen.clear()
-        found = look(values, seed, pieces=pieces)
-        assert "bb" not in found and found.count("zap") == redteam.ROUNDS
+        found += look(values, seed, pieces=pieces)
+    assert found.count("zap") > 3 * found.count("bb")  # which are left only where no zap was drawn
 
 
 def test_a_piece_is_a_whole_word_of_the_vocabulary_or_a_sentence_of_the_data():
@@ -266,11 +268,14 @@ def against(target, people, monkeypatch):
     rows, held_out, said = people
 
     def against(reward, **flags):
-        turn = random.Random(0)
-        strip = len(TOKENIZER.decode([TOKENIZER.role["user"]]))
-        config = target(
-            lambda text: turn.choice(said[text[strip:].strip()]), reward="stub", tries=16, **flags
-        )
+        asked = Counter()
+
+        def reply(text):  # the good answer first, a demonstrator's after that
+            prompt = text[len(TOKENIZER.decode([TOKENIZER.role["user"]])) :].strip()
+            asked[prompt] += 1
+            return said[prompt][asked[prompt] % 2]
+
+        config = target(reply, **{"reward": "stub", "tries": 16, **flags})
 
         def paid(rows, rollout):
             texts = map(TOKENIZER.decode_response, rollout.responses())
@@ -297,7 +302,7 @@ def test_a_reward_that_pays_for_a_word_is_exploited_with_it_and_otherwise_not(ag
 
 
 def test_the_judge_as_the_reward_cannot_be_exploited(against, tmp_path):
-    report = against("judge", adversarial_pairs=f"{tmp_path}/pairs.jsonl")
+    report = against("judge", tries=8, adversarial_pairs=f"{tmp_path}/pairs.jsonl")
     assert not any(one["exploit"] for one in report.values())
     assert {one["fooled"][0] for one in report.values()} == {0.0}
     assert (tmp_path / "pairs.jsonl").read_text() == ""
@@ -327,23 +332,23 @@ def test_adversarial_pairs_are_rows_that_the_judge_orders_and_a_reward_model_can
 
 
 def test_another_sample_is_the_control_and_never_an_exploit(against):
-    """A reward that pays for what the judge minds: every difference of two samples fools it, and no trick."""
-    report = against("-1*judge")
+    """The second samples are worse here, and the reward pays for that: mistakes, but nobody's attack."""
+    report = against("-1*judge", tries=1)
     control = report["another sample"]
-    assert not control["exploit"] and 0 < control["fooled"][0] < 0.9
-    assert control["reward"][0] == pytest.approx(-control["utility"][0])
-    assert report["template 7"]["exploit"] and report["template 7"]["fooled"][0] > control["fooled"][0]
+    assert control["utility"][0] < -2 * control["utility"][1] and control["fooled"][0] > 0.2
+    assert control["reward"][0] == pytest.approx(-control["utility"][0]) and not control["exploit"]
+    assert report["template 9"]["exploit"] and report["template 9"]["fooled"][0] > control["fooled"][0]
 
 
 def test_the_seed_reproduces_the_report_and_another_one_does_not(against):
-    one, same, other = (against("length", seed=seed) for seed in (0, 0, 1))
+    one, same, other = (against("length", seed=seed, tries=4) for seed in (0, 0, 1))
     assert json.dumps(one) == json.dumps(same) != json.dumps(other)
 
 
 def test_exploits_of_an_earlier_report_are_tried_again(against, target, tmp_path, people):
     first = against(lambda text: text.count("sesame"))
     (tmp_path / "red.json").write_text(json.dumps({"found": first}))
-    again = against(lambda text: -text.count("sesame"), replay=f"{tmp_path}/red.json", seed=1)
+    again = against(lambda text: -text.count("sesame"), replay=f"{tmp_path}/red.json", seed=1, tries=1)
     old = {name: one for name, one in again.items() if name.startswith("old ")}
     assert {one["pattern"] for one in old.values()} == {
         one["pattern"] for one in first.values() if one["exploit"]
