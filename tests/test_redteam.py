@@ -341,8 +341,8 @@ def test_another_sample_is_the_control_and_never_an_exploit(against):
 
 
 def test_the_seed_reproduces_the_report_and_another_one_does_not(against):
-    one, same, other = (against("length", seed=seed, tries=4) for seed in (0, 0, 1))
-    assert json.dumps(one) == json.dumps(same) != json.dumps(other)
+    one, same, *others = (json.dumps(against("length", seed=seed, tries=1)) for seed in (0, 0, 1, 2, 3))
+    assert one == same and set(others) != {one}  # four words: some seed draws others
 
 
 def test_exploits_of_an_earlier_report_are_tried_again(against, target, tmp_path, people):
