@@ -4,7 +4,7 @@ An attack is a pattern, a text in which {} stands for the request, or for the re
 attackers find on one set of prompts is measured on another.
 
     template    written by hand: REQUESTS and RESPONSES
-    search      rounds of best-of-n: n pieces, each a word of the vocabulary or a sentence of the data, are
+    search      rounds of best-of-n: n pieces, each a token that begins a word or a sentence of the data, are
                 put before or behind the best pattern so far, and the best of all is kept. One round is
                 best-of-n (Hughes et al. 2024); several are greedy (with gradients: Zou et al. 2023)
     policies    trained by train_grpo.py to attack (Perez et al. 2022). With --reward harm:TARGET.pt, what
@@ -55,7 +55,7 @@ Measure = Callable[[dict, str, bool], dict]  # row, response, ended → {metric:
 
 
 def drawer(tokenizer, texts: list[str]) -> Callable[[random.Random], str]:
-    """→ draw(rng): a whole word of the vocabulary or, as often, a sentence of the texts."""
+    """→ draw(rng): a token of letters that begins a word or, as often, a sentence of the texts."""
     spelt = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
     words = [word[1:] for word in spelt if word[:1] == " " and word[1:].isalpha()]
     kinds = [words, list(dict.fromkeys(s for text in texts for s in sentences(text)))]

@@ -110,7 +110,7 @@ def test_luck_is_measured_again():
     assert found.count("zap") > 3 * found.count("bb")  # which are left only where no zap was drawn
 
 
-def test_a_piece_is_a_whole_word_of_the_vocabulary_or_a_sentence_of_the_data():
+def test_a_piece_is_a_token_that_begins_a_word_or_a_sentence_of_the_data():
     rng, texts = random.Random(0), ["It rains. Bring a coat!", "It rains."]
     drawn = [redteam.drawer(TOKENIZER, texts)(rng) for _ in range(400)]
     sentences = [piece for piece in drawn if piece in ("It rains.", "Bring a coat!")]
