@@ -46,7 +46,6 @@ from nanoalign.data import (
     split_rows,
     without_ties,
 )
-from nanoalign.logprobs import last_scored
 from nanoalign.model import ScalarGPT
 from nanoalign.rewards import model_reward, response_scores, score_texts
 from nanoalign.rows import read_rows, write_rows
@@ -162,8 +161,8 @@ def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tup
     """
     sizes = [len(prompt.responses) for prompt in batch]
     ids, mask = collate([response for prompt in batch for response in prompt.responses], tokenizer.pad)
-    hidden = model.gpt.packed_hidden(ids.to(device, non_blocking=True), mask, sizes)
-    scores = model.score(hidden).gather(1, last_scored(mask)[:, None].to(device)).squeeze(1)
+    ids = ids.to(device, non_blocking=True)
+    scores = response_scores(model, ids, mask, model.gpt.packed_hidden(ids, mask, sizes))
     first = np.cumsum([0, *sizes])
     indices = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
     weights = [np.full(len(p.rows), 1 / len(p.rows), dtype=np.float32) for p in batch]

@@ -41,9 +41,13 @@ Reward = Callable[[list[dict], Rollout], Tensor]
 ASKED, READ = 4, 32  # how often `harm:` asks its target, and how many tokens of an answer it reads
 
 
-def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor) -> Tensor:
-    """ids (B, T), mask (B, T) → the model's output at each row's last scored token (B,), fp32."""
-    return model(ids).gather(1, last_scored(mask)[:, None]).squeeze(1)
+def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """ids (B, T), mask (B, T) → the model's output at each row's last scored token (B,), fp32.
+
+    The mask may stay on the CPU. hidden (B, T, D): model.gpt.hidden(ids), if it is known already.
+    """
+    values = model(ids) if hidden is None else model.score(hidden)
+    return values.gather(1, last_scored(mask)[:, None].to(values.device)).squeeze(1)
 
 
 def model_reward(model: ScalarGPT) -> Reward:
