@@ -157,9 +157,4 @@ def plot(names: list[str], means: np.ndarray, error: np.ndarray, path: str) -> N
 
 
 if __name__ == "__main__":
-    commands = {"mix": (mix, Mix), "report": (report, Report)}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        function, config = commands[sys.argv.pop(1)]
-        cli.run(function, config, __doc__)
-    else:
-        sys.exit("error: name a command: mix or report (python bench/pareto.py mix --help).")
+    cli.run_command({"mix": (mix, Mix), "report": (report, Report)}, __doc__)

@@ -111,9 +111,4 @@ def policies(config: Policies) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"curves": (curves, Curves), "policies": (policies, Policies)}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        function, config = commands[sys.argv.pop(1)]
-        cli.run(function, config, __doc__)
-    else:
-        sys.exit("error: name a command: curves or policies (python bench/prm.py curves --help).")
+    cli.run_command({"curves": (curves, Curves), "policies": (policies, Policies)}, __doc__)

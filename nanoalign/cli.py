@@ -9,6 +9,7 @@ import errno
 import inspect
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -113,6 +114,15 @@ def run(main, config_class, description: str = "") -> None:
         sys.exit(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}.")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU ran out of memory; use fewer or shorter rows at a time (--micro-batch).")
+
+
+def run_command(commands: dict, description: str = "") -> None:
+    """`script.py COMMAND flags`: `run` that command's (main, config_class)."""
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        run(*commands[sys.argv.pop(1)], description)
+    else:
+        names, script = list(commands), os.path.relpath(sys.argv[0])
+        sys.exit(f"error: name a command: {' or '.join(names)} (python {script} {names[0]} --help).")
 
 
 def duration(seconds: float) -> str:
