@@ -9,7 +9,7 @@
     python collect.py --annotator human --samples 2 --count 50 --out mine.jsonl
     python collect.py --annotator human --resume --out mine.jsonl              # go on where you stopped
     python collect.py --annotator human:ann --resume --out mine.jsonl          # somebody else, the same pairs
-    python collect.py --steps checker --policy out/demo/solver.pt --prompts out/demo/world/problems.jsonl \
+    python collect.py --steps checker --policy out/demo/solver.pt --prompts out/demo/world/problems.jsonl \\
         --out out/demo/steps.jsonl
 
 It writes pair rows {"prompt", "chosen", "rejected", "meta"}; where votes differ, a soft label: the chosen

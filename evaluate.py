@@ -29,7 +29,7 @@ With --red-team PROMPTS attackers look for what makes the checkpoints help with 
 that reward pays for although it is worse, and are measured on --prompts (nanoalign/redteam.py):
 
     python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt out/demo/ppo.pt
-    python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt \
+    python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt \\
         --reward out/demo/rm.pt --adversarial-pairs out/demo/adversarial.jsonl
 
 --doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
