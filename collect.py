@@ -53,7 +53,7 @@ import torch
 from nanoalign import UserError, cli, human
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
 from nanoalign.comparisons import report
-from nanoalign.data import prompt_key, thin
+from nanoalign.data import prompt_examples, prompt_key, thin
 from nanoalign.feedback import ask_for_judgement, choice_logprobs, read_constitution
 from nanoalign.generate import respond
 from nanoalign.rewards import final_answer, model_reward, score_texts
@@ -342,12 +342,14 @@ def main(config: Config) -> None:
     else:
         policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
         prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
-        prompts = thin(prompts, config.count) if config.count else prompts
+        prompts, ids = prompt_examples(prompts, tokenizer, policy.config.context - 1)
+        if config.count:
+            prompts, ids = thin(prompts, config.count), thin(ids, config.count)
         if (kind == "world" or config.steps) and any("kind" not in row["meta"] for row in prompts):
             raise UserError(
                 f"{config.prompts} has rows without meta: the world's people only judge the world's prompts."
             )
-        ids = [tokenizer.prompt(row["prompt"]) for row in prompts for _ in range(config.samples)]
+        ids = [prompt for prompt in ids for _ in range(config.samples)]
         sampling = {
             "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
             "top_k": config.top_k, "top_p": config.top_p,

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, load_policy
-from nanoalign.data import thin
+from nanoalign.data import prompt_examples, thin
 from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitution
 from nanoalign.generate import respond
 from nanoalign.rows import read_rows, write_rows
@@ -92,16 +92,9 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
-    rows = thin(rows, config.count) if config.count else rows
-    prompts, context = [tokenizer.prompt(row["prompt"]) for row in rows], policy.config.context
-    fits = [len(prompt) < context for prompt in prompts]
-    if not any(fits):
-        raise UserError(
-            f"no prompt leaves room for an answer in {config.policy}'s context of {context} tokens."
-        )
-    if not all(fits):
-        print(f"critique: {fits.count(False):,} of {len(rows):,} prompts left out: longer than the context")
-        rows, prompts = ([x for x, fit in zip(xs, fits) if fit] for xs in (rows, prompts))
+    rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - 1)
+    if config.count:
+        rows, prompts = thin(rows, config.count), thin(prompts, config.count)
     options = {
         "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
         "top_k": config.top_k, "top_p": config.top_p,
@@ -117,7 +110,7 @@ def main(config: Config) -> None:
             if all(step["critique"] is None for step in steps):
                 raise UserError(
                     f"round {k} brought no whole critique: {config.policy} never ends one, or prompt, answer "
-                    f"and principle leave no room in its context of {context} tokens."
+                    f"and principle leave no room in its context of {policy.config.context} tokens."
                 )
             changed = sum(step["revision"] not in (None, y) for step, y in zip(steps, answers))
             failed = sum(step["revision"] is None for step in steps)

@@ -55,12 +55,14 @@ import torch
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, print_table, starred
+from nanoalign.data import prompt_examples, thin
 from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.redteam import red_team
 from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
+from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
 from nanoalign.world.judge import judge, repeats, words
 
@@ -103,12 +105,14 @@ class Config:
     replay: str = ""  # of --red-team with --reward: an earlier report, whose exploits are tried again
     adversarial_pairs: str = ""  # of --red-team with --reward: write what fooled it, as pair rows
     samples: int = 4  # responses per prompt
+    count: int = 0  # how many of the prompts; 0: all
     elo: bool = False  # also rate the checkpoints by the judge's verdict on each pair of them
     show: int = 1  # samples of each family to print
     max_new_tokens: int = 96  # length limit of a response
     temperature: float = 1.0  # of sampling; 0: greedy
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
+    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
 
 def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
@@ -257,23 +261,26 @@ def main(config: Config) -> None:
     if config.baseline and config.baseline not in config.checkpoints:
         raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
     device, autocast = setup(config)
-    rows = read_rows(config.prompts, "prompts")
+    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     checks = load_checks(config.checks) if config.checks else None
     check_rows(rows, checks, config.prompts)
     if config.red_team:
-        searched = read_rows(config.red_team, "prompts")
+        searched = read_rows(config.red_team, "prompts", config.skip_bad_rows)
         check_rows(searched, checks, config.red_team)
         with autocast:
             return red_team(config, searched, rows, partial(measure, checks=checks), device)
     if config.plot:
         cli.pyplot(config.plot)
-    stages, tokenizers = {}, set()
+    stages, tokenizers, contexts = {}, set(), []
     for path in config.checkpoints:
         content = load(path)
         stages[path] = content["stage"]
         tokenizers.add(content["tokenizer"])
+        contexts.append(content["model_config"]["context"])
     if len(tokenizers) > 1:
         raise UserError(f"the checkpoints have different tokenizers ({', '.join(sorted(tokenizers))}).")
+    rows, _ = prompt_examples(rows, get_tokenizer(*tokenizers), min(contexts) - 1)
+    rows = thin(rows, config.count) if config.count else rows
     reference = config.reference or next((p for p in reversed(config.checkpoints) if stages[p] == "sft"), "")
     ref = load_policy(reference, device)[0] if reference else None
 

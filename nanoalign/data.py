@@ -123,7 +123,7 @@ def pair_examples(
 def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int) -> tuple[list[dict], list[np.ndarray]]:
     """Prompt rows → those of at most `room` tokens, and their ids. Prints what was dropped.
 
-    room: the model's context less the tokens that a response may take.
+    room: the model's context less the tokens that a response may take, or has to have.
     """
     ids = [tokenizer.prompt(row["prompt"]) for row in rows]
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
@@ -131,8 +131,8 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int) -> tuple[
         print(f"data: {len(rows) - len(kept):,} of {len(rows):,} prompts dropped: longer than {room} tokens")
     if not kept:
         raise UserError(
-            f"no prompt leaves room for a response: context less --max-new-tokens is {room} tokens, and the "
-            f"shortest prompt has {min(map(len, ids))}. Lower --max-new-tokens, or use a longer context."
+            f"no prompt leaves room for a response: the shortest has {min(map(len, ids))} tokens, and beside "
+            f"a response {room} fit into the context. Lower --max-new-tokens, or use a longer context."
         )
     return [rows[i] for i in kept], [ids[i] for i in kept]
 

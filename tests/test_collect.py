@@ -170,7 +170,8 @@ def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_p
     torch.manual_seed(0)
     policy, out = str(tmp_path / "sft.pt"), str(tmp_path / "mine.jsonl")
     save(policy, GPT(SMALL), stage="sft", tokenizer=TOKENIZER, config=collect.Config(), step=1)
-    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": f"Hi {i}"} for i in range(3)])  # nothing of the world's
+    prompts = [*(f"Hi {i}" for i in range(3)), "word " * 100]  # nothing of the world's; no room for the last
+    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": prompt} for prompt in prompts])
     config = collect.Config(
         policy, str(tmp_path / "p.jsonl"), out, f"rm:{rm[1]}", samples=3, max_new_tokens=4
     )

@@ -137,7 +137,7 @@ def test_a_request_that_leaves_no_room_is_not_made(scripted):
 def test_prompts_longer_than_the_context_are_left_out_and_counted(scripted, tmp_path, capsys):
     write_rows(str(tmp_path / "some.jsonl"), [{"prompt": "word " * n} for n in (1, 300, 2)])
     rows, trail, _ = scripted([["a", "b"], ["c"] * 2, ["r", "s"]], rounds=1, prompts="some.jsonl")
-    assert "1 of 3 prompts left out" in capsys.readouterr().out
+    assert "1 of 3 prompts dropped" in capsys.readouterr().out
     assert [row["messages"][0]["content"] for row in rows] == ["word ", "word word "] and len(trail) == 2
 
 

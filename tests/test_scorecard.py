@@ -78,6 +78,25 @@ def test_own_checks_score_prompts_that_are_not_the_worlds(mine, score, sft, caps
     )
 
 
+def test_prompts_longer_than_the_context_are_dropped_and_counted(mine, score, sft, tmp_path, capsys):
+    checks = mine()
+    with open(tmp_path / "prompts.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"prompt": "word " * 200, "meta": {"number": 9}}))
+    card = score(checks)["checkpoints"][sft]
+    assert "1 of 4 prompts dropped" in capsys.readouterr().out and card["overall"]["topic"][0] == 3.0
+    families = score(checks, count=2)["checkpoints"][sft]["families"]
+    assert set(families) == {"all"}  # without the last row's
+
+
+def test_malformed_rows_can_be_skipped(mine, score, tmp_path):
+    checks = mine()
+    with open(tmp_path / "prompts.jsonl", "a") as file:
+        file.write('\n{"prompt": 1}')
+    with pytest.raises(UserError, match="line 4"):
+        score(checks)
+    score(checks, skip_bad_rows=True)
+
+
 def test_without_a_check_called_utility_nobody_wins(mine, score, sft, capsys):
     report = score(mine('def checks(prompt, response, meta):\n    return {"asks": "?" in response}'))
     assert report["checkpoints"][sft]["overall"]["win rate"] == [None, None]
