@@ -236,9 +236,15 @@ $(OUT)/assistant.pt: $(WORLD)/sft.jsonl $(WORLD)/feedback.jsonl $(OUT)/base.pt t
 $(CAI)/revisions.jsonl: $(WORLD)/prompts.jsonl $(OUT)/assistant.pt constitution.txt critique.py nanoalign/feedback.py
 	$(PY) critique.py --prompts $< --policy $(OUT)/assistant.pt --out $@ $(FLAGS) $(CAI_FLAGS_$(SIZE))
 
-$(CAI)/sl-cai.pt: $(CAI)/revisions.jsonl train_sft.py
+# Answers are sampled below temperature 1, so that SFT on them sharpens the model, revised or not: the control.
+$(CAI)/unrevised.jsonl: $(WORLD)/prompts.jsonl $(OUT)/assistant.pt constitution.txt critique.py
+	$(PY) critique.py --rounds 0 --prompts $< --policy $(OUT)/assistant.pt --out $@ $(FLAGS) $(CAI_FLAGS_$(SIZE))
+
+$(CAI)/sl-cai.pt: $(CAI)/revisions.jsonl
+$(CAI)/unrevised.pt: $(CAI)/unrevised.jsonl
+$(CAI)/sl-cai.pt $(CAI)/unrevised.pt: train_sft.py
 	@rm -f $@
-	$(PY) train_sft.py --data $< --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
+	$(PY) train_sft.py --data $(filter %.jsonl,$^) --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
 
 CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
 BY_AI = --annotator ai:$(OUT)/assistant.pt
@@ -263,7 +269,7 @@ $(CAI)/judges.txt: $(WORLD)/prompts_held_out.jsonl $(CAI)/sl-cai.pt constitution
 	$(CAI_COLLECT) --prompts $< --out $(CAI)/held_out.jsonl > $@
 	$(CAI_COLLECT) --resume --out $(CAI)/held_out.jsonl $(BY_AI) >> $@
 
-CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,sl-cai human ai few mixed)
+CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,unrevised sl-cai human ai few mixed)
 $(CAI)/scorecard.json: $(WORLD)/prompts_held_out.jsonl $(CAI_CHECKPOINTS) $(CAI)/judges.txt evaluate.py
 	$(PY) evaluate.py --checkpoints $(CAI_CHECKPOINTS) --baseline $(OUT)/assistant.pt --reference $(CAI)/sl-cai.pt \
 	  --show 0 --prompts $< --out $@ $(FLAGS) > $(CAI)/scorecard.txt

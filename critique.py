@@ -41,7 +41,7 @@ class Config:
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     constitution: str = "constitution.txt"  # the principles, one a line; # begins a comment
     out: str = "out/demo/revisions.jsonl"  # chat rows of the last revisions; the way there: X.trail.jsonl
-    rounds: int = 2  # critiques and revisions of each answer, by a principle drawn anew
+    rounds: int = 2  # critiques and revisions of each answer, by a principle drawn anew; 0: none, a control
     count: int = 0  # how many of the prompts; 0: all
     max_new_tokens: int = 96  # length limit of an answer, a critique and a revision
     temperature: float = 0.7  # of sampling; 0: greedy
@@ -86,8 +86,6 @@ def show(what: str, rows: list[dict], answers: list[str], ended: list[bool]) -> 
 
 
 def main(config: Config) -> None:
-    if config.rounds < 1:
-        raise UserError("--rounds must be at least 1.")
     principles, rng = read_constitution(config.constitution), random.Random(f"principles-{config.seed}")
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)

@@ -134,6 +134,12 @@ def test_a_request_that_leaves_no_room_is_not_made(scripted):
         scripted([[long] * 8, [], []], rounds=1)
 
 
+def test_no_rounds_leave_the_first_answers_as_they_are(scripted):
+    rows, trail, calls = scripted([[f"first {i}" for i in range(8)]], rounds=0)
+    assert [row["messages"][1]["content"] for row in rows] == [f"first {i}" for i in range(8)]
+    assert len(calls) == 1 and all(line["rounds"] == [] for line in trail)
+
+
 def test_prompts_longer_than_the_context_are_left_out_and_counted(scripted, tmp_path, capsys):
     write_rows(str(tmp_path / "some.jsonl"), [{"prompt": "word " * n} for n in (1, 300, 2)])
     rows, trail, _ = scripted([["a", "b"], ["c"] * 2, ["r", "s"]], rounds=1, prompts="some.jsonl")
