@@ -59,6 +59,7 @@ from nanoalign.generate import respond
 from nanoalign.rewards import final_answer, model_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
+from nanoalign.world.judge import knows
 from nanoalign.world.people import against_judge, agreement, ceiling, impression, people
 from nanoalign.world.steps import check_steps
 
@@ -345,9 +346,9 @@ def main(config: Config) -> None:
         prompts, ids = prompt_examples(prompts, tokenizer, policy.config.context - 1)
         if config.count:
             prompts, ids = thin(prompts, config.count), thin(ids, config.count)
-        if (kind == "world" or config.steps) and any("kind" not in row["meta"] for row in prompts):
+        if (kind == "world" or config.steps) and not all(map(knows, prompts)):
             raise UserError(
-                f"{config.prompts} has rows without meta: the world's people only judge the world's prompts."
+                f"{config.prompts} has rows without the world's meta: its people judge its own prompts only."
             )
         ids = [prompt for prompt in ids for _ in range(config.samples)]
         sampling = {
@@ -396,7 +397,7 @@ def main(config: Config) -> None:
 
     if any(c["votes"] for c in comparisons):
         report(comparisons)
-    if kind != "human" and all("kind" in c["meta"] for c in comparisons):
+    if kind != "human" and all(map(knows, comparisons)):
         against_judge(comparisons, config.annotator)
     pairs = decide(comparisons, config)
     if kind == "human" and pending():

@@ -32,7 +32,7 @@ from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitu
 from nanoalign.generate import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
-from nanoalign.world.judge import judge
+from nanoalign.world.judge import judge, knows
 
 
 @dataclass
@@ -79,7 +79,7 @@ def revise(
 
 def show(what: str, rows: list[dict], answers: list[str], ended: list[bool]) -> None:
     """Print what happened, and of the world's prompts what the exact judge thinks of the answers."""
-    if all("kind" in row["meta"] for row in rows):
+    if all(map(knows, rows)):
         values = [judge(row, text, end).utility for row, text, end in zip(rows, answers, ended)]
         what += f"; the judge's utility {sum(values) / len(values):+.3f}"
     print(f"critique: {what}")

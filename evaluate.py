@@ -64,7 +64,7 @@ from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
-from nanoalign.world.judge import judge, repeats, words
+from nanoalign.world.judge import judge, knows, repeats, words
 
 # name → (which rows it is about, what is averaged over their verdicts)
 METRICS = {
@@ -166,14 +166,14 @@ def measure(row: dict, response: str, ended: bool, checks: Callable | None) -> d
 
 def check_rows(rows: list[dict], checks: Callable | None, path: str) -> None:
     """Can the judge, or the checks, speak about every prompt? Asked before anything is sampled."""
-    try:
+    if checks:
         for row in rows:
             measure(row, "", False, checks)
-    except (KeyError, TypeError):
+    elif not all(map(knows, rows)):
         raise UserError(
             f'the judge needs the world\'s prompts: {path} has rows without its "meta"; for other prompts, '
             "name checks of your own (--checks my_checks.py)."
-        ) from None
+        )
 
 
 @torch.no_grad()

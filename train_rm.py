@@ -59,6 +59,7 @@ from nanoalign.training import (
     prepare,
     setup,
 )
+from nanoalign.world.judge import knows
 from nanoalign.world.people import NOISE, ceiling, impression, people
 from nanoalign.world.text import restyle
 
@@ -207,8 +208,8 @@ def probe(model, rows: list[dict], tokenizer, config: Config, device) -> dict[st
     Of the chosen responses to questions of fact; the last two are NaN for rows that are not the world's.
     """
     rng, crowd = random.Random(config.seed), people(5)
-    of_world = all("kind" in row["meta"] for row in rows)
-    rows = [row for row in rows if row["meta"].get("kind", "fact") in ("fact", "belief")][:200]
+    of_world = all(map(knows, rows))
+    rows = [row for row in rows if not of_world or row["meta"]["kind"] in ("fact", "belief")][:200]
 
     def values(texts: list[str]) -> np.ndarray:  # (N, 3)
         scores = score_texts(model_reward(model), rows, texts, tokenizer, model.config.context, device)

@@ -28,7 +28,7 @@ from collect import comparison
 from nanoalign import UserError, cli
 from nanoalign.data import prompt_key
 from nanoalign.rows import read_rows, write_rows
-from nanoalign.world.judge import judge
+from nanoalign.world.judge import judge, knows
 
 MODELS = {
     "weak": "weak, the judge's labels",
@@ -57,7 +57,7 @@ def by_judge(pair: dict) -> dict | None:
 
 def split(config: Config) -> None:
     pairs = read_rows(config.pairs, "pairs")
-    if any("kind" not in pair["meta"] for pair in pairs):
+    if not all(map(knows, pairs)):
         raise UserError(f"{config.pairs} has rows without meta: the judge only knows the world's prompts.")
     judged = [pair for pair in map(by_judge, pairs) if pair]
     rng, parts = random.Random(f"weak-to-strong-{config.seed}"), {"weak": [], "ceiling": [], "test": []}

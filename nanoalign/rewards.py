@@ -35,7 +35,7 @@ from nanoalign.model import ScalarGPT
 from nanoalign.steps import AGGREGATES, aggregate, step_probabilities
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze
-from nanoalign.world.judge import judge, on_topic
+from nanoalign.world.judge import judge, knows, on_topic
 
 Reward = Callable[[list[dict], Rollout], Tensor]
 ASKED, READ = 4, 32  # how often `harm:` asks its target, and how many tokens of an answer it reads
@@ -122,10 +122,10 @@ def _ensemble(kind: str, pattern: str, tokenizer: Tokenizer, device) -> Reward:
 
 def _judge(tokenizer: Tokenizer) -> Reward:
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        if any("kind" not in row["meta"] for row in rows):
+        if not all(map(knows, rows)):
             raise UserError(
-                "the world's judge knows the world's prompts only, and these rows have no meta; leave it out "
-                '(for PPO: --watch "").'
+                "the world's judge knows the world's prompts only, and these rows lack their meta; leave it "
+                'out (for PPO: --watch "").'
             )
         texts, ended = map(tokenizer.decode_response, rollout.responses()), rollout.ended.tolist()
         utilities = [judge(row, text, end).utility for row, text, end in zip(rows, texts, ended)]

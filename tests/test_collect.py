@@ -171,7 +171,7 @@ def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_p
     policy, out = str(tmp_path / "sft.pt"), str(tmp_path / "mine.jsonl")
     save(policy, GPT(SMALL), stage="sft", tokenizer=TOKENIZER, config=collect.Config(), step=1)
     prompts = [*(f"Hi {i}" for i in range(3)), "word " * 100]  # nothing of the world's; no room for the last
-    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": prompt} for prompt in prompts])
+    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": p, "meta": {"kind": "mine"}} for p in prompts])
     config = collect.Config(
         policy, str(tmp_path / "p.jsonl"), out, f"rm:{rm[1]}", samples=3, max_new_tokens=4
     )
@@ -179,7 +179,7 @@ def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_p
     assert "9 pairs of 3 prompts (0 more: alike)" in capsys.readouterr().out
     pairs = read_rows(out, "pairs")
     assert len(pairs) == 9 and all(0.5 <= pair["probability"] <= 1 for pair in pairs)
-    assert pairs[0]["meta"] == {"annotators": [config.annotator]}
+    assert pairs[0]["meta"] == {"kind": "mine", "annotators": [config.annotator]}
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n" * 9))
     collect.main(collect.Config(out=out, annotator="human", resume=True))

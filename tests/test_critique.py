@@ -41,7 +41,8 @@ def policy(tmp_path):
 @pytest.fixture
 def revise(policy, tmp_path):
     """revise(…) → the bytes of rows and trail of a run on eight prompts by three principles."""
-    write_rows(str(tmp_path / "prompts.jsonl"), [{"prompt": f"Say {i}."} for i in range(8)])
+    rows = [{"prompt": f"Say {i}.", "meta": {"kind": "mine"}} for i in range(8)]  # not the world's
+    write_rows(str(tmp_path / "prompts.jsonl"), rows)
     (tmp_path / "principles.txt").write_text("Be short.\nBe kind.\nBe true.\n")
 
     def revise(**flags):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from nanoalign.world.judge import WEIGHTS, judge, sentences, words
+from nanoalign.world.judge import WEIGHTS, judge, knows, sentences, words
 from nanoalign.world.text import FAMILIES, IGNORANCE, REFUSALS, bad_answer, good_answer, request
 
 
@@ -522,3 +522,15 @@ def test_sentences_are_cut_at_ends_and_lines_and_lose_their_bullets():
     assert sentences("1. Dog\n2. Cat") == ["Dog", "Cat"]
     assert sentences("12. I hope this helps!") == ["12.", "I hope this helps!"]
     assert sentences("  ") == []
+
+
+# ---------------------------------------------------------------------------------------- whose rows they are
+
+
+def test_the_judge_knows_every_row_of_the_world_and_none_of_another_with_a_kind_of_its_own():
+    rng, fact = random.Random(0), {"kind": "fact", "relation": "capital", "subject": "France"}
+    for kind in FAMILIES:
+        assert all(knows(request(rng, held_out, kind)) for held_out in (False, True) for _ in range(30))
+    assert knows({"prompt": "Hi", "meta": fact})
+    for meta in ({}, {"kind": "mine"}, {"kind": ["fact"]}, {"kind": "fact"}, {**fact, "subject": 3}):
+        assert not knows({"prompt": "Hi", "meta": meta})

@@ -289,3 +289,14 @@ def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_ha
     sharp, _ = calibration(3 * difference)
     confident = 1 / (1 + ((1 - p) / p) ** 3)
     assert sharp == pytest.approx((confident - p).mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("meta", [{}, {"kind": "mine"}, {"kind": "fact"}])
+def test_the_probe_of_rows_that_are_not_the_worlds_says_what_the_model_likes_and_nothing_of_people(
+    model, meta
+):
+    row = {**parse_pair({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}), "meta": meta}
+    changes = train_rm.probe(model, [row], TOKENIZER, train_rm.Config(), CPU)
+    assert set(changes) == set(train_rm.STYLES)
+    for own, *others in changes.values():
+        assert math.isfinite(own) and all(map(math.isnan, others))

@@ -877,6 +877,7 @@ def mistakes(world, base, sft, brief, pairs, rm, tmp_path):
     save(tmp_path / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=train_rm.Config(), step=1)
     files = {"empty": "", "rows": '{"text": "a"}\n', "garbage": "hello", "bare": '{"prompt": "Hi"}\n' * 3}
     files["long"] = json.dumps({"prompt": "word " * 200}) + "\n"
+    files["other"] = '{"prompt": "Hi", "meta": {"kind": "mine"}}\n' * 3
     files["odd"] = '{"prompt": "Hi", "meta": 3}\n' * 3
     files["thumb"] = '{"prompt": "Hi", "completion": "Hello!", "label": true}\n'
     files["gsm8k"] = '{"question": "1 + 1?", "answer": "#### 2"}\n' * 3
@@ -980,6 +981,7 @@ MISTAKES = [  # script, flags, what the sentence names
     (train_ppo, PPO + "--prompts {none}", ["none", "exist"]),
     (train_ppo, PPO + "--prompts {long} --eval-data {bare}", ["no prompt leaves room", "--max-new-tokens"]),
     (train_ppo, PPO + "--prompts {bare} --eval-data {bare}", ["judge", "meta"]),
+    (train_ppo, PPO + "--reward judge --prompts {other} --eval-data {other}", ["judge", "meta"]),
     (train_ppo, PPO + "--max-new-tokens 500", ["--max-new-tokens"]),
     (train_ppo, PPO + "--kl-loss k4", ["k4", "k2"]),
     (train_ppo, PPO + "--temperature 0", ["--temperature"]),
@@ -1035,6 +1037,8 @@ MISTAKES = [  # script, flags, what the sentence names
     (collect, COLLECT + "--samples 1", ["--samples"]),
     (collect, COLLECT + "--prompts {bare}", ["meta"]),
     (collect, COLLECT + "--prompts {odd}", ["meta"]),
+    (collect, COLLECT + "--prompts {other}", ["other", "meta"]),
+    (collect, COLLECT + "--prompts {other} --steps checker", ["other", "meta"]),
     (collect, COLLECT + "--prompts {long} --annotator human", ["no prompt leaves room", "127"]),
     (collect, COLLECT + "--top-p 0", ["top_p"]),
     (collect, COLLECT + "--max-new-tokens 0", ["max_new_tokens"]),
@@ -1050,6 +1054,7 @@ MISTAKES = [  # script, flags, what the sentence names
     (critique, CRITIQUE + "--max-new-tokens 1 --count 4", ["round 1", "critique"]),
     (evaluate, EVALUATE + "--checkpoints {sft} {none}", ["none", "checkpoint"]),
     (evaluate, EVALUATE + "--prompts {bare}", ["meta"]),
+    (evaluate, EVALUATE + "--prompts {other}", ["other", "meta", "--checks"]),
     (evaluate, EVALUATE + "--samples 0", ["--samples"]),
     (evaluate, EVALUATE + "--reference {none}", ["none"]),
     (evaluate, EVALUATE + "--elo", ["--elo", "--checkpoints"]),

@@ -88,9 +88,10 @@ def test_the_files_go_through_collect_and_train_rm_as_they_are(parts, sft, rm, t
     report([str(tmp_path)])
 
 
-def test_rows_that_are_not_the_worlds_cannot_be_judged(tmp_path):
+@pytest.mark.parametrize("meta", [{}, {"kind": "mine"}])
+def test_rows_that_are_not_the_worlds_cannot_be_judged(meta, tmp_path):
     path = tmp_path / "hh.jsonl"
-    path.write_text(json.dumps({"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}))
+    path.write_text(json.dumps({"prompt": "Hi", "chosen": "Hello.", "rejected": "No.", "meta": meta}))
     with pytest.raises(UserError, match="the world's prompts"):
         split(Config(str(path), str(tmp_path)))
 

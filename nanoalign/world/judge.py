@@ -361,6 +361,15 @@ _FAMILIES = {
 }  # fmt: skip
 
 
+def knows(row: dict) -> bool:
+    """Is this a row of the world: does its meta say all that the judge must know of such a request?"""
+    try:
+        judge(row, "")
+    except (KeyError, TypeError):
+        return False
+    return True
+
+
 def judge(row: dict, response: str, ended: bool = True) -> Verdict:
     """Verdict on a response (text) to a prompt row; `ended`: the model wrote its end token by itself."""
     prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
