@@ -272,7 +272,7 @@ def main(config: Config) -> None:
     if config.plot:
         cli.pyplot(config.plot)
     stages, tokenizers, contexts = {}, set(), []
-    for path in config.checkpoints:
+    for path in filter(None, (*config.checkpoints, config.reference)):
         content = load(path)
         stages[path] = content["stage"]
         tokenizers.add(content["tokenizer"])
