@@ -10,6 +10,7 @@ reference is the last SFT checkpoint named, or --reference.
 
     python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt --plot scorecard.png
     python evaluate.py --checkpoints sft.pt dpo.pt --prompts prompts.jsonl --checks my_checks.py
+    python evaluate.py --checkpoints sft.pt dpo.pt --prompts hh.jsonl --reward rm.pt
     python evaluate.py --doctor out/demo/dpo.metrics.jsonl out/demo/ppo.metrics.jsonl
 
 Your own checks, for any rows of prompts, are a Python file that defines one function. It is called once for
@@ -23,7 +24,8 @@ every response, and once for every prompt with an empty one before anything is s
 
 A check called "utility" decides the win rate, as the judge's does; length, repetition and the rate of end
 tokens come by themselves. The file is code and is run as such: name none that you would not run. What is read
-from prompts and checkpoints is never run.
+from prompts and checkpoints is never run. Prompts that are not the world's and have no checks are judged by
+--reward alone: its score is their utility.
 
 With --red-team PROMPTS attackers look for what makes the checkpoints help with harm or, with --reward, what
 that reward pays for although it is worse, and are measured on --prompts (nanoalign/redteam.py):
@@ -94,7 +96,7 @@ class Config:
     baseline: str = ""  # the checkpoint of the list that win rates are against; empty: the first
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # prompt rows: the world's, or any with --checks
     checks: str = ""  # a Python file with checks(prompt, response, meta), in place of the judge; it is run
-    reward: str = ""  # also the mean of this reward: an expression of nanoalign/rewards.py
+    reward: str = ""  # also its mean (nanoalign/rewards.py); prompts that nobody else can judge it judges
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured
     plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
@@ -164,6 +166,10 @@ def measure(row: dict, response: str, ended: bool, checks: Callable | None) -> d
     return {name: math.nan if value is None else float(value) for name, value in found.items()}
 
 
+def no_checks(prompt: list[dict], response: str, meta: dict) -> dict:
+    return {}
+
+
 def check_rows(rows: list[dict], checks: Callable | None, path: str) -> None:
     """Can the judge, or the checks, speak about every prompt? Asked before anything is sampled."""
     if checks:
@@ -172,7 +178,7 @@ def check_rows(rows: list[dict], checks: Callable | None, path: str) -> None:
     elif not all(map(knows, rows)):
         raise UserError(
             f'the judge needs the world\'s prompts: {path} has rows without its "meta"; for other prompts, '
-            "name checks of your own (--checks my_checks.py)."
+            "name checks of your own (--checks my_checks.py), or a --reward."
         )
 
 
@@ -263,6 +269,8 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     checks = load_checks(config.checks) if config.checks else None
+    by_reward = config.reward and not (checks or config.red_team or all(map(knows, rows)))
+    checks = no_checks if by_reward else checks
     check_rows(rows, checks, config.prompts)
     if config.red_team:
         searched = read_rows(config.red_team, "prompts", config.skip_bad_rows)
@@ -287,6 +295,9 @@ def main(config: Config) -> None:
     names = [Path(path).stem for path in config.checkpoints]
     baseline = config.checkpoints.index(config.baseline or config.checkpoints[0])
     results = [answer(path, rows, checks, ref, config, device, autocast) for path in config.checkpoints]
+    if by_reward:
+        for _, scores, _, rewards in results:
+            scores["utility"] = rewards
     nothing = np.full((len(rows), config.samples), np.nan)
     utilities = [scores.get("utility", nothing) for _, scores, _, _ in results]
     cards = [summarise(scores) for _, scores, _, _ in results]

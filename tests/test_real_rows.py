@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import collect
+import evaluate
 import nanoalign.logprobs
 import train_dpo
 import train_pretrain
+import train_rm
 import train_sft
 from nanoalign import UserError
 from nanoalign.checkpoint import load
@@ -70,6 +73,18 @@ def test_shakespeare_and_hh_run_through_every_stage(tmp_path, r50k, monkeypatch)
     )
     train_sft.main(train_sft.Config(base, str(tmp_path / "hh.jsonl"), out=sft, **few))
     train_dpo.main(train_dpo.Config(sft, str(tmp_path / "hh.jsonl"), out=dpo, **few))
+    rm, pairs, card = (str(tmp_path / name) for name in ("rm.pt", "by_rm.jsonl", "card.json"))
+    train_rm.main(train_rm.Config(sft, str(tmp_path / "hh.jsonl"), out=rm, **few))
+    collect.main(
+        collect.Config(sft, str(HH), pairs, f"rm:{rm}", skip_bad_rows=True, count=20, max_new_tokens=8)
+    )
+    assert all(0.5 <= row["probability"] <= 1 for row in read_rows(pairs, "pairs"))
+    evaluate.main(
+        evaluate.Config(
+            (sft, dpo), prompts=str(tmp_path / "hh.jsonl"), reward=rm, out=card, samples=1, max_new_tokens=8
+        )
+    )
+    assert 0 < json.loads(Path(card).read_text())["checkpoints"][dpo]["overall"]["win rate"][0] < 1
     for path, stage in ((base, "base"), (sft, "sft"), (dpo, "dpo")):
         content = load(path, (stage,))
         assert content["tokenizer"] == "r50k_base" and content["step"] > 1

@@ -10,7 +10,8 @@ import pytest
 import evaluate
 from evaluate import change, mean_and_error, measure, summarise, win_rate
 from nanoalign import UserError
-from nanoalign.checkpoint import load
+from nanoalign.checkpoint import load, save
+from nanoalign.model import GPT, GPTConfig
 
 NAN = math.nan
 CHECKS = """
@@ -152,6 +153,26 @@ def test_prompts_that_the_judge_does_not_know_are_sent_to_checks(meta, mine, sco
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "zzz", **({"meta": meta} if meta else {})}))
     with pytest.raises(UserError, match=r"prompts\.jsonl .*--checks"):
         score("")
+
+
+def test_prompts_that_nobody_else_can_judge_are_judged_by_the_reward(mine, score, base, sft, rm, capsys):
+    mine()
+    cards = score("", reward=rm, checkpoints=(base, sft), baseline=sft, elo=True)["checkpoints"]
+    for path in (base, sft):
+        assert cards[path]["overall"]["utility"] == cards[path]["overall"]["reward"]
+    assert cards[sft]["overall"]["win rate"][0] == 0.5 != cards[base]["overall"]["win rate"][0]
+    out = capsys.readouterr().out
+    assert "win rate vs sft" in out and "Elo rating" in out and "sycophancy" not in out
+    length = score(mine(), reward=rm)["checkpoints"][sft]["overall"]  # a check's utility comes first
+    assert length["utility"] != length["reward"]
+
+
+def test_a_reference_of_another_tokenizer_is_an_error(mine, score, r50k, tmp_path, monkeypatch):
+    other = GPT(GPTConfig(vocab_size=r50k.vocab_size, context=128, layers=1, width=8, heads=1))
+    save(tmp_path / "other.pt", other, stage="sft", tokenizer=r50k, config=evaluate.Config(), step=1)
+    monkeypatch.setattr(evaluate, "answer", None)
+    with pytest.raises(UserError, match=r"different tokenizers \(r50k_base, world\)"):
+        score(mine(), reference=f"{tmp_path}/other.pt")
 
 
 # -------------------------------------------------------------------------------- means, errors, changes
