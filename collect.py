@@ -42,6 +42,7 @@ right answer (Math-Shepherd: Wang et al. 2024, eq. 4, soft estimation), and of t
 
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 from itertools import combinations
@@ -278,7 +279,7 @@ def gumbel(rng: random.Random) -> float:
     return -math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12)))
 
 
-BY_HAND = '"annotator": "human'  # in a file of votes
+BY_HAND = r'"annotator":\s*"human'  # in a file of votes, whoever has rewritten it
 
 
 def autosave(path: Path, fresh: bool):
@@ -322,6 +323,8 @@ def check_flags(config: Config) -> str:
         raise UserError(f"--votes {config.votes} must be from 1 to the --crowd of {config.crowd}.")
     if config.min_agreement > 1:
         raise UserError(f"--min-agreement {config.min_agreement} is a share of votes: at most 1.")
+    if kind == "human" and not sys.stdin:
+        raise UserError("--annotator human has nobody to ask: standard input is closed.")
     if config.resume and kind == "world":
         raise UserError(
             "the world's people vote as responses are sampled; --resume is for human, rm:PATH and ai:PATH."
@@ -336,7 +339,8 @@ def main(config: Config) -> None:
     record = Path(config.out).with_suffix(".votes.jsonl")
     if config.resume and not record.exists():
         raise UserError(f"{record} does not exist: there is nothing to resume; leave out --resume.")
-    if not config.resume and record.exists() and BY_HAND in record.read_text("utf-8", errors="replace"):
+    before = record.read_text("utf-8", errors="replace") if record.exists() else ""
+    if not config.resume and re.search(BY_HAND, before):
         raise UserError(f"{record} holds votes by hand: add --resume to keep them, or choose another --out.")
     if config.resume:
         comparisons, save = read_rows(str(record), "compared"), autosave(record, fresh=False)
@@ -421,5 +425,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdin.reconfigure(errors="replace")  # a terminal may send what is not UTF-8
+    if sys.stdin:  # None where it is closed
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send what is not UTF-8
     cli.run(main, Config, __doc__)

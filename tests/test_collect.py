@@ -509,6 +509,14 @@ def test_leaving_without_a_vote_is_no_mistake_and_writes_no_pairs(rm, tmp_path, 
         collect.main(collect.Config(out=str(out), annotator=f"rm:{rm[1]}", resume=True, min_agreement=1.0))
 
 
+def test_without_a_standard_input_a_person_is_one_sentence_and_nobody_else_minds(tmp_path):
+    out = f"{tmp_path}/x.jsonl"
+    for who, said in (("human", "nobody to ask"), (f"rm:{tmp_path}/none.pt", "no checkpoint")):
+        command = f"{sys.executable} collect.py --annotator {who} --policy {tmp_path}/none.pt --out {out} <&-"
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.startswith("error: ")
+
+
 def test_a_killed_session_at_a_terminal_loses_no_key_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
     """Keys without Enter through a pseudo-terminal; SIGKILL; then the rest line by line, with an undo."""
     out, record = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine.votes.jsonl")

@@ -886,6 +886,7 @@ def mistakes(world, base, sft, brief, pairs, rm, tmp_path):
     files["hand.votes.jsonl"] = json.dumps(
         {"prompt": "Hi", "responses": ["a", "b"], "ended": [True, True], "votes": [vote]}
     )
+    files["compact.votes.jsonl"] = files["hand.votes.jsonl"].replace(" ", "")
     files["maybe"] = '{"question": "1 + 1?", "6b": {"solution": "2", "is_correct": "yes"}}\n'
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -1027,6 +1028,7 @@ MISTAKES = [  # script, flags, what the sentence names
     (collect, COLLECT + "--annotator human --resume", ["p.votes.jsonl", "nothing to resume"]),
     (collect, COLLECT + "--annotator human --out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume"]),
     (collect, COLLECT + "--out {tmp}/hand.jsonl", ["hand.votes.jsonl", "--resume", "--out"]),
+    (collect, COLLECT + "--out {tmp}/compact.jsonl", ["compact.votes.jsonl", "--resume", "--out"]),
     (collect, COLLECT + "--annotator human --resume --out {tmp}/bad.jsonl", ["bad.votes.jsonl, line 1"]),
     (collect, COLLECT + "--resume", ["--resume", "rm:PATH"]),
     (collect, COLLECT + "--steps checker --annotator human", ["--steps", "--annotator"]),
@@ -1058,6 +1060,11 @@ MISTAKES = [  # script, flags, what the sentence names
     (evaluate, EVALUATE + "--samples 0", ["--samples"]),
     (evaluate, EVALUATE + "--reference {none}", ["none"]),
     (evaluate, EVALUATE + "--elo", ["--elo", "--checkpoints"]),
+    (evaluate, EVALUATE + "--adversarial-pairs {tmp}/a.jsonl", ["--adversarial-pairs", "--red-team"]),
+    (evaluate, EVALUATE + "--attackers {sft}", ["--attackers", "--red-team"]),
+    (evaluate, EVALUATE + "--red-team {bare} --adversarial-pairs {tmp}/a.jsonl", ["--reward"]),
+    (evaluate, EVALUATE + "--red-team {bare} --replay {none}", ["--reward", "--replay"]),
+    (evaluate, EVALUATE + "--red-team {world}/prompts.jsonl --tries 0", ["--tries"]),
     (chat, "--checkpoint {none}", ["none", "checkpoint"]),
     (world_script, "--size huge", ["huge", "tiny"]),
 ]
