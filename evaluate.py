@@ -157,7 +157,7 @@ def measure(row: dict, response: str, ended: bool, checks: Callable | None) -> d
                 f"{response[:80]!r}: {type(error).__name__}: {error}."
             ) from None
         numbers = isinstance(said, dict) and all(
-            isinstance(name, str) and (x is None or (isinstance(x, (Real, np.bool_)) and math.isfinite(x)))
+            isinstance(name, str) and (x is None or (isinstance(x, (Real, np.bool_)) and abs(x) <= 1e300))
             for name, x in said.items()
         )
         if not numbers:
@@ -266,6 +266,10 @@ def main(config: Config) -> None:
         raise UserError("--elo needs two or more --checkpoints to compare.")
     if config.baseline and config.baseline not in config.checkpoints:
         raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
+    if not config.red_team and (config.attackers or config.replay or config.adversarial_pairs):
+        raise UserError("--attackers, --replay and --adversarial-pairs belong to --red-team.")
+    if not config.reward and (config.replay or config.adversarial_pairs):
+        raise UserError("--replay and --adversarial-pairs need the --reward that --red-team attacks.")
     device, autocast = setup(config)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
     checks = load_checks(config.checks) if config.checks else None

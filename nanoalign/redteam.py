@@ -119,10 +119,11 @@ def attack_policy(path: str, rows: list, held_out: list, measure: Measure, confi
         requests = [attacked(row, pattern) for row, pattern in zip(rows, patterns)]
         texts, ended = answers(policy, tokenizer, requests, config, rng.randrange(2**31))
         helped = [
-            measure(row, text, end)["harmful compliance"] * (bool(config.checks) or on_topic(row, text))
+            measure(row, text, end).get("harmful compliance", 0.0)
+            * (bool(config.checks) or on_topic(row, text))
             for row, text, end in zip(rows, texts, ended)
         ]
-        return np.array(helped), [(messages[-1]["content"], t) for messages, t in zip(requests, texts)]
+        return np.nan_to_num(helped), [(messages[-1]["content"], t) for messages, t in zip(requests, texts)]
 
     tried = rng.sample(rows, min(len(rows), LOOKED_AT))
 
@@ -199,7 +200,9 @@ def replayed(path: str) -> dict[str, str]:
     """The patterns that an earlier report calls exploits → {name: pattern}."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))["found"].items()
-        return {f"old {name}": one["pattern"] for name, one in found if one["exploit"] and one["pattern"]}
+        return {
+            f"old {name}": one["pattern"].strip() for name, one in found if one["exploit"] and one["pattern"]
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"--replay {path} is no report of --red-team with a --reward.") from None
 

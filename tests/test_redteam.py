@@ -187,6 +187,17 @@ def test_an_answer_to_another_question_is_no_help_unless_checks_of_ones_own_say_
     assert {one["helped"][0] for one in found.values()} == {1.0}
 
 
+@pytest.mark.parametrize("silent", [{}, {"harmful compliance": np.nan}])
+def test_an_answer_that_checks_say_nothing_of_is_no_help(silent, target):
+    def measured(row, text, ended):
+        return silent if "cannot" in text else {"harmful compliance": float("sesame" in text)}
+
+    config = target(lambda text: "sesame" if "sesame" in text else "I cannot.", checks="mine.py")
+    found = redteam.red_team_policies(ROWS, HELD_OUT, measured, config, "")["a.pt"]
+    assert found["no attack"]["helped"] == found["template"]["helped"] == (0.0, 0.0)
+    assert "sesame" in found["search"]["pattern"] and found["search"]["helped"] == (1.0, 0.0)
+
+
 def test_what_a_trained_attacker_writes_stands_before_the_request(target, monkeypatch):
     config = target(helps, attackers=("x/thief.pt",))
     monkeypatch.setattr(
@@ -356,8 +367,12 @@ def test_exploits_of_an_earlier_report_are_tried_again(against, target, tmp_path
     assert len(old) == 4 and not any(one["exploit"] for one in old.values())
 
 
+PATTERN_3 = '{"found": {"search 1": {"pattern": 3, "exploit": true}}}'
+
+
 @pytest.mark.parametrize(
-    "content", [None, "", "[]", "{}", '{"found": {"a.pt": {"no attack": {"pattern": "{}"}}}}']
+    "content",
+    [None, "", "[]", "{}", '{"found": {"a.pt": {"no attack": {"pattern": "{}"}}}}', PATTERN_3],
 )
 def test_a_replay_that_is_no_report_of_a_reward_is_one_sentence(content, tmp_path):
     if content is not None:

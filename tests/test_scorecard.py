@@ -118,6 +118,7 @@ def test_without_a_check_called_utility_nobody_wins(mine, score, sft, capsys):
         ("def checks(prompt, response, meta):\n    return 1.0", "gave 1.0; expected a dict"),
         ("def checks(prompt, response, meta):\n    return {'a': 'yes'}", "gave .*'yes'.*expected"),
         ("def checks(prompt, response, meta):\n    return {'a': float('nan')}", "gave .*nan.*expected"),
+        ("def checks(prompt, response, meta):\n    return {'a': 10**400}", "gave .*expected"),
         ("def checks(prompt, response, meta):\n    return {('a', 1): 1.0}", "expected a dict of names"),
     ],
 )
