@@ -149,7 +149,8 @@ def rm_votes(path: str, comparisons: list[dict], device) -> list[float | None]:
         raise UserError(f"{path} is unfinished: its scores have no scale yet; resume its training.")
     asked = {(prompt_key(c), text): (c, text) for c in comparisons for text in c["responses"]}
     rows, texts = zip(*asked.values())
-    scored = score_texts(model_reward(model), rows, texts, tokenizer, model.config.context, device)
+    context = model.config.context
+    scored = score_texts(model_reward(model), rows, texts, tokenizer, context, device, "judge")
     scores = dict(zip(asked, (checkpoint["normalisation"]["std"] * scored).tolist()))
     if all(map(math.isnan, scores.values())):
         raise UserError(f"{path} scores no response: it is broken, or every prompt is longer than it reads.")

@@ -297,7 +297,8 @@ def score_file(config: Config) -> None:
     asked = [{"prompt": row["messages"][:-1], "meta": row["meta"]} for row in rows]
     texts = [row["messages"][-1]["content"] for row in rows]
     with autocast:
-        scores = score_texts(model_reward(model), asked, texts, tokenizer, model.config.context, device)
+        context = model.config.context
+        scores = score_texts(model_reward(model), asked, texts, tokenizer, context, device, "score")
     out = str(Path(config.score).with_suffix(".scored.jsonl"))
     known = [None if math.isnan(score) else round(score, 6) for score in scores.tolist()]
     write_rows(out, ({**row, "score": score} for row, score in zip(rows, known)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError
+from nanoalign.cli import Progress
 from nanoalign.data import collate
 from nanoalign.logprobs import next_token_logits
 from nanoalign.model import GPT
@@ -75,13 +76,14 @@ def choice_logprobs(
     prompts = [tokenizer.prompt(messages) for messages in asked]
     found, device = torch.full((len(prompts), 2), torch.nan), model.embed.weight.device
     order = [i for i in np.argsort([len(p) for p in prompts]) if len(prompts[i]) < model.config.context]
-    parts = []
+    progress, parts = Progress("judge", len(order)), []
     for start in range(0, len(order), batch_size):
         batch = [prompts[i] for i in order[start : start + batch_size]]
         ids, _ = collate([(p, np.ones(len(p), dtype=bool)) for p in batch], tokenizer.pad)
         last = torch.tensor([len(p) - 1 for p in batch])
         hidden = model.hidden(ids.to(device))[torch.arange(len(batch), device=device), last.to(device)]
         parts.append(next_token_logits(model, hidden).log_softmax(-1)[:, [a, b]])
+        progress.advance(len(batch))
     if parts:
         found[order] = torch.cat(parts).float().cpu()
     return found

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nanoalign import UserError
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
+from nanoalign.cli import Progress
 from nanoalign.data import collate, join
 from nanoalign.generate import Rollout, respond, rollouts
 from nanoalign.logprobs import last_scored, token_logprobs
@@ -252,11 +253,18 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
 
 @torch.no_grad()
 def score_texts(
-    reward: Reward, rows: list[dict], texts: list[str], tokenizer: Tokenizer, max_length: int, device
+    reward: Reward,
+    rows: list[dict],
+    texts: list[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+    device,
+    what: str = "",
 ):
     """Responses (texts) to prompt rows → scores (N,) on the CPU; NaN where a prompt leaves no room for one.
 
-    A response that is cut short at `max_length` tokens counts as not ended.
+    A response that is cut short at `max_length` tokens counts as not ended. `what`: a name for the progress
+    line; empty for none.
     """
     examples = [
         join(tokenizer.prompt(row["prompt"]), tokenizer.response(text), max_length)
@@ -264,12 +272,15 @@ def score_texts(
     ]
     scores = torch.full((len(texts),), torch.nan)
     order = sorted((i for i, e in enumerate(examples) if e is not None), key=lambda i: len(examples[i][0]))
+    progress = Progress(what, len(order)) if what else None
     for start in range(0, len(order), 256):
         batch = order[start : start + 256]
         ids, mask = collate([examples[i] for i in batch], tokenizer.pad)
         ended = torch.tensor([examples[i][0][-1] == tokenizer.end for i in batch])
         rollout = Rollout(*(x.to(device) for x in (ids, mask, torch.zeros(ids.shape), ended)))
         scores[batch] = total(reward([rows[i] for i in batch], rollout)).to(scores)
+        if progress:
+            progress.advance(len(batch))
     return scores
 
 

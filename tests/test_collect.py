@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import collect
-from nanoalign import UserError, human
+from nanoalign import UserError, feedback, human, rewards
 from nanoalign.checkpoint import save
 from nanoalign.comparisons import calibration, report
 from nanoalign.feedback import ask_for_judgement, choice_logprobs
@@ -283,6 +283,23 @@ def test_requests_of_all_lengths_keep_their_order_whatever_the_batch(ai):
     assert one.isnan().any(-1).nonzero().flatten().tolist() == [4]
     torch.testing.assert_close(choice_logprobs(model, TOKENIZER, asked, batch_size=3), one, equal_nan=True)
     assert choice_logprobs(model, TOKENIZER, asked[4:5]).isnan().all()
+
+
+def test_judging_shows_how_far_it_is(ai, rm, monkeypatch):
+    shown = []
+
+    class Line:
+        def __init__(self, what, total):
+            shown.append([what, total, 0])
+
+        def advance(self, count):
+            shown[-1][2] += count
+
+    for module in (feedback, rewards):
+        monkeypatch.setattr(module, "Progress", Line)
+    collect.ai_votes(ai()[1], compared(150), torch.device("cpu"), PRINCIPLES, seed=0)
+    collect.rm_votes(rm[1], compared(150), torch.device("cpu"))
+    assert shown == [["judge", 300, 300]] * 2
 
 
 def test_a_principle_is_drawn_for_every_pair_and_both_orders_are_asked_by_it(monkeypatch, ai):
