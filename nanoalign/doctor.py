@@ -232,8 +232,11 @@ def diagnose(run: dict) -> list[tuple[str, str, str]]:
 
 def report(path: str) -> None:
     """Print what a metrics file says of its run's health."""
-    run = read_run(path)
-    found, steps = diagnose(run), len(run.get("loss", []))
+    try:
+        run = read_run(path)
+        found, steps = diagnose(run), len(run.get("loss", []))
+    except (TypeError, ValueError):  # columns of other lengths, a config of another kind
+        raise UserError(f"{path} holds metrics that do not fit together; name those of one run.") from None
     short = f"; only {steps} steps were logged, too few for a trend" if steps < LEAST else ""
     if not found:
         print(f"{path}: healthy, none of {len(askable(run))} known sicknesses{short}")

@@ -139,10 +139,21 @@ HEALTHY = {
     "dpo": (train_dpo, {"init": "{sft}", "data": "{clear}"}),
     "ipo": (train_dpo, {"init": "{sft}", "data": "{clear}", "loss": "ipo"}),
     "simpo": (train_dpo, {"init": "{sft}", "data": "{clear}", "loss": "simpo"}),
+    "cdpo": (train_dpo, {"init": "{sft}", "data": "{clear}", "loss": "cdpo"}),
+    "robust": (train_dpo, {"init": "{sft}", "data": "{clear}", "loss": "robust"}),
+    "rpo": (train_dpo, {"init": "{sft}", "data": "{clear}", "sft_weight": 1.0}),
+    "online": (
+        train_dpo,
+        {"init": "{policy}", "data": "{pairs}", "online": "judge", "steps": 12, "online_every": 2},
+    ),
     "kto": (train_kto, {"init": "{sft}", "data": "{clear}", "steps": 12}),
     "rm": (train_rm, {"init": "{sft}", "data": "{clear}"}),
+    "prm": (train_prm, {"init": "{sft}", "data": "{steps}", "epochs": 2, "lr": 3e-3}),
     "ppo": (train_ppo, {"reward": "{rm}"}),
-    "grpo": (train_grpo, {"reward": "judge", "group_size": 4}),
+    **{
+        kind: (train_grpo, {"reward": "judge", "group_size": 4, "kind": kind})
+        for kind in ("grpo", "dr_grpo", "dapo", "rloo")
+    },
 }
 
 
@@ -313,6 +324,21 @@ def test_a_file_that_was_cut_short_is_read_up_to_there(tmp_path):
     write_run(path, {**PPO, "at_limit": [1.0] * 9})
     path.write_text(path.read_text()[:-20])
     assert "all lengths are at the limit" in [name for name, *_ in diagnose(read_run(str(path)))]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"step": 1, "config": 5}],
+        [{"config": {"beta": "x"}}, {"step": 1, "eval_kl": 1.0}],
+        [*[{"step": i, "reward_chosen": 1.0} for i in range(9)], {"step": 9, "reward_rejected": 1.0}],
+    ],
+)
+def test_metrics_of_something_else_are_one_sentence(rows, tmp_path):
+    path = tmp_path / "x.metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"x\.metrics\.jsonl holds metrics that do not fit together"):
+        evaluate.main(evaluate.Config(doctor=(str(path),)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]\n[2]", b'{"a": 1}', b"PK\x03\x04\xff\xfe"])
