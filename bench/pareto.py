@@ -19,7 +19,6 @@ pareto.csv in the first folder.
 """
 
 import csv
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.scoreboard import print_time, table
+from bench.seeds import scorecards
 from nanoalign import UserError, cli
 from nanoalign.rows import read_rows, write_rows
 
@@ -92,10 +92,7 @@ def measures(checkpoint: dict) -> list:
 def report(config: Report) -> None:
     if config.plot:
         cli.pyplot(config.plot)
-    try:
-        cards = [json.loads((Path(f) / "scorecard.json").read_text())["checkpoints"] for f in config.folders]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read; `make pareto` writes it.") from None
+    cards = scorecards([Path(folder) / "scorecard.json" for folder in config.folders])
     names = [Path(path).stem for path in cards[0]]
     if any([Path(path).stem for path in card] != names for card in cards):
         raise UserError("the folders' scorecards are not of the same policies; run `make pareto` again.")

@@ -5,13 +5,13 @@ checkpoint X.pt its X.metrics.jsonl. Prints markdown tables: what the methods re
 means ± standard errors over the seeds, and what they cost.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.seeds import over_seeds
+from bench.seeds import over_seeds, scorecards
+from nanoalign import UserError
 from nanoalign.cli import duration, readable_rows
 
 COSTS = ("models", "tokens", "seconds", "MB")
@@ -35,11 +35,8 @@ def print_time(folders: tuple[str, ...]) -> None:
 
 def main(folders: list[str]) -> None:
     if not folders:
-        sys.exit("error: name the folders, such as out/seed0/scoreboard.")
-    try:
-        cards = [json.loads((Path(f) / "scorecard.json").read_text())["checkpoints"] for f in folders]
-    except OSError as error:
-        sys.exit(f"error: {error.filename} cannot be read; `make scoreboard` writes it.")
+        raise UserError("name the folders, such as out/seed0/scoreboard.")
+    cards = scorecards([Path(folder) / "scorecard.json" for folder in folders])
     methods = [Path(path).stem for path in cards[0]]
     by_method = [{Path(path).stem: c["overall"] for path, c in card.items()} for card in cards]
     failures = [name for name in by_method[0][methods[0]] if name not in MEASURES]
@@ -67,4 +64,7 @@ def table(names: list[str], rows: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from nanoalign import UserError
+
 
 def over_seeds(values: list[float | None]) -> str:
     """One value per seed → "mean ± standard error"; a dash where one is missing."""
@@ -17,12 +19,25 @@ def over_seeds(values: list[float | None]) -> str:
     return f"{mean(values):.3f}{spread}"
 
 
+def scorecards(paths: list) -> list[dict]:
+    """Reports of evaluate.py → the checkpoints of each."""
+    found = []
+    for path in paths:
+        try:
+            found.append(json.loads(Path(path).read_text(encoding="utf-8"))["checkpoints"])
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{path} cannot be read as a scorecard: evaluate.py writes it.") from None
+    return found
+
+
 def main(paths: list[str]) -> None:
     if not paths:
-        sys.exit("error: name the scorecards, as written by evaluate.py.")
-    reports = [json.loads(Path(path).read_text()) for path in paths]
-    checkpoints = [list(report["checkpoints"].values()) for report in reports]
-    names = [Path(path).stem for path in reports[0]["checkpoints"]]
+        raise UserError("name the scorecards, as written by evaluate.py.")
+    reports = scorecards(paths)
+    names = [Path(path).stem for path in reports[0]]
+    if any([Path(path).stem for path in report] != names for report in reports):
+        raise UserError("the scorecards are not of the same checkpoints.")
+    checkpoints = [list(report.values()) for report in reports]
     print(f"| {len(paths)} seeds | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     for metric in checkpoints[0][0]["overall"]:
         cells = [
@@ -32,4 +47,7 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

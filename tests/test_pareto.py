@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bench.pareto import Mix, Report, mix, pareto_front, report
+from bench.seeds import main as seeds
 from nanoalign import UserError
 from nanoalign.rows import read_rows, write_rows
 
@@ -138,12 +139,18 @@ def test_of_one_seed_the_errors_are_those_over_prompts(folders, capsys):
 def test_scorecards_that_are_missing_or_do_not_match_are_a_sentence(folders, tmp_path):
     with pytest.raises(UserError, match=r"nowhere/scorecard.json cannot be read"):
         report(Report((f"{tmp_path}/nowhere",)))
+    (tmp_path / "scorecard.json").write_text('{"checkpoints')
+    for read in (lambda: report(Report((str(tmp_path),))), lambda: seeds([f"{tmp_path}/scorecard.json"])):
+        with pytest.raises(UserError, match=r"scorecard.json cannot be read as a scorecard"):
+            read()
     path = tmp_path / "1" / "scorecard.json"
     checkpoints = json.loads(path.read_text())["checkpoints"]
     del checkpoints["out/sft.pt"]
     path.write_text(json.dumps({"checkpoints": checkpoints}))
     with pytest.raises(UserError, match="not of the same policies"):
         report(Report(folders))
+    with pytest.raises(UserError, match="not of the same checkpoints"):
+        seeds([f"{folder}/scorecard.json" for folder in folders])
 
 
 def test_the_picture_has_a_point_per_policy_and_the_front_as_a_line(folders, tmp_path, monkeypatch):
