@@ -1048,7 +1048,6 @@ MISTAKES = [  # script, flags, what the sentence names
     (critique, CRITIQUE + "--policy {none}", ["none", "checkpoint"]),
     (critique, CRITIQUE + "--constitution {none}", ["no constitution", "none"]),
     (critique, CRITIQUE + "--constitution {empty}", ["empty", "no principle"]),
-    (critique, CRITIQUE + "--rounds -1", ["--rounds"]),
     (critique, CRITIQUE + "--prompts {thumbs}x", ["thumbs.jsonlx", "exist"]),
     (critique, CRITIQUE + "--prompts {rows}", ["rows, line 1", "prompt"]),
     (critique, CRITIQUE + "--prompts {long}", ["no prompt leaves room", "127"]),
