@@ -252,14 +252,16 @@ $(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
 	$(CAI_COLLECT) --prompts $< --samples 2 --out $@
 $(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
 	$(CAI_COLLECT) --prompts $< --samples 2 --out $@ $(BY_AI)
-$(CAI)/few.jsonl: $(CAI)/human.jsonl
+$(CAI)/price-$(PRICE):
+	@mkdir -p $(CAI) && rm -f $(CAI)/price-* && touch $@
+$(CAI)/few.jsonl: $(CAI)/human.jsonl $(CAI)/price-$(PRICE)
 	awk 'NR % $(PRICE) == 0' $< > $@
-$(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl
+$(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl $(CAI)/price-$(PRICE)
 	awk 'NR % (2 * $(PRICE)) == 0' $< > $@
 	awk 'NR % 2 == 1' $(CAI)/ai.jsonl >> $@
 
 CAI_STEPS = $$(($(RESPONSES) / 64))
-$(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  five passes over so few pairs, not ten
+$(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  seven passes over so few pairs, not fifteen
 $(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
 	@rm -f $@
 	$(PY) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
@@ -351,8 +353,13 @@ ATTACK = $(PY) evaluate.py --red-team $(WORLD)/prompts.jsonl --prompts $(WORLD)/
 GRPO = $(PY) train_grpo.py --init $(OUT)/sft.pt --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 
 .PHONY: red-team
-red-team: .venv/installed $(RED)/policies.txt $(RED)/before.txt $(RED)/after.txt  ## attack policies and the reward model; retrain it on what fooled it
-	@cat $(filter %.txt,$^)
+red-team: .venv/installed  ## attack policies and the reward model; retrain it on what fooled it; SEEDS=3 repeats it
+	@for seed in $(lab-seeds); do \
+	  $(MAKE) --no-print-directory $(patsubst %,$(call lab-out,$$seed)/red-team/%.txt,policies before after) \
+	    SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+	  cat $(patsubst %,$(call lab-out,$$seed)/red-team/%.txt,policies before after); \
+	done
+	$(PY) bench/red_team.py $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/red-team)
 
 $(RED)/policies.txt: $(addprefix $(OUT)/,sft.pt dpo.pt ppo.pt) $(RED)/attacker.pt nanoalign/redteam.py
 	$(ATTACK) --checkpoints $(filter-out $(RED)/%,$(filter %.pt,$^)) --attackers $(RED)/attacker.pt --samples 16 \

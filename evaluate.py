@@ -98,7 +98,7 @@ class Config:
     checks: str = ""  # a Python file with checks(prompt, response, meta), in place of the judge; it is run
     reward: str = ""  # also its mean (nanoalign/rewards.py); prompts that nobody else can judge it judges
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
-    out: str = "out/demo/scorecard.json"  # everything that was measured
+    out: str = "out/demo/scorecard.json"  # everything that was measured; of --red-team: red_team.json there
     plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
     doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
     red_team: str = ""  # prompt rows to look for attacks on; they are then measured on --prompts
@@ -133,7 +133,7 @@ def load_checks(path: str) -> Callable:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--checks {path} cannot be loaded: {type(error).__name__}: {error}.") from None
     if not callable(getattr(module, "checks", None)):
         raise UserError(f"--checks {path} defines no function checks(prompt, response, meta).")
@@ -151,7 +151,7 @@ def measure(row: dict, response: str, ended: bool, checks: Callable | None) -> d
         found = {"length (words)": len(words(response)), "repetition": repeats(response), "ended": ended}
         try:
             said = checks(row["prompt"], response, row["meta"])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"--checks failed on the prompt {row['prompt'][-1]['content'][:80]!r} and the response "
                 f"{response[:80]!r}: {type(error).__name__}: {error}."
@@ -277,6 +277,8 @@ def main(config: Config) -> None:
     checks = no_checks if by_reward else checks
     check_rows(rows, checks, config.prompts)
     if config.red_team:
+        if config.out == Config.out:  # the scorecard's
+            config.out = "out/demo/red_team.json"
         searched = read_rows(config.red_team, "prompts", config.skip_bad_rows)
         check_rows(searched, checks, config.red_team)
         with autocast:

@@ -86,7 +86,7 @@ def pyplot(path: str):
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'nanoalign[plot]'.") from None
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'.") from None
     matplotlib.use("agg")
     from matplotlib import pyplot
     from matplotlib.backend_bases import FigureCanvasBase

@@ -112,6 +112,7 @@ def test_without_a_check_called_utility_nobody_wins(mine, score, sft, capsys):
         ("checks = 3", "defines no function checks"),
         ("import nowhere_to_be_found", "cannot be loaded: ModuleNotFoundError"),
         ("def checks(", "cannot be loaded: SyntaxError"),
+        ("import sys\nsys.exit(0)", "cannot be loaded: SystemExit"),
         ("def checks(prompt, response, meta):\n    return {'a': meta['no']}", "failed on .*KeyError: 'no'"),
         ("def checks(prompt, response, meta):\n    return {'a': response[0]}", "failed on .*IndexError"),
         ("def checks(prompt, response):\n    return {}", "failed on .*TypeError"),
