@@ -93,6 +93,7 @@ def main(config: Config) -> None:
     rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - 1)
     if config.count:
         rows, prompts = thin(rows, config.count), thin(prompts, config.count)
+    trail = str(Path(config.out).with_suffix(".trail.jsonl"))
     options = {
         "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,
         "top_k": config.top_k, "top_p": config.top_p,
@@ -101,7 +102,11 @@ def main(config: Config) -> None:
     with autocast:
         answers, ended = respond(policy, tokenizer, prompts, seed=config.seed, what="answer", **options)
         show(f"{len(rows):,} first answers", rows, answers, ended)
-        trails = [{"prompt": row["prompt"], "response": y, "rounds": []} for row, y in zip(rows, answers)]
+        trails = [
+            {"prompt": row["prompt"], "response": y, "rounds": [], "ended": end, "meta": row["meta"]}
+            for row, y, end in zip(rows, answers, ended)
+        ]
+        write_rows(trail, trails)
         for k in range(1, config.rounds + 1):
             drawn, options["what"] = rng.choices(principles, k=len(rows)), f"round {k} of {config.rounds}"
             steps = revise(policy, tokenizer, rows, answers, drawn, config.seed + 2 * k - 1, **options)
@@ -115,16 +120,15 @@ def main(config: Config) -> None:
             for i, step in enumerate(steps):
                 trails[i]["rounds"].append(step)
                 if step["revision"] is not None:
-                    answers[i], ended[i] = step["revision"], True
+                    answers[i], ended[i], trails[i]["ended"] = step["revision"], True, True
+            write_rows(trail, trails)  # whatever becomes of the next round
             show(f"round {k}: {changed:,} changed, {failed:,} without a whole revision", rows, answers, ended)
 
-    learnt, trail = [], str(Path(config.out).with_suffix(".trail.jsonl"))
-    for i, row in enumerate(rows):
-        trails[i] |= {"ended": ended[i], "meta": row["meta"]}
-        if ended[i] and answers[i].strip():
-            messages = [*row["prompt"], {"role": "assistant", "content": answers[i]}]
-            learnt.append({"messages": messages, "meta": row["meta"]})
-    write_rows(trail, trails)
+    learnt = [
+        {"messages": [*row["prompt"], {"role": "assistant", "content": answer}], "meta": row["meta"]}
+        for row, answer, end in zip(rows, answers, ended)
+        if end and answer.strip()
+    ]
     if not learnt:
         raise UserError(f"every answer is empty or cut short: nothing to learn from; see {trail}.")
     write_rows(config.out, learnt)

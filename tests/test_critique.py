@@ -154,6 +154,15 @@ def test_a_run_that_leaves_nothing_to_learn_keeps_its_trail(scripted, tmp_path):
     assert len((tmp_path / "out.trail.jsonl").read_text().splitlines()) == 8
 
 
+def test_a_round_that_fails_keeps_the_trail_of_those_before(scripted, tmp_path):
+    replies = [["first"] * 8, ["c"] * 8, ["revised"] * 8, [None] * 8, []]
+    with pytest.raises(UserError, match="round 2 brought no whole critique"):
+        scripted(replies, rounds=2)
+    trail = [json.loads(line) for line in (tmp_path / "out.trail.jsonl").read_text().splitlines()]
+    assert [step["revision"] for line in trail for step in line["rounds"]] == ["revised"] * 8
+    assert all(line["ended"] for line in trail)
+
+
 def test_a_trail_is_reproducible_from_its_seed(revise):
     rows, trail = revise(rounds=2, max_new_tokens=30)
     assert revise(rounds=2, max_new_tokens=30, out="again.jsonl") == [rows, trail]
