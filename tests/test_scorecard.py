@@ -290,7 +290,7 @@ def test_the_flag_draws_and_a_name_that_cannot_be_drawn_is_said_before_anything_
     with pytest.raises(UserError, match=r"card\.txt.*\.png"):
         score(mine(), plot=f"{tmp_path}/card.txt")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"nanoalign\[plot\]"):
+    with pytest.raises(UserError, match=r"\.\[plot\]"):
         score(mine(), plot=f"{tmp_path}/card.svg")
 
 
