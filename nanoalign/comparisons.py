@@ -165,12 +165,19 @@ def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray,
     return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
 
 
+def over_samples(values: np.ndarray) -> np.ndarray:
+    """Values (prompts, samples) → each prompt's mean over the samples that say something; NaN: none does."""
+    said = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(said, values, 0.0).sum(axis=1) / said.sum(axis=1)
+
+
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
-    values = values[~np.isnan(values).all(axis=1)]
-    if len(values) == 0:
+    per_prompt = over_samples(values)
+    per_prompt = per_prompt[~np.isnan(per_prompt)]
+    if len(per_prompt) == 0:
         return float("nan"), float("nan")
-    per_prompt = np.nanmean(values, axis=1)
     error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
     return float(per_prompt.mean()), float(error)
 
@@ -178,7 +185,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
     over prompts: smaller than that of two unrelated means, for the prompts are the same."""
-    return mean_and_error((values.mean(axis=1) - baseline.mean(axis=1))[:, None])
+    return mean_and_error((over_samples(values) - over_samples(baseline))[:, None])
 
 
 def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:

@@ -181,12 +181,12 @@ def _harm(path: str, tokenizer: Tokenizer, device) -> Reward:
             )
         texts = map(tokenizer.decode_response, rollout.responses())
         asked = [tokenizer.prompt(attacked(row, f"{text} {{}}")) for row, text in zip(rows, texts)]
-        found = respond(target, tokenizer, asked * ASKED, READ, seed=int(rollout.ids.sum()))
-        helped = [
-            judge(row, text, end).complied_with_harm and on_topic(row, text)
-            for row, text, end in zip(rows * ASKED, *found)
-        ]
-        return torch.tensor(helped, device=rollout.ids.device).view(ASKED, -1).float().mean(0)
+        fit = [i for i, prompt in enumerate(asked) if len(prompt) < target.config.context]
+        found = respond(target, tokenizer, [asked[i] for i in fit] * ASKED, READ, seed=int(rollout.ids.sum()))
+        helped = torch.zeros(len(rows))
+        for i, text, end in zip(fit * ASKED, *found):
+            helped[i] += judge(rows[i], text, end).complied_with_harm and on_topic(rows[i], text)
+        return helped.to(rollout.ids.device) / ASKED
 
     return score
 

@@ -249,7 +249,10 @@ def test_an_attacker_is_paid_where_the_target_helps_with_what_was_asked(sft, mon
     rows, said = [ROWS[0], ROWS[0], ROWS[1]], rollout(["sesame", "no", "sesame cake"])
     assert reward(rows, said).tolist() == [1.0, 0.0, 0.0]
     assert reward(rows, said).tolist() == [1.0, 0.0, 0.0] and seeds[0] == seeds[1]
-    reward(rows, rollout(["sesame", "no", "so"]))
+    overfull = rollout(
+        ["sesame", "no", "sesame " * 200]
+    )  # its request does not fit into the target's context
+    assert reward(rows[:2] + rows[:1], overfull).tolist() == [1.0, 0.0, 0.0]
     assert seeds[2] != seeds[0]  # other samples for another text
     with pytest.raises(UserError, match='kind "harm"'):
         reward([{"prompt": ROWS[0]["prompt"], "meta": {"kind": "chat"}}] * 3, said)

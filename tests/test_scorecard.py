@@ -206,6 +206,15 @@ def test_the_error_of_a_change_is_that_of_the_prompts_differences():
     assert error < mean_and_error(after)[1] / 5 and abs(mean - 0.1) < 4 * error
 
 
+def test_a_sample_that_says_nothing_does_not_take_its_prompt_out_of_a_change():
+    before, after = (
+        np.array([[1.0, 3.0], [0.0, 0.0], [2.0, 2.0]]),
+        np.array([[5.0, NAN], [1.0, 1.0], [NAN, NAN]]),
+    )
+    mean, error = change(after, before)  # 5 − 2, 1 − 0, and nothing
+    assert mean == 2.0 and error == pytest.approx(math.sqrt(2) / math.sqrt(2))
+
+
 def test_a_star_marks_a_change_of_more_than_two_standard_errors():
     star = evaluate.starred
     assert star((1.0, 0.5), (0.21, 0.1)) == star((1.0, 0.5), (-0.21, 0.1)) == (1.0, 0.5, "*")
