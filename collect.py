@@ -54,7 +54,7 @@ import torch
 from nanoalign import UserError, cli, human
 from nanoalign.checkpoint import CHAT, load_policy, load_scalar
 from nanoalign.comparisons import report
-from nanoalign.data import prompt_examples, prompt_key, thin
+from nanoalign.data import prompt_examples, prompt_key
 from nanoalign.feedback import ask_for_judgement, choice_logprobs, read_constitution
 from nanoalign.generate import respond
 from nanoalign.rewards import final_answer, model_reward, score_texts
@@ -348,9 +348,7 @@ def main(config: Config) -> None:
     else:
         policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
         prompts = read_rows(config.prompts, "prompts", config.skip_bad_rows)
-        prompts, ids = prompt_examples(prompts, tokenizer, policy.config.context - 1)
-        if config.count:
-            prompts, ids = thin(prompts, config.count), thin(ids, config.count)
+        prompts, ids = prompt_examples(prompts, tokenizer, policy.config.context - 1, config.count)
         if (kind == "world" or config.steps) and not all(map(knows, prompts)):
             raise UserError(
                 f"{config.prompts} has rows without the world's meta: its people judge its own prompts only."

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import CHAT, load_policy
-from nanoalign.data import prompt_examples, thin
+from nanoalign.data import prompt_examples
 from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitution
 from nanoalign.generate import respond
 from nanoalign.rows import read_rows, write_rows
@@ -90,9 +90,7 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, CHAT)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
-    rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - 1)
-    if config.count:
-        rows, prompts = thin(rows, config.count), thin(prompts, config.count)
+    rows, prompts = prompt_examples(rows, tokenizer, policy.config.context - 1, config.count)
     trail = str(Path(config.out).with_suffix(".trail.jsonl"))
     options = {
         "max_new_tokens": config.max_new_tokens, "temperature": config.temperature,

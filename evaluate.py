@@ -57,7 +57,7 @@ import torch
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, print_table, starred
-from nanoalign.data import prompt_examples, thin
+from nanoalign.data import prompt_examples
 from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
@@ -293,8 +293,7 @@ def main(config: Config) -> None:
         contexts.append(content["model_config"]["context"])
     if len(tokenizers) > 1:
         raise UserError(f"the checkpoints have different tokenizers ({', '.join(sorted(tokenizers))}).")
-    rows, _ = prompt_examples(rows, get_tokenizer(*tokenizers), min(contexts) - 1)
-    rows = thin(rows, config.count) if config.count else rows
+    rows, _ = prompt_examples(rows, get_tokenizer(*tokenizers), min(contexts) - 1, config.count)
     reference = config.reference or next((p for p in reversed(config.checkpoints) if stages[p] == "sft"), "")
     ref = load_policy(reference, device)[0] if reference else None
 

@@ -120,10 +120,13 @@ def pair_examples(
     return examples, kept
 
 
-def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int) -> tuple[list[dict], list[np.ndarray]]:
+def prompt_examples(
+    rows: list[dict], tokenizer: Tokenizer, room: int, count: int = 0
+) -> tuple[list[dict], list[np.ndarray]]:
     """Prompt rows → those of at most `room` tokens, and their ids. Prints what was dropped.
 
     room: the model's context less the tokens that a response may take, or has to have.
+    count: how many of these to take (see `thin`); 0: all.
     """
     ids = [tokenizer.prompt(row["prompt"]) for row in rows]
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
@@ -134,6 +137,7 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int) -> tuple[
             f"no prompt leaves room for a response: the shortest has {min(map(len, ids))} tokens, and beside "
             f"a response {room} fit into the context. Lower --max-new-tokens, or use a longer context."
         )
+    kept = thin(kept, count) if count else kept
     return [rows[i] for i in kept], [ids[i] for i in kept]
 
 
