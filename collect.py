@@ -340,8 +340,8 @@ def main(config: Config) -> None:
     record = Path(config.out).with_suffix(".votes.jsonl")
     if config.resume and not record.exists():
         raise UserError(f"{record} does not exist: there is nothing to resume; leave out --resume.")
-    before = record.read_text("utf-8", errors="replace") if record.exists() else ""
-    if not config.resume and re.search(BY_HAND, before):
+    fresh = not config.resume and record.exists()
+    if fresh and re.search(BY_HAND, record.read_text("utf-8", errors="replace")):
         raise UserError(f"{record} holds votes by hand: add --resume to keep them, or choose another --out.")
     if config.resume:
         comparisons, save = read_rows(str(record), "compared"), autosave(record, fresh=False)
