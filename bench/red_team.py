@@ -8,14 +8,13 @@ model was retrained, by kind of attack: how many are exploits, the share of resp
 and the change of the reward, in the standard deviations of that reward model.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.scoreboard import table
-from bench.seeds import over_seeds
+from bench.seeds import over_seeds, read_report
 from nanoalign import UserError
 
 KINDS = {  # how the names of attacks begin
@@ -34,11 +33,7 @@ def kind(name: str) -> str:
 
 
 def found(folder: str, name: str) -> dict:
-    path = Path(folder) / f"{name}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["found"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"{path} cannot be read as a report; `make red-team` writes it.") from None
+    return read_report(Path(folder) / f"{name}.json", "found", "a red team's report: `make red-team`")
 
 
 def cells(reports: list[dict], begin: str) -> list[str]:

@@ -19,15 +19,17 @@ def over_seeds(values: list[float | None]) -> str:
     return f"{mean(values):.3f}{spread}"
 
 
+def read_report(path, part: str, what: str) -> dict:
+    """One part of a JSON report; an error says what it should have been."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))[part]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path} cannot be read as {what} writes it.") from None
+
+
 def scorecards(paths: list) -> list[dict]:
     """Reports of evaluate.py → the checkpoints of each."""
-    found = []
-    for path in paths:
-        try:
-            found.append(json.loads(Path(path).read_text(encoding="utf-8"))["checkpoints"])
-        except (OSError, ValueError, LookupError, TypeError):
-            raise UserError(f"{path} cannot be read as a scorecard: evaluate.py writes it.") from None
-    return found
+    return [read_report(path, "checkpoints", "a scorecard: evaluate.py") for path in paths]
 
 
 def main(paths: list[str]) -> None:
