@@ -5,7 +5,9 @@ the random state; `--resume` continues from there bit for bit, and the finished 
 """
 
 import dataclasses
+import os
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
 FORMAT = "nanoalign-1"
-CHAT = ("sft", "dpo", "kto", "orpo", "ppo", "grpo")  # the stages whose checkpoints are chat policies
+NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
 
 
 def beside(path: str, ending: str) -> Path:
@@ -42,14 +44,18 @@ def write(path: Path, content: dict) -> None:
         ) from None
 
 
-def save(path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, **extra) -> None:
+def save(
+    path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, chat: bool = True, **extra
+) -> None:
     """Write model weights (fp32, uncompiled), shapes, tokenizer name, stage, run config and step to `path`.
 
-    `extra`: whatever else the stage needs to continue (tensors and plain values).
+    chat: is it a policy that answers, not one that continues a text? extra: whatever else the stage needs to
+    continue (tensors and plain values).
     """
     content = {
         "format": FORMAT,
         "stage": stage,
+        "chat": chat,
         "step": step,
         "tokenizer": tokenizer.name,
         "model_config": dataclasses.asdict(model.config),
@@ -71,14 +77,13 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a nanoalign checkpoint (or is damaged).")
     if stages and content["stage"] not in stages:
-        raise UserError(
-            f"{path} is a {content['stage']!r} checkpoint; expected {' or '.join(map(repr, stages))}."
-        )
+        expected = " or ".join(map(repr, stages))
+        raise UserError(f"{path} is a {content['stage']!r} checkpoint; expected {expected}.")
+    content.setdefault("chat", content["stage"] not in NO_CHAT)
     return content
 
 
-def _load_model(kind, path, device, stages: tuple[str, ...], what: str):
-    content = load(path, stages)
+def _load_model(kind, path, device, content: dict, what: str):
     model = kind(GPTConfig(**content["model_config"]))
     try:
         model.load_state_dict(content.pop("model"))
@@ -87,14 +92,23 @@ def _load_model(kind, path, device, stages: tuple[str, ...], what: str):
     return model.to(device), get_tokenizer(content["tokenizer"]), content
 
 
-def load_policy(path, device="cpu", stages: tuple[str, ...] = ()) -> tuple[GPT, Tokenizer, dict]:
-    """A language model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
-    return _load_model(GPT, path, device, stages, "a language model")
+def load_policy(path, device="cpu", chat: bool = False) -> tuple[GPT, Tokenizer, dict]:
+    """A language model with its tokenizer and the rest of its checkpoint (without the weights). Strict.
+
+    chat: it has to be a chat model, whichever stage it comes from.
+    """
+    content = load(path)
+    if chat and not content["chat"]:
+        raise UserError(
+            f"{path} is a {content['stage']!r} checkpoint and no chat model: "
+            "expected what train_sft.py ('sft') or a stage after it has written."
+        )
+    return _load_model(GPT, path, device, content, "a language model")
 
 
 def load_scalar(path, device="cpu", stages: tuple[str, ...] = ("rm",)) -> tuple[ScalarGPT, Tokenizer, dict]:
     """A reward model with its tokenizer and the rest of its checkpoint (without the weights). Strict."""
-    return _load_model(ScalarGPT, path, device, stages, "a reward model")
+    return _load_model(ScalarGPT, path, device, load(path, stages), "a reward model")
 
 
 def random_state() -> dict:
@@ -114,19 +128,28 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def save_partial(
-    config, model, optimizer, *, stage: str, tokenizer: Tokenizer, step: int, data: str, **extra
-) -> None:
+IDLE = ("resume", "device", "log_every", "eval_every", "save_every")  # flags that no weight depends on
+
+
+def spelled_out(config) -> dict:
+    """The flags that the weights depend on, every path in them in full."""
+
+    def full(piece: re.Match) -> str:
+        return os.path.realpath(piece[0]) if os.sep in piece[0] or Path(piece[0]).exists() else piece[0]
+
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in IDLE}
+    return {k: re.sub(r"[^\s:,*]+", full, v) if isinstance(v, str) else v for k, v in flags.items()}
+
+
+def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> None:
     """Save all that continuing after `step` steps needs. `data`: the fingerprint of what it trains on."""
-    save(
-        partial_path(config.out), model, stage=stage, tokenizer=tokenizer, config=config, step=step,
-        optimizer=optimizer.state_dict(), random=random_state(), data=data, **extra,
-    )  # fmt: skip
+    state = {"optimizer": optimizer.state_dict(), "random": random_state(), "flags": spelled_out(config)}
+    save(partial_path(config.out), model, config=config, step=step, data=data, **state, **rest)
 
 
-def finish(config, model, *, stage: str, tokenizer: Tokenizer, step: int, **extra) -> None:
+def finish(config, model, **rest) -> None:
     """Write the finished stage to `config.out` and remove its partial checkpoint."""
-    save(config.out, model, stage=stage, tokenizer=tokenizer, config=config, step=step, **extra)
+    save(config.out, model, config=config, **rest)
     partial_path(config.out).unlink(missing_ok=True)
     print(f"saved {config.out}")
 
@@ -142,10 +165,11 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     if not config.resume or not path.exists():
         return {"step": 0}
     content = load(path, (stage,))
+    before, given = content.get("flags", content["config"]), dataclasses.asdict(config)
     changed = [
-        f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {value!r}"
-        for name, value in dataclasses.asdict(config).items()
-        if name not in ("resume", "device") and content["config"].get(name) != value
+        f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {given[name]!r}"
+        for name, value in spelled_out(config).items()
+        if before.get(name) != value
     ]
     if content["data"] != data:
         changed.append("the data or the starting checkpoint changed")

@@ -24,17 +24,30 @@ from nanoalign.checkpoint import beside
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """{field: its trailing comment} from a dataclass's source; a comment may go on in lines of its own."""
-    comments, name = {}, None
-    for line in inspect.getsource(config_class).splitlines():
-        field = re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)
-        more = re.match(r"\s+#\s*(.*)$", line)
-        if field:
-            name = field[1]
-            comments[name] = field[2] or ""
-        elif more and name:
-            comments[name] += " " + more[1]
+    """{field: its trailing comment} from the source of a dataclass and of those it extends.
+
+    A comment may go on in lines of its own.
+    """
+    comments = {}
+    for part in reversed(config_class.__mro__[:-1]):
+        name = None
+        for line in inspect.getsource(part).splitlines():
+            field = re.match(r"    (\w+)\s*:[^#]*(?:#\s*(.*))?$", line)
+            more = re.match(r"\s+#\s*(.*)$", line)
+            if field:
+                name = field[1]
+                comments[name] = field[2] or comments.get(name, "")
+            elif more and name:
+                comments[name] += " " + more[1]
     return comments
+
+
+def program() -> str:
+    """How this process was started, after `python`: a script's path, or -m and a module."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return os.path.relpath(sys.argv[0])
+    return f"-m {spec.name.removesuffix('.__main__')}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,25 +71,28 @@ def _number(kind, default):
 
 
 def parse(config_class, description: str = "", argv: list[str] | None = None):
-    """argv → an instance of the dataclass. Unknown flags and bad values exit with one sentence."""
-    parser = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    """argv → an instance of the dataclass. Unknown flags and bad values exit with one sentence.
+
+    The class's own fields come first in --help, those of the class that it extends as a second group.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(program(), description=description, formatter_class=raw, allow_abbrev=False)
+    shared = {field.name for base in config_class.__mro__[1:-1] for field in dataclasses.fields(base)}
+    groups = [parser.add_argument_group(name) for name in ("flags", "flags that all runs share")]
     comments = field_comments(config_class)
     for field in dataclasses.fields(config_class):
         flag, default = "--" + field.name.replace("_", "-"), field.default
-        text = f"{comments[field.name]} (default: {default if default != '' else 'none'})".replace("%", "%%")
+        text = f"{comments[field.name]} (default: {default if default != '' else 'none'})"
+        options = {"default": default, "help": text.replace("%", "%%"), "metavar": "X"}
         if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+            del options["metavar"]
+            options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            parser.add_argument(flag, nargs="+", default=default, metavar="X", help=text)
+            options["nargs"] = "+"
         elif isinstance(default, (int, float)):
             kind = type(default)
-            parser.add_argument(
-                flag, type=_number(kind, default), default=default, metavar=kind.__name__.upper(), help=text
-            )
-        else:
-            parser.add_argument(flag, default=default, metavar="X", help=text)
+            options |= {"type": _number(kind, default), "metavar": kind.__name__.upper()}
+        groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -114,15 +130,6 @@ def run(main, config_class, description: str = "") -> None:
         sys.exit(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}.")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU ran out of memory; use fewer or shorter rows at a time (--micro-batch).")
-
-
-def run_command(commands: dict, description: str = "") -> None:
-    """`script.py COMMAND flags`: `run` that command's (main, config_class)."""
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        run(*commands[sys.argv.pop(1)], description)
-    else:
-        names, script = list(commands), os.path.relpath(sys.argv[0])
-        sys.exit(f"error: name a command: {' or '.join(names)} (python {script} {names[0]} --help).")
 
 
 def duration(seconds: float) -> str:

@@ -10,14 +10,14 @@ def compile_or_eager(function, dynamic: bool = True, mode: str | None = None):
     """torch.compile(function), or the function itself once there turns out to be no working compiler."""
     compiled = torch.compile(function, dynamic=dynamic, mode=mode)
 
-    def call(*args):
+    def call(*args, **options):
         global _works
         if _works:
             try:
-                return compiled(*args)
+                return compiled(*args, **options)
             except torch._dynamo.exc.TorchDynamoException as error:
                 _works = False
                 print(f"torch.compile fails here ({type(error).__name__}: no C compiler?); running eager.")
-        return function(*args)
+        return function(*args, **options)
 
     return call

@@ -36,6 +36,12 @@ def split_rows(rows: list, eval_path: str, kind: str, skip_bad_rows: bool = Fals
     return [r for r, out in zip(rows, held_out) if not out], [r for r, out in zip(rows, held_out) if out]
 
 
+def read_split(config, path: str, kind: str) -> tuple[list[dict], list[dict]]:
+    """The rows of `path` to train on, and the rows that are held out: --eval-data's, or some of them."""
+    rows = read_rows(path, kind, config.skip_bad_rows)
+    return split_rows(rows, config.eval_data, kind, config.skip_bad_rows)
+
+
 def one_per_prompt(rows: list[dict]) -> list[dict]:
     """The rows, but only one of each prompt."""
     return list({prompt_key(row): row for row in rows}.values())
@@ -141,6 +147,13 @@ def prompt_examples(
     return [rows[i] for i in kept], [ids[i] for i in kept]
 
 
+def read_prompts(config, tokenizer: Tokenizer, room: int):
+    """--prompts → (rows, ids) to train on, and as many held-out ones as --eval-prompts asks for."""
+    rows, held_out = read_split(config, config.prompts, "prompts")
+    held_out = thin(held_out, config.eval_prompts)
+    return prompt_examples(rows, tokenizer, room), prompt_examples(held_out, tokenizer, room)
+
+
 def _report(what: str, rows: int, kept: int, truncated: int, max_length: int) -> None:
     line = f"data: {kept:,} {what}"
     if truncated:
@@ -150,24 +163,6 @@ def _report(what: str, rows: int, kept: int, truncated: int, max_length: int) ->
     print(line)
     if not kept:
         raise UserError(f"none of the {rows:,} {what} can be used at --max-length {max_length}; raise it.")
-
-
-def pack(rows: list[dict], tokenizer: Tokenizer, context: int) -> np.ndarray:
-    """Texts, each followed by the end token, cut into blocks (N, context) int64.
-
-    Neighbouring blocks share one token, so that every token but the very first is predicted exactly once.
-    What fills no whole block at the end is left out.
-    """
-    if context < 2:
-        raise UserError(
-            f"--context must be at least 2, not {context}: a block of one token predicts nothing."
-        )
-    texts = tokenizer.encoding.encode_ordinary_batch([row["text"] for row in rows])
-    stream = np.concatenate([np.array([*ids, tokenizer.end], dtype=np.int64) for ids in texts])
-    blocks = (len(stream) - 1) // (context - 1)
-    if not blocks:
-        raise UserError(f"{len(stream)} tokens of text do not fill one block of {context}; lower --context.")
-    return np.lib.stride_tricks.sliding_window_view(stream, context)[:: context - 1]
 
 
 # ---------------------------------------------------------------------------------------------- batches

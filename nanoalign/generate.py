@@ -77,7 +77,8 @@ def decode(
     model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: int, u: Tensor, sampling: tuple
 ):
     """The last token (B,), written at position (B,) → the next one and its log-prob, (B,) each."""
-    hidden = model.hidden(token[:, None], cache, position[:, None], length)[:, -1]
+    written = torch.arange(length, device=token.device) <= position[:, None, None, None]  # (B, 1, 1, length)
+    hidden = model.hidden(token[:, None], position[:, None], written, cache)[:, -1]
     return sample(next_token_logits(model, hidden), u, *sampling)
 
 
@@ -155,7 +156,7 @@ def stream(
     key = (model.config, max(N, B), slots, device, model.embed.weight.dtype)
     cache = take_cache(*key)
     rows, position = torch.arange(B, device=device), lengths
-    hidden = model.hidden(prompts, cache, torch.arange(P, device=device).expand(N, P))
+    hidden = model.hidden(prompts, torch.arange(P, device=device).expand(N, P), cache=cache)
     logits = next_token_logits(model, hidden[torch.arange(N, device=device), lengths - 1])
     if of is not None:
         cache.rearrange(of, P)
@@ -258,6 +259,15 @@ def rollouts(
         yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, of, seed=seed + start, **sampling)
         if progress:
             progress.advance(len(rows))
+
+
+def rollout(
+    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int, **sampling
+) -> Rollout:
+    """Sample one response per prompt (ids), all in one batch, in the order asked."""
+    [(asked, drawn)] = rollouts(model, tokenizer, prompts, max_new_tokens, seed, len(prompts), **sampling)
+    back = torch.tensor(np.argsort(asked), device=drawn.ids.device)
+    return Rollout(drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back])
 
 
 def respond(

@@ -14,14 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import UserError
 from nanoalign.compiler import compile_or_eager
 
-FLEX_FROM = {"cuda": 1024}  # tokens in a row of segments from which skipping what is masked pays
 flex = compile_or_eager(flex_attention)
 
 
@@ -153,22 +151,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def segment_mask(segments: Tensor) -> Tensor | BlockMask:
-    """segments (B, T), ascending → what each token sees: up to itself, segment 0 and its own.
-
-    Dense, (B, 1, T, T) bool; where `FLEX_FROM` says so, blocks for FlexAttention, which skips what is masked.
-    """
-    B, T = segments.shape
-
-    def sees(b, _, q, k):
-        return (k <= q) & ((segments[b, k] == 0) | (segments[b, k] == segments[b, q]))
-
-    if FLEX_FROM.get(segments.device.type, math.inf) <= T:
-        return create_block_mask(sees, B, None, T, T, device=segments.device)
-    at = torch.arange(max(B, T), device=segments.device)
-    return sees(at[:B, None, None, None], 0, at[:T, None], at[:T])
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -267,41 +249,28 @@ class GPT(nn.Module):
     def hidden(
         self,
         ids: Tensor,
-        cache: KVCache | None = None,
         positions: Tensor | None = None,
-        length: int = 0,
-        segments: Tensor | None = None,
-    ):
-        """ids (B, T) → the final normed hidden states (B, T, D).
+        visible: Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """ids (B, T) → the final normed hidden states (B, T, D). By default a plain causal forward pass.
 
-        Without a cache: a plain causal forward. With a cache, `positions` (B, T) says where each row writes.
-        `length` = 0 prefills: positions count from 0 and attention is causal within ids. Otherwise ids is
-        (B, 1) and every row attends to cache slots 0 … its own position; `length` bounds the slots looked at.
-        With `segments` (B, T) a row holds a prompt (0) and then responses to it (1, 2, …), each of which sees
-        the prompt and itself, at the positions that it would have alone.
+        positions (B or 1, T): where each token stands, if not at 0 … T − 1. visible: what each token sees, if
+        not all before it: bool, broadcast over (B, heads, T, S), or blocks for FlexAttention. With a cache,
+        keys and values are written at `positions`; with `visible` too, its first S slots are what is seen.
         """
-        if segments is None and ids.shape[1] > self.config.context:
-            raise UserError(
-                f"a sequence of {ids.shape[1]} tokens exceeds the model's context of {self.config.context}: "
-                "shorten it, or use a model with a longer context."
-            )
         if positions is None:
+            if ids.shape[1] > self.config.context:
+                raise UserError(
+                    f"a sequence of {ids.shape[1]} tokens exceeds the model's context of "
+                    f"{self.config.context}: shorten it, or use a model with a longer context."
+                )
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        visible = None
-        if segments is not None:
-            visible, prompt = segment_mask(segments), (segments == 0).sum(1, keepdim=True)
-            begins = torch.searchsorted(segments, segments)  # (B, T) where a token's segment does
-            positions = positions - begins + prompt * (segments > 0)
-            positions = positions.clamp(max=self.config.context - 1)  # of padding
         x, rope = self.embed(ids), None
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, head_dim / 2)
-        if length:
-            visible = (
-                torch.arange(length, device=ids.device) <= positions[:, None, :, None]
-            )  # (B, 1, 1, length)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.rows, positions)
             if self.checkpointing and torch.is_grad_enabled():  # keep x only: the rest is computed again
@@ -309,31 +278,6 @@ class GPT(nn.Module):
             else:
                 x = block(x, rope, layer_cache, visible)
         return self.norm(x)
-
-    def packed_hidden(self, ids: Tensor, own: Tensor, sizes: list[int]) -> Tensor:
-        """`hidden(ids)` (B, T, D), computed in fewer rows: `sizes[0]` rows of ids become one, and so on.
-
-        own (B, T) bool, on the CPU: in each row one run of tokens. Those before it are a prompt, the same for
-        all the rows that become one, which it then opens, once; their own tokens follow. With no prompt it
-        is whole rows that are packed. Beyond a row's own tokens what comes back means nothing.
-        """
-        (B, T), packs = ids.shape, torch.tensor(sizes)
-        row, position = torch.arange(B)[:, None], torch.arange(T)
-        pack = torch.arange(len(packs)).repeat_interleave(packs)[:, None]  # (B, 1)
-        first = (packs.cumsum(0) - packs)[pack]  # (B, 1) the first row of each row's pack
-        prompt = position < own.int().argmax(1, keepdim=True)  # (B, T)
-        kept = own | (prompt & (row == first))
-        counts = [int(part.sum()) for part in kept.split(sizes)]
-
-        def packed(values: Tensor, fill: int) -> Tensor:  # (B, T) → (packs, the longest of them)
-            rows = pad_sequence(values[kept].split(counts), batch_first=True, padding_value=fill)
-            return rows.to(ids.device, non_blocking=True)
-
-        source, segments = packed(T * row + position, 0), packed(torch.where(prompt, 0, row + 1), B + 1)
-        rank = kept.flatten().cumsum(0).view(B, T)
-        place = pack * max(counts) + torch.where(prompt, position, rank - rank[first, 0])
-        hidden = self.hidden(ids.flatten()[source], segments=segments)
-        return hidden.flatten(0, 1)[place.to(ids.device, non_blocking=True)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py`, which never builds this."""

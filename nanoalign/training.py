@@ -1,21 +1,16 @@
-"""What every training script does alike: device, seed, optimiser, schedule, one step, a clean stop."""
+"""What every training script sets up alike: device, precision, optimiser, schedule, one step, reference."""
 
 import copy
-import hashlib
 import math
 import random
-import signal
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError
-from nanoalign.checkpoint import load_policy, partial_path
+from nanoalign.checkpoint import load_policy
 from nanoalign.compiler import compile_or_eager
 from nanoalign.model import GPT
 from nanoalign.tokenizer import Tokenizer
@@ -63,9 +58,11 @@ def pick_device(name: str) -> torch.device:
 def compile_hidden(model: nn.Module) -> None:
     """torch.compile the forward in place (state-dict keys stay as they are); decoding stays eager."""
     eager, compiled = model.hidden, compile_or_eager(model.hidden)
-    model.hidden = lambda ids, cache=None, positions=None, length=0, segments=None: (
-        compiled if cache is None else eager
-    )(ids, cache, positions, length, segments)
+
+    def hidden(*args, cache=None, **more):
+        return compiled(*args, **more) if cache is None else eager(*args, cache=cache, **more)
+
+    model.hidden = hidden
 
 
 def prepare(config, *models: GPT | None) -> None:
@@ -122,63 +119,3 @@ def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
             "policy's own kind, such as the SFT checkpoint it comes from."
         )
     return freeze(ref)
-
-
-def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings and tensors, by which a file knows what it was made from."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            part = part.detach().cpu().numpy()
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode())
-            part = np.ascontiguousarray(part).tobytes()
-        digest.update(part if isinstance(part, bytes) else str(part).encode())
-    return digest.hexdigest()[:16]
-
-
-def already_finished(config) -> bool:
-    """With --resume: is the checkpoint there, and nothing left to continue?"""
-    check(config)
-    done = config.resume and Path(config.out).exists() and not partial_path(config.out).exists()
-    if done:
-        print(f"{config.out} is finished; delete it to train again.")
-    return done
-
-
-class Stopwatch:
-    """Seconds since the last look, on a device that may lag behind."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.start = device, time.monotonic()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.start = self.start, time.monotonic()
-        return self.start - before
-
-
-class CleanStop:
-    """Ctrl-C or SIGTERM ends the run after the step in progress, for it to be saved. A second one kills."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
-
-    def __bool__(self) -> bool:
-        return self.signal != 0
-
-    def leave(self, config, step: int) -> None:
-        """Exit with the conventional status after the run has been saved."""
-        print(
-            f"stopped at step {step}, saved in {partial_path(config.out)}; continue with --resume.",
-            file=sys.stderr,
-        )
-        sys.exit(128 + self.signal)

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-from nanoalign.doctor import columns, diagnose
-from nanoalign.rewards import make_reward, measure
+import torch
+
+from nanoalign.generate import rollouts
+from nanoalign.logprobs import token_logprobs
+from nanoalign.rewards import load_function, make_reward, total
 
 
 def watched_rewards(reward: str, watch: str, tokenizer, device) -> dict:
@@ -14,33 +17,50 @@ def watched_rewards(reward: str, watch: str, tokenizer, device) -> dict:
     return rewards
 
 
+@torch.no_grad()
+def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: dict, **sampling):
+    """Answer prompts (ids) → mean of each reward, of the sequence KL (nats), end tokens and length (tokens);
+    the texts; their scores by the first reward. sampling: as for `generate.rollouts`."""
+    columns, texts, scores = {}, [""] * len(rows), [0.0] * len(rows)
+    temperature = sampling.get("temperature", 1.0)
+    for indices, rollout in rollouts(policy, tokenizer, prompts, **sampling):
+        batch = [rows[i] for i in indices]
+        parts = {name: total(reward(batch, rollout)) for name, reward in rewards.items()}
+        first = next(iter(parts.values())).tolist()
+        ref_logp = token_logprobs(ref, rollout.ids, rollout.mask, temperature)
+        parts["kl"] = (token_logprobs(policy, rollout.ids, rollout.mask, temperature) - ref_logp).sum(-1)
+        parts["ended"], parts["length"] = rollout.ended.float(), rollout.mask.sum(-1).float()
+        for name, values in parts.items():
+            columns.setdefault(name, []).append(values)
+        for i, response, score in zip(indices, rollout.responses(), first):
+            texts[i], scores[i] = tokenizer.decode_response(response), score
+    return {name: torch.cat(parts).mean().item() for name, parts in columns.items()}, texts, scores
+
+
 class Watch:
     """Looks at the policy's answers to the same held-out prompts, and remembers.
 
-    history: one row of means per look, oldest first; pass that of a partial checkpoint to go on with it.
+    models: policy, reference and tokenizer. held_out: prompt rows and their ids. history: a row of means per
+    look; a resumed run goes on with it. doctor: names a function(metrics) → [(sickness, cause, remedy)…].
     """
 
-    def __init__(self, rows: list[dict], prompts: list, rewards: dict, history: list[dict], **sampling):
-        self.rows, self.prompts, self.rewards = rows, prompts, rewards
-        self.history, self.sampling, self.warned = history, sampling, set()
-        self.seen = []  # what was logged of this process's iterations
+    def __init__(self, run, models: tuple, held_out: tuple, rewards: dict, doctor: str = "", **sampling):
+        self.run, self.models, self.asked = run, models, (*held_out, rewards)
+        self.sampling, self.seen, self.warned = sampling, [], set()
+        self.diagnose = load_function(doctor) if doctor else None
+        self.history = run.keep["history"] = run.state.get("history", [])
 
-    def look(self, step: int, policy, ref, tokenizer, metrics) -> None:
+    def look(self) -> None:
         """Answer, score, print, note in the metrics."""
-        means, texts, scores = measure(
-            policy, ref, tokenizer, self.rows, self.prompts, self.rewards, **self.sampling
-        )
-        self.history.append({"step": step, **means})
-        metrics.note(step=step, **{f"eval_{name}": value for name, value in means.items()})
-        print("  held-out " + "  ".join(f"{name} {value:.3f}" for name, value in means.items()))
-        for row, text, score in list(zip(self.rows, texts, scores))[:4]:
-            print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r} ({score:+.2f})")
+        means, texts, scores = measure(*self.models, *self.asked, **self.sampling)
+        self.history.append({"step": self.run.done, **means})
+        self.run.show(means, self.asked[0][:4], texts[:4], scores[:4])
 
     def warn(self, row: dict) -> None:
         """Name each sickness that the run shows up to this iteration, once a run."""
         self.seen.append(row)
         looks = [{f"eval_{name}": value for name, value in look.items()} for look in self.history]
-        for name, cause, remedy in diagnose(columns([*self.seen, *looks])):
+        for name, cause, remedy in self.diagnose([*self.seen, *looks]) if self.diagnose else ():
             if name not in self.warned:
                 print(f"  warning: {name}: {cause}; {remedy}.")
                 self.warned.add(name)

@@ -1,0 +1,257 @@
+"""What every training script does alike: the flags they share, and the run that surrounds the loop.
+
+    run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from)
+    for step in run:                          # from where a stopped run left off
+        for batch, where in run.pieces(examples):
+            ...                               # forward, loss, backward: the method's own lines
+            run.add(loss=loss)                # (B,): summed on the device until the step is logged
+        run.update()                          # clip, learning rate, AdamW
+        run.log()
+        if run.looks:
+            run.show(evaluate(...))
+    run.finish()
+
+The run saves X.partial.pt every --save-every steps and on Ctrl-C, SIGTERM and SIGHUP; --resume goes on from
+there bit for bit. It holds no forward pass, no loss and no evaluation.
+"""
+
+import hashlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from nanoalign import UserError, cli
+from nanoalign.checkpoint import finish, partial_path, resume, save_partial
+from nanoalign.data import BatchOrder, micro_batches
+from nanoalign.training import check, learning_rate, optimizer_step
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """The flags of every training script. A script lists its own, and may restate a default of these."""
+
+    eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth prompt's
+    epochs: float = 1.0  # passes over the data
+    steps: int = 0  # optimiser steps; 0: what --epochs comes to
+    batch_size: int = 32  # rows per optimiser step
+    micro_batch: int = 0  # rows per forward and backward pass; 0: all at once
+    micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
+    lr: float = 2e-4  # peak learning rate
+    warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
+    weight_decay: float = 0.0  # on matrices
+    clip: float = 1.0  # gradient norm
+    log_every: int = 10  # steps between metrics
+    eval_every: int = 100  # steps between held-out evaluations
+    save_every: int = 100  # steps between saves of X.partial.pt, from which --resume continues
+    seed: int = 0  # of data order and samples
+    device: str = "auto"  # auto, cpu, cuda, …
+    compile: bool = False  # torch.compile the forward pass
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
+    skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+
+
+class Run:
+    """Iterates over the optimiser steps (PPO's iterations) that are left, and logs, saves, stops and resumes.
+
+    order: `order[step]` are the rows of a step. made_from: tensors, arrays and strings (nested as you like)
+    that the result depends on; a resumed run must have the same. models: what is held in memory, by name.
+    trained: the module whose gradient is clipped, if it is more than `model`. state: what a stopped run kept
+    (`keep`) beside weights, optimiser and random numbers.
+    """
+
+    def __init__(
+        self,
+        config,
+        stage: str,
+        model: nn.Module,
+        tokenizer,
+        optimizer: torch.optim.Optimizer,
+        order: BatchOrder,
+        made_from,
+        models: tuple[str, ...] = ("policy",),
+        chat: bool = True,
+        trained: nn.Module | None = None,
+        shown: tuple[str, ...] = (),
+    ):
+        self.config, self.model, self.trained = config, model, trained or model
+        self.optimizer, self.order = optimizer, order
+        self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
+        self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
+        self.data = fingerprint(*flat(made_from))
+        self.state = resume(config, model, optimizer, stage=stage, data=self.data)
+        self.first, self.keep = self.state["step"], {}
+        self.device = next(model.parameters()).device
+        self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
+        self.metrics.models(*models)
+        self.done, self.laps, self.stopwatch = self.first, {}, Stopwatch(self.device)
+
+    def __iter__(self) -> Iterator[int]:
+        self.stop = CleanStop()
+        for step in range(self.first, self.steps):
+            self.step, self.done = step, step + 1
+            self.sums, self.masks, self.count = {}, {}, 0
+            self.stopwatch.lap()
+            yield step
+            stopping = bool(self.stop)
+            if self.saves:
+                save_partial(
+                    self.config, self.model, self.optimizer,
+                    step=self.done, data=self.data, **self.saved, **self.keep,
+                )  # fmt: skip
+            if stopping:
+                self.stop.leave(self.config, self.done)
+
+    @property
+    def saves(self) -> bool:
+        """Is X.partial.pt written after this step?"""
+        return self.done % self.config.save_every == 0 or bool(self.stop)
+
+    @property
+    def looks(self) -> bool:
+        """Is the model to be evaluated after this step?"""
+        return self.done % self.config.eval_every == 0 or self.done == self.steps
+
+    @property
+    def seed(self) -> int:
+        """Of the samples that this step draws."""
+        return self.config.seed + 10_000 * (self.step + 1)
+
+    def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
+        """The step's examples and their indices, in pieces that --micro-batch and --micro-tokens allow.
+
+        tokens (N,): what each example costs; by default its length in `order`.
+        """
+        indices = self.order[self.step]
+        tokens = (self.order.lengths if tokens is None else tokens)[indices]
+        for micro in micro_batches(indices, self.config.micro_batch, tokens, self.config.micro_tokens):
+            where = torch.from_numpy(micro).to(self.device, non_blocking=True)
+            yield [examples[i] for i in micro], where
+
+    def add(self, **values: Tensor | tuple[Tensor, Tensor]) -> None:
+        """Values (B,) or sums () of a piece, logged as their total over the step divided by `count`: the rows
+        of the step, unless the script sets it. Of a pair (values, mask) the mean where mask holds is logged.
+        """
+        for name, value in values.items():
+            value, mask = value if isinstance(value, tuple) else (value, None)
+            if mask is not None:
+                value = value.detach() * mask
+                self.masks[name] = self.masks.get(name, 0) + mask.sum()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().sum()
+
+    def means(self) -> dict[str, Tensor]:
+        """What was added in this step, by name."""
+        count = self.count or len(self.order[self.step])
+        counts = {name: total.clamp(min=1) for name, total in self.masks.items()}
+        return {name: total / counts.get(name, count) for name, total in self.sums.items()}
+
+    def must_start_at(self, due: float, what: str) -> None:
+        """Step-0 check: the first loss is what theory says, or policy and reference disagree."""
+        loss = self.means()["loss"].item()
+        print(f"step-0 check: loss {loss:.6f}, {what} = {due:.6f}")
+        tolerance = 1e-2 if self.device.type == "cuda" else 1e-4  # bf16 or fp32
+        if not abs(loss - due) <= tolerance * max(1, due):
+            raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
+
+    def update(self) -> None:
+        """Set the learning rate, clip the gradient, one AdamW step, zero the gradient."""
+        config = self.config
+        self.lr = learning_rate(self.step, self.steps, config.lr, config.warmup)
+        self.grad_norm = optimizer_step(self.trained, self.optimizer, self.lr, config.clip)
+
+    def lap(self, name: str) -> None:
+        """Log the seconds since the step began, or since the lap before."""
+        self.laps[name] = self.stopwatch.lap()
+
+    def log(self, **more) -> dict:
+        """Log what was added, and more, if the step is due → the row, or an empty one."""
+        if not (self.done % self.config.log_every == 0 or self.done in (1, self.steps) or self.saves):
+            return {}
+        own = {"grad_norm": self.grad_norm, "lr": self.lr, **self.laps}
+        return self.metrics.log(self.done, **more, **self.means(), **own)
+
+    def show(self, result: dict[str, float], rows=(), texts=(), scores=()) -> None:
+        """Log and print what an evaluation found; print answers to the prompts of rows, and their scores."""
+        self.metrics.note(step=self.done, **{f"eval_{name}": value for name, value in result.items()})
+        print("  held-out " + "  ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        for row, text, score in zip_longest(rows, texts, scores):
+            worth = "" if score is None else f" ({score:+.2f})"
+            print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}{worth}")
+
+    def finish(self, **extra) -> None:
+        """Write X.pt, with whatever else the next stage needs, and remove X.partial.pt."""
+        finish(self.config, self.model, step=self.steps, **self.saved, **extra)
+
+
+def already_finished(config) -> bool:
+    """With --resume: is the checkpoint there, and nothing left to continue?"""
+    check(config)
+    done = config.resume and Path(config.out).exists() and not partial_path(config.out).exists()
+    if done:
+        print(f"{config.out} is finished; delete it to train again.")
+    return done
+
+
+def flat(parts) -> Iterator:
+    """Nested lists and tuples → what is in them."""
+    for part in parts:
+        yield from flat(part) if isinstance(part, (list, tuple)) else (part,)
+
+
+def fingerprint(*parts) -> str:
+    """A short hash of arrays, strings and tensors, by which a file knows what it was made from."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().numpy()
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            part = np.ascontiguousarray(part).tobytes()
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+    return digest.hexdigest()[:16]
+
+
+class Stopwatch:
+    """Seconds since the last look, on a device that may lag behind."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.monotonic()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.start = self.start, time.monotonic()
+        return self.start - before
+
+
+class CleanStop:
+    """Ctrl-C, SIGTERM or SIGHUP ends the run after the step in progress, to be saved. A second one kills."""
+
+    def __init__(self):
+        self.signal = 0
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), self._receive)
+
+    def _receive(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
+
+    def __bool__(self) -> bool:
+        return self.signal != 0
+
+    def leave(self, config, step: int) -> None:
+        """Exit with the conventional status after the run has been saved."""
+        where = partial_path(config.out)
+        print(f"stopped at step {step}, saved in {where}; continue with --resume.", file=sys.stderr)
+        sys.exit(128 + self.signal)
