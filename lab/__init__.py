@@ -1,0 +1,31 @@
+"""The laboratory: experiments and instruments around the method, each run as `python -m lab.NAME`."""
+
+import sys
+from pathlib import Path
+
+from nanoalign import UserError, cli
+
+
+def run_command(commands: dict, description: str = "") -> None:
+    """`python -m lab.NAME COMMAND flags`: `cli.run` that command's (main, config_class)."""
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        return cli.run(*commands[sys.argv.pop(1)], description)
+    names = list(commands)
+    example = f"python {cli.program()} {names[0]} --help"
+    sys.exit(f"error: name a command: {' or '.join(names)} ({example}).")
+
+
+def pyplot(path: str):
+    """matplotlib's pyplot, or a sentence that says what is missing. Ask before the long work, not after."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:] not in kinds:
+        raise UserError(f"--plot {path}: expected a name that ends in .png, or in one of {', '.join(kinds)}.")
+    return pyplot
