@@ -39,31 +39,20 @@ def write(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(
-            f"could not write {path} ({reason}); the file before it, if any, is untouched."
-        ) from None
+        sentence = f"could not write {path} ({reason}); the file before it, if any, is untouched."
+        raise UserError(sentence) from None
 
 
-def save(
-    path, model, *, stage: str, tokenizer: Tokenizer, config, step: int, chat: bool = True, **extra
-) -> None:
-    """Write model weights (fp32, uncompiled), shapes, tokenizer name, stage, run config and step to `path`.
+def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest) -> None:
+    """Write model weights (fp32, uncompiled), shapes, tokenizer name, run config and the rest to `path`.
 
-    chat: is it a policy that answers, not one that continues a text? extra: whatever else the stage needs to
-    continue (tensors and plain values).
+    chat: is it a policy that answers, not one that continues a text? rest: stage and step, and whatever else
+    the stage needs to continue (tensors and plain values).
     """
-    content = {
-        "format": FORMAT,
-        "stage": stage,
-        "chat": chat,
-        "step": step,
-        "tokenizer": tokenizer.name,
-        "model_config": dataclasses.asdict(model.config),
-        "model": {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()},
-        "config": dataclasses.asdict(config),
-        **extra,
-    }
-    write(Path(path), content)
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
+    head = {"format": FORMAT, "chat": chat, "tokenizer": tokenizer.name, "model_config": shape}
+    write(Path(path), {**head, "model": weights, "config": flags, **rest})
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
@@ -113,10 +102,8 @@ def load_scalar(path, device="cpu", stages: tuple[str, ...] = ("rm",)) -> tuple[
 
 def random_state() -> dict:
     """The state of every random number generator a script may draw from."""
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    cuda = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), **cuda}
 
 
 def set_random_state(state: dict) -> None:
@@ -155,8 +142,7 @@ def finish(config, model, **rest) -> None:
 
 
 def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
-    """Continue from the partial checkpoint, if `config.resume` and there is one → its content; else {"step":
-    0}.
+    """With --resume, continue from the partial checkpoint → its content; {"step": 0} where there is none.
 
     Loads weights, optimiser and random state in place. A partial from other flags or data is an error:
     silently mixing two runs would be worse than stopping.

@@ -15,6 +15,7 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,19 +56,15 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}. `python {self.prog} --help` lists the flags.\n")
 
 
-def _number(kind, default):
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {'a whole' if kind is int else 'a'} number, not {text!r}"
-            ) from None
-        if not math.isfinite(value) or (value < 0 <= default):
-            raise argparse.ArgumentTypeError(f"expected a number ≥ 0, not {text}")
-        return value
-
-    return parse
+def _number(text: str, kind: type, default):
+    try:
+        value = kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {what}, not {text!r}") from None
+    if not math.isfinite(value) or value < 0 <= default:
+        raise argparse.ArgumentTypeError(f"expected a number ≥ 0, not {text}")
+    return value
 
 
 def parse(config_class, description: str = "", argv: list[str] | None = None):
@@ -90,8 +87,8 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
         elif isinstance(default, tuple):
             options["nargs"] = "+"
         elif isinstance(default, (int, float)):
-            kind = type(default)
-            options |= {"type": _number(kind, default), "metavar": kind.__name__.upper()}
+            options["type"] = partial(_number, kind=type(default), default=default)
+            options["metavar"] = type(default).__name__.upper()
         groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -126,22 +123,18 @@ def run(main, config_class, description: str = "") -> None:
     except BrokenPipeError:
         sys.exit(141)
     except OSError as error:
+        file = f": {error.filename}" if error.filename else ""
         hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        sys.exit(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}{hint}.")
+        sys.exit(f"error: {error.strerror or error}{file}{hint}.")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU ran out of memory; use fewer or shorter rows at a time (--micro-batch).")
 
 
 def duration(seconds: float) -> str:
     """3725 → '1h02m'."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    return (
-        f"{seconds // 60}m{seconds % 60:02}s"
-        if seconds < 3600
-        else f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
-    )
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 class Progress:
@@ -155,10 +148,9 @@ class Progress:
         self.done += count
         now = time.monotonic()
         if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
-            left = (now - self.start) / self.done * (self.total - self.done)
-            share = self.done / self.total
-            line = f"{self.what}: {self.done:,}/{self.total:,} {share:4.0%}  {duration(left)} left"
-            print(line, file=sys.stderr)
+            left = duration((now - self.start) / self.done * (self.total - self.done))
+            done = f"{self.done:,}/{self.total:,} {self.done / self.total:4.0%}"
+            print(f"{self.what}: {done}  {left} left", file=sys.stderr)
             self.shown = now
 
 
@@ -188,29 +180,22 @@ class Metrics:
     `shown`: the values that the console line has room for; empty: all.
     """
 
-    def __init__(
-        self, config, steps: int, device: torch.device, start_step: int = 0, shown: tuple[str, ...] = ()
-    ):
-        self.shown = shown
-        self.path = beside(config.out, ".metrics.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, config, steps: int, device: torch.device, start_step: int = 0, shown: tuple = ()):
+        self.device, self.steps, self.start_step, self.shown = device, steps, start_step, shown
+        path = beside(config.out, ".metrics.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
-        if start_step and self.path.exists():  # a resumed run forgets what was logged beyond its checkpoint
-            kept = [row for row in readable_rows(self.path) if row.get("step", 0) <= start_step]
-        self.file = self.path.open("w", encoding="utf-8", buffering=1)
-        hardware = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else platform.processor() or platform.machine()
-        )
-        header = {
-            "event": "start", "at_step": start_step, "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "python": platform.python_version(), "torch": torch.__version__, "device": str(device),
-            "hardware": hardware, "threads": torch.get_num_threads(), "config": dataclasses.asdict(config),
-        }  # fmt: skip
-        for row in [*kept, header]:
-            self.file.write(json.dumps(row) + "\n")
-        self.device, self.steps, self.start_step = device, steps, start_step
+        if start_step and path.exists():  # a resumed run forgets what was logged beyond its checkpoint
+            kept = [row for row in readable_rows(path) if row.get("step", 0) <= start_step]
+        self.file = path.open("w", encoding="utf-8", buffering=1)
+        self.file.writelines(json.dumps(row) + "\n" for row in kept)
+        on_gpu, processor = device.type == "cuda", platform.processor() or platform.machine()
+        self.note(
+            event="start", at_step=start_step, time=time.strftime("%Y-%m-%d %H:%M:%S"),
+            python=platform.python_version(), torch=torch.__version__, device=str(device),
+            hardware=torch.cuda.get_device_name(device) if on_gpu else processor,
+            threads=torch.get_num_threads(), config=dataclasses.asdict(config),
+        )  # fmt: skip
         self.tokens = self.tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
         self.begin = time.monotonic()
 
@@ -227,9 +212,8 @@ class Metrics:
             peak_mb=peak_memory(self.device),
         )  # fmt: skip
         left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
-        shown = "  ".join(
-            f"{k} {v:.4g}" for k, v in values.items() if k in (self.shown or values.keys() - {"lr"})
-        )
+        names = self.shown or values.keys() - {"lr"}
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in names)
         done = f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}"
         print(f"{done}  {shown}  {rate:,} tok/s  {left} left", flush=True)
         broken = [k for k in ("loss", "grad_norm") if not math.isfinite(values.get(k, 0.0))]

@@ -4,6 +4,7 @@ An example is (ids, mask): int64 token ids (T,) and a bool mask (T,), true where
 """
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -77,58 +78,62 @@ def join(prompt: np.ndarray, response: np.ndarray, max_length: int) -> Example |
 
 def chat_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> list[Example]:
     """Chat rows → examples, every assistant turn scored. Prints what was truncated and dropped."""
-    examples, truncated = [], 0
-    for row in rows:
+
+    def make(row: dict) -> tuple[Example | None, int]:
         ids, mask = tokenizer.render(row["messages"])
-        if not mask[:max_length].any():
-            continue
-        truncated += len(ids) > max_length
-        examples.append((ids[:max_length], mask[:max_length]))
-    _report("chat rows", len(rows), len(examples), truncated, max_length)
-    return examples
+        example = ids[:max_length], mask[:max_length]
+        return example if example[1].any() else None, len(ids)
+
+    return _made("chat rows", rows, make, max_length)[0]
 
 
-def labelled_examples(
-    rows: list[dict], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[Example], list[dict]]:
+def labelled_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list[dict]]:
     """Labelled rows → examples, and the row of each. Prints what was truncated and dropped."""
-    examples, kept, truncated = [], [], 0
-    for row in rows:
+
+    def make(row: dict) -> tuple[Example | None, int]:
         prompt, response = tokenizer.prompt(row["prompt"]), tokenizer.response(row["completion"])
-        example = join(prompt, response, max_length)
-        if example is not None:
-            truncated += len(prompt) + len(response) > max_length
-            examples.append(example)
-            kept.append(row)
-    _report("labelled rows", len(rows), len(examples), truncated, max_length)
-    return examples, kept
+        return join(prompt, response, max_length), len(prompt) + len(response)
+
+    return _made("labelled rows", rows, make, max_length)
 
 
-def pair_examples(
-    rows: list[dict], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[tuple[Example, Example]], list[dict]]:
+def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list[dict]]:
     """Pair rows → (chosen, rejected) examples with identical prompt ids, and the row of each.
 
     Prints what was truncated, and what was dropped: pairs whose prompt leaves no room for a response token,
     or that are identical after truncation.
     """
-    examples, kept, truncated = [], [], 0
-    for row in rows:
+
+    def make(row: dict) -> tuple[tuple[Example, Example] | None, int]:
         prompt = tokenizer.prompt(row["prompt"])
         responses = [tokenizer.response(row[side]) for side in ("chosen", "rejected")]
-        chosen, rejected = (join(prompt, response, max_length) for response in responses)
-        if chosen is None or rejected is None or np.array_equal(chosen[0], rejected[0]):
-            continue
-        truncated += any(len(prompt) + len(response) > max_length for response in responses)
-        examples.append((chosen, rejected))
-        kept.append(row)
-    _report("pairs", len(rows), len(examples), truncated, max_length)
-    return examples, kept
+        pair = tuple(join(prompt, response, max_length) for response in responses)
+        usable = None not in pair and not np.array_equal(pair[0][0], pair[1][0])
+        return pair if usable else None, len(prompt) + max(map(len, responses))
+
+    return _made("pairs", rows, make, max_length)
 
 
-def prompt_examples(
-    rows: list[dict], tokenizer: Tokenizer, room: int, count: int = 0
-) -> tuple[list[dict], list[np.ndarray]]:
+def _made(what: str, rows: list[dict], make: Callable, max_length: int) -> tuple[list, list[dict]]:
+    """make(row) → (example or None, its whole length), for each row → the examples, and the row of each."""
+    made = [(*make(row), row) for row in rows]
+    kept = [(example, row) for example, _, row in made if example is not None]
+    truncated = sum(example is not None and length > max_length for example, length, _ in made)
+    line = f"data: {len(kept):,} {what}"
+    if truncated:
+        line += f", {truncated:,} truncated to {max_length} tokens"
+    if len(kept) < len(rows):
+        dropped = len(rows) - len(kept)
+        line += f", {dropped:,} dropped (no room for a response, or the two sides alike)"
+    print(line)
+    if not kept:
+        raise UserError(
+            f"none of the {len(rows):,} {what} can be used at --max-length {max_length}; raise it."
+        )
+    return [example for example, _ in kept], [row for _, row in kept]
+
+
+def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int, count: int = 0) -> tuple[list, list]:
     """Prompt rows → those of at most `room` tokens, and their ids. Prints what was dropped.
 
     room: the model's context less the tokens that a response may take, or has to have.
@@ -152,17 +157,6 @@ def read_prompts(config, tokenizer: Tokenizer, room: int):
     rows, held_out = read_split(config, config.prompts, "prompts")
     held_out = thin(held_out, config.eval_prompts)
     return prompt_examples(rows, tokenizer, room), prompt_examples(held_out, tokenizer, room)
-
-
-def _report(what: str, rows: int, kept: int, truncated: int, max_length: int) -> None:
-    line = f"data: {kept:,} {what}"
-    if truncated:
-        line += f", {truncated:,} truncated to {max_length} tokens"
-    if kept < rows:
-        line += f", {rows - kept:,} dropped (no room for a response, or the two sides alike)"
-    print(line)
-    if not kept:
-        raise UserError(f"none of the {rows:,} {what} can be used at --max-length {max_length}; raise it.")
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -195,13 +189,9 @@ class BatchOrder:
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.lengths))
-        order = np.concatenate(
-            [
-                rows[np.argsort(self.lengths[rows], kind="stable")]
-                for rows in np.split(order, range(self.pool, len(order), self.pool))
-            ]
-        )
-        batches = np.split(order, self.cuts)
+        pools = np.split(order, range(self.pool, len(order), self.pool))
+        pools = [rows[np.argsort(self.lengths[rows], kind="stable")] for rows in pools]
+        batches = np.split(np.concatenate(pools), self.cuts)
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
@@ -224,8 +214,5 @@ def micro_batches(indices: np.ndarray, size: int, lengths=(), tokens: int = 0) -
 
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """Examples → ids (B, T) right-padded with pad_id, mask (B, T) false on padding; both on the CPU."""
-    ids = pad_sequence([torch.from_numpy(ids) for ids, _ in examples], batch_first=True, padding_value=pad_id)
-    mask = pad_sequence(
-        [torch.from_numpy(mask) for _, mask in examples], batch_first=True, padding_value=False
-    )
-    return ids, mask
+    ids, masks = ([torch.from_numpy(part) for part in parts] for parts in zip(*examples))
+    return pad_sequence(ids, True, pad_id), pad_sequence(masks, True, False)

@@ -73,13 +73,11 @@ def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: flo
     return token, logp.gather(-1, token[:, None]).squeeze(-1)
 
 
-def decode(
-    model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: int, u: Tensor, sampling: tuple
-):
+def decode(model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: int, u: Tensor, how: tuple):
     """The last token (B,), written at position (B,) → the next one and its log-prob, (B,) each."""
     written = torch.arange(length, device=token.device) <= position[:, None, None, None]  # (B, 1, 1, length)
     hidden = model.hidden(token[:, None], position[:, None], written, cache)[:, -1]
-    return sample(next_token_logits(model, hidden), u, *sampling)
+    return sample(next_token_logits(model, hidden), u, *how)
 
 
 @functools.cache
@@ -118,18 +116,10 @@ def bucket(rows: int, device_type: str) -> int:
 
 @torch.no_grad()
 def stream(
-    model: GPT,
-    prompts: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    end_id: int | None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    stops: Sequence[int] = (),
-    of: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    model: GPT, prompts: Tensor, lengths: Tensor, max_new_tokens: int, end_id: int | None,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+    stops: Sequence[int] = (), of: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Yield step by step, (n,) each: the rows still computed, the sampled tokens, their log-probs, and which
     of these rows are still writing.
 
@@ -192,15 +182,9 @@ def stream(
 
 @torch.no_grad()
 def generate(
-    model: GPT,
-    prompts: Tensor,
-    lengths: Tensor,
-    max_new_tokens: int,
-    end_id: int | None,
-    pad_id: int,
-    of: Tensor | None = None,
-    **sampling,
-):
+    model: GPT, prompts: Tensor, lengths: Tensor, max_new_tokens: int, end_id: int | None, pad_id: int,
+    of: Tensor | None = None, **sampling,
+) -> Rollout:  # fmt: skip
     """Sample a response for every row → Rollout.
 
     prompts (N, P) right-padded, lengths (N,); of (B,): the prompt that each row answers, by default one row a
@@ -229,17 +213,10 @@ def generate(
 
 
 def rollouts(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: list[np.ndarray],
-    max_new_tokens: int,
-    seed: int,
-    batch_size: int = 256,
-    what: str = "",
-    **sampling,
-) -> Iterator[tuple[list[int], Rollout]]:
-    """Sample one response per prompt (ids), a batch at a time → the batch's indices into `prompts`, its
-    Rollout.
+    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int,
+    batch_size: int = 256, what: str = "", **sampling,
+) -> Iterator[tuple[list[int], Rollout]]:  # fmt: skip
+    """Sample one response per prompt (ids), a batch at a time → its indices into `prompts`, its Rollout.
 
     Prompts of similar length share a batch. `what`: a name for the progress line; empty for none.
     """
@@ -270,9 +247,7 @@ def rollout(
     return Rollout(drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back])
 
 
-def respond(
-    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int, **options
-):
+def respond(model: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int, **options):
     """Answer every prompt (ids) → texts, and whether each ended by itself, both in the prompts' order."""
     texts, ended = [""] * len(prompts), [False] * len(prompts)
     for rows, rollout in rollouts(model, tokenizer, prompts, max_new_tokens, seed, **options):
@@ -282,14 +257,10 @@ def respond(
 
 
 @torch.no_grad()
-def sample_kl(
-    policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int
-):
+def sample_kl(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int):
     """Sequence KL(policy ‖ ref) in nats, an unbiased estimate per prompt: log π − log π_ref of a sample.
 
     → (N,), in no particular order.
     """
-    parts = []
-    for _, rollout in rollouts(policy, tokenizer, prompts, max_new_tokens, seed):
-        parts.append((rollout.logp - token_logprobs(ref, rollout.ids, rollout.mask)).sum(-1))
-    return torch.cat(parts)
+    drawn = (rollout for _, rollout in rollouts(policy, tokenizer, prompts, max_new_tokens, seed))
+    return torch.cat([(r.logp - token_logprobs(ref, r.ids, r.mask)).sum(-1) for r in drawn])

@@ -54,23 +54,22 @@ def _chunk_size(vocab: int, itemsize: int, device: torch.device) -> int:
     """Tokens whose logits fit the budget, a power of two, so that it is the same from run to run."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
+    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
-        free = os.sysconf(names[0]) * os.sysconf(names[1]) if names[0] in os.sysconf_names else 2**33
+        free = 2**33
     budget = min(BUDGET.get(device.type, 2**27), free // 64)
     return 1 << max(1, budget // (vocab * itemsize)).bit_length() - 1
 
 
-@functools.cache
-def _say_once(what: str) -> None:
-    print(what)
+say_once = functools.cache(print)
 
 
 def _chunks(N: int, chunk: int) -> list[slice]:
     """As few equal parts of N tokens as it takes, so that no small remainder is left."""
     parts = -(-N // chunk)
     if parts > 1:
-        _say_once(f"log-probs: at most {chunk:,} tokens at a time go through the head")
+        say_once(f"log-probs: at most {chunk:,} tokens at a time go through the head")
     return [slice(i * N // parts, (i + 1) * N // parts) for i in range(parts)]
 
 
@@ -223,21 +222,14 @@ def pad_vocabulary(weight: Tensor, bias: Tensor | None, multiple: int) -> tuple[
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    chunk: int | None = None,
-    lse: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
+    entropy: bool = False, chunk: int | None = None, lse: bool = False,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """log softmax((hidden Wᵀ + bias) / temperature)[target], differentiable in hidden, weight and bias.
 
     hidden (N, D), weight (V, D), targets (N,) int64, bias (V,) → logp (N,) in nats, fp32 (fp64 for fp64
     input); with `entropy` or `lse` a tuple: logp, then the entropy, then the log-sum-exp, each (N,) and
-    differentiable once. `chunk` is the number of tokens whose logits exist at one time; by default as many as
-    fit `BUDGET`.
+    differentiable once. chunk: the tokens whose logits exist at one time; by default as many as fit `BUDGET`.
     """
     hidden, weight, bias, chunk = _prepare(hidden, weight, bias, temperature, chunk)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -247,16 +239,10 @@ def linear_logprobs(
 
 
 def linear_losses(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss: Callable[..., Tensor],
-    values: tuple[Tensor, ...] = (),
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss: Callable[..., Tensor],
+    values: tuple[Tensor, ...] = (), bias: Tensor | None = None, temperature: float = 1.0,
+    entropy: bool = False, chunk: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Σ_i loss(logp_i, values_i …) over the tokens, its gradient formed on the way.
 
     As `linear_logprobs`; loss(logp (n,), *values (n, …)) → (n,) is called on one chunk of tokens after

@@ -28,13 +28,9 @@ def naive_logprobs(model: nn.Module, ids: Tensor, temperature: float = 1.0) -> T
 
 
 def token_logprobs(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    hidden: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    model: nn.Module, ids: Tensor, mask: Tensor | None = None, temperature: float = 1.0,
+    entropy: bool = False, hidden: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """logp[b, t] = log π(ids[b, t] | ids[b, :t]), aligned with ids; logp[:, 0] = 0. The only shift there is.
 
     ids (B, T); mask (B, T) bool: only these positions go through the head, the others are 0. The mask may
@@ -63,14 +59,9 @@ def _spread(x: Tensor, index: Tensor, ids: Tensor) -> Tensor:
 
 
 def token_losses(
-    model: nn.Module,
-    ids: Tensor,
-    mask: Tensor | None,
-    loss: Callable[..., Tensor],
-    values: tuple[Tensor, ...] = (),
-    temperature: float = 1.0,
-    hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, ids: Tensor, mask: Tensor | None, loss: Callable[..., Tensor],
+    values: tuple[Tensor, ...] = (), temperature: float = 1.0, hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Σ loss(logp, *values) over the scored tokens (`linear_losses`) → the sum, (); logp (B, T), detached.
 
     ids, mask, hidden and logp as in `token_logprobs`; values (B, T): what the loss needs beside logp.

@@ -21,6 +21,7 @@ from nanoalign import UserError
 from nanoalign.compiler import compile_or_eager
 
 flex = compile_or_eager(flex_attention)
+CHOICES = {"norm": ("rmsnorm", "layernorm"), "positions": ("rope", "learned"), "mlp": ("swiglu", "gelu")}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class GPTConfig:
     kv_heads: int = 0  # grouped-query attention when fewer than heads; 0 means heads
     head_dim: int = 0  # 0 means width / heads
     mlp_width: int = 0  # 0 means 4·width (GELU), or 8/3·width rounded up to 64 (SwiGLU)
-    norm: str = "rmsnorm"  # "rmsnorm" | "layernorm"
+    norm: str = "rmsnorm"  # these three: one of CHOICES
     norm_eps: float = 1e-5
-    positions: str = "rope"  # "rope" | "learned"
+    positions: str = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: tuple[float, ...] = ()  # Llama 3: (factor, low_freq_factor, high_freq_factor, old_context)
-    mlp: str = "swiglu"  # "swiglu" | "gelu"
+    mlp: str = "swiglu"
     bias: bool = False  # biases in every linear layer (GPT-2)
     qkv_bias: bool = False  # biases in the query, key and value projections only (Qwen2)
     qk_norm: bool = False  # RMSNorm on queries and keys, per head (Qwen3)
@@ -59,12 +60,7 @@ class GPTConfig:
             raise UserError(f"head_dim must be positive, and even for RoPE, not {self.head_dim}.")
         if len(self.rope_scaling) not in (0, 4):
             raise UserError("rope_scaling takes four numbers: factor, low, high, old_context.")
-        choices = [
-            ("norm", ("rmsnorm", "layernorm")),
-            ("positions", ("rope", "learned")),
-            ("mlp", ("swiglu", "gelu")),
-        ]
-        for field, allowed in choices:
+        for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
                 raise UserError(f"{field}={getattr(self, field)!r} is unknown; choose from {allowed}.")
 
@@ -163,12 +159,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope, layer_cache, visible: Tensor | BlockMask | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            self.qkv(x)
-            .view(B, T, -1, self.head_dim)
-            .transpose(1, 2)
-            .split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        )
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -183,9 +175,8 @@ class Attention(nn.Module):
         if isinstance(visible, BlockMask):
             y = flex(q.to(v.dtype), k.to(v.dtype), v, None, visible, None, grouped)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped
-            )
+            how = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
+            y = F.scaled_dot_product_attention(q, k, v, **how)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -247,25 +238,23 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        visible: Tensor | BlockMask | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, visible: Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """ids (B, T) → the final normed hidden states (B, T, D). By default a plain causal forward pass.
 
         positions (B or 1, T): where each token stands, if not at 0 … T − 1. visible: what each token sees, if
         not all before it: bool, broadcast over (B, heads, T, S), or blocks for FlexAttention. With a cache,
         keys and values are written at `positions`; with `visible` too, its first S slots are what is seen.
         """
+        T, context = ids.shape[1], self.config.context
         if positions is None:
-            if ids.shape[1] > self.config.context:
+            if context < T:
                 raise UserError(
-                    f"a sequence of {ids.shape[1]} tokens exceeds the model's context of "
-                    f"{self.config.context}: shorten it, or use a model with a longer context."
+                    f"a sequence of {T} tokens exceeds the model's context of {context}: shorten it, or use "
+                    "a model with a longer context."
                 )
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            positions = torch.arange(T, device=ids.device)[None]
         x, rope = self.embed(ids), None
         if self.config.positions == "learned":
             x = x + self.position(positions)

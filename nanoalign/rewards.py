@@ -47,10 +47,8 @@ from nanoalign.training import freeze
 
 Reward = Callable[[list[dict], Rollout], Tensor]
 ALIASES = {"judge": "nanoalign/world/verdicts.py:utility"}
-ROOT = Path(__file__).parents[1]
-
-
-# ---------------------------------------------------------------------------------------- the expression
+FUNCTION = r"(.+\.py):(\w+)(?:\((.*)\))?"
+MODELS = rf"(mean|min|mean-\d*\.?\d+std|prm-(?:{'|'.join(AGGREGATES)}|steps)):(.+)"
 
 
 class Term(NamedTuple):
@@ -72,17 +70,11 @@ class Term(NamedTuple):
         return [self.path] if self.path else []
 
 
-FUNCTION = r"(.+\.py):(\w+)(?:\((.*)\))?"
-MODELS = re.compile(rf"(mean|min|mean-\d*\.?\d+std|prm-(?:{'|'.join(AGGREGATES)}|steps)):(.+)")
-
-
 def parse_reward(expression: str) -> list[Term]:
     """A reward expression → its terms. Raises UserError for one that is unknown."""
     pieces = re.split(r"\s+([+-])\s+", expression.strip())
-    return [
-        parse_term(piece, -1.0 if sign == "-" else 1.0)
-        for sign, piece in zip(["+", *pieces[1::2]], pieces[::2])
-    ]
+    signed = zip(["+", *pieces[1::2]], pieces[::2])
+    return [parse_term(piece, -1.0 if sign == "-" else 1.0) for sign, piece in signed]
 
 
 def parse_term(text: str, sign: float) -> Term:
@@ -91,16 +83,15 @@ def parse_term(text: str, sign: float) -> Term:
     name = ALIASES.get(name, name)
     if name in ("length", "answer"):
         return Term(weight, name, "")
-    if models := MODELS.fullmatch(name):
+    if models := re.fullmatch(MODELS, name):
         return Term(weight, *models.groups())
     if re.fullmatch(FUNCTION, name):
         return Term(weight, "function", name)
     if name.endswith(".pt") and not re.match(r"\w+:", name):
         return Term(weight, "rm", name)
     raise UserError(
-        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:…, "
-        "mean-1std:…, prm-min:… or file.py:function, with weights if you like (0.5*judge), joined by "
-        "' + ' and ' - '."
+        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:…, prm-min:…, "
+        "mean-1std:… or file.py:function, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
     )
 
 
@@ -115,11 +106,10 @@ def reward_models(expression: str) -> list[str]:
 
 
 def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
-    """An expression (see the module's docstring) → reward(rows, rollout) → scores (B,), or (B, T) if a term
-    is dense: the others then stand on the last token.
+    """An expression → reward(rows, rollout) → scores (B,), or (B, T) if a term is dense: the others then
+    stand on the last token. rows: the prompt rows of the rollout's rows.
 
-    rows: the prompt rows of the rollout's rows. Raises UserError for an unknown term, a reward model with
-    another tokenizer, and scores that are not finite.
+    Raises UserError for an unknown term, a reward model of another tokenizer, and scores that are not finite.
     """
     terms = [(term.weight, _scorer(term, tokenizer, device)) for term in parse_reward(expression)]
 
@@ -136,25 +126,27 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
             )
         return scores
 
+    reward.files, reward.models = reward_files(expression), reward_models(expression)
     return reward
 
 
 def _scorer(term: Term, tokenizer: Tokenizer, device) -> Reward:
-    if term.kind == "rm":
-        return model_reward(_load(term.path, tokenizer, device, "rm"))
+    if term.kind == "length":
+        return lambda rows, rollout: rollout.mask.sum(-1).float()
+    if term.kind == "answer":
+        return text_reward(answers, "answer", tokenizer)
+    if term.kind == "function":
+        return text_reward(load_function(term.path), term.path, tokenizer)
     if term.kind.startswith("prm-"):
         model = _load(term.path, tokenizer, device, "prm")
         return _process_reward(model, term.kind.removeprefix("prm-"), tokenizer)
-    if term.kind == "function":
-        return _function_reward(term.path, tokenizer)
-    if term.kind == "answer":
-        return _answer_reward(tokenizer)
-    if term.kind == "length":
-        return lambda rows, rollout: rollout.mask.sum(-1).float()
-    if len(term.files) < 2:
+    members = [model_reward(_load(path, tokenizer, device, "rm")) for path in term.files]
+    if term.kind == "rm":
+        return members[0]
+    if len(members) < 2:
         name = f"{term.kind}:{term.path}"
-        raise UserError(f"{name} names {len(term.files)} checkpoint; an ensemble needs two or more.")
-    return _ensemble([model_reward(_load(path, tokenizer, device, "rm")) for path in term.files], term.kind)
+        raise UserError(f"{name} names {len(members)} checkpoint; an ensemble needs two or more.")
+    return _ensemble(members, term.kind)
 
 
 # ------------------------------------------------------------------------------------------------- models
@@ -212,10 +204,10 @@ def _ensemble(members: list[Reward], kind: str) -> Reward:
 
 def find(file: str) -> Path:
     """A Python file by its path from here, or from the repository's root."""
-    path = next((path for path in (Path(file), ROOT / file) if path.is_file()), None)
-    if path is None:
-        raise UserError(f"there is no Python file {file}; check the path.")
-    return path
+    for path in (Path(file), Path(__file__).parents[1] / file):
+        if path.is_file():
+            return path.resolve()
+    raise UserError(f"there is no Python file {file}; check the path.")
 
 
 @functools.cache
@@ -235,14 +227,14 @@ def load_function(name: str) -> Callable:
     parts = re.fullmatch(FUNCTION, name)
     if not parts:
         raise UserError(f"{name!r} names no function: expected file.py:function.")
-    function = run_file(find(parts[1]).resolve()).get(parts[2])
+    function = run_file(find(parts[1])).get(parts[2])
     if not callable(function):
         raise UserError(f"{parts[1]} defines no function {parts[2]}.")
     return function if parts[3] is None else lambda *args: function(*args, parts[3])
 
 
-def _function_reward(name: str, tokenizer: Tokenizer) -> Reward:
-    function = load_function(name)
+def text_reward(function: Callable, name: str, tokenizer: Tokenizer) -> Reward:
+    """function(rows, texts, ended) → a number for each response, as a reward."""
 
     def score(rows: list[dict], rollout: Rollout) -> Tensor:
         texts = [tokenizer.decode_response(response) for response in rollout.responses()]
@@ -272,15 +264,12 @@ def gold_answer(answer) -> float | None:
     return float(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else None
 
 
-def _answer_reward(tokenizer: Tokenizer) -> Reward:
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        gold = [gold_answer(row["meta"].get("answer")) for row in rows]
-        if None in gold:
-            raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
-        given = [final_answer(tokenizer.decode_response(r)) for r in rollout.responses()]
-        return torch.tensor([float(a == g) for a, g in zip(gold, given)], device=rollout.ids.device)
-
-    return score
+def answers(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
+    """1.0 for a response whose final answer is the one in the row's meta."""
+    gold = [gold_answer(row["meta"].get("answer")) for row in rows]
+    if None in gold:
+        raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
+    return [float(final_answer(text) == answer) for text, answer in zip(texts, gold)]
 
 
 # ------------------------------------------------------------------------------------------------- scores
@@ -307,15 +296,9 @@ def unless_unfinished(score: Tensor, rollout: Rollout, missing_eos_score: float)
 
 @torch.no_grad()
 def score_texts(
-    reward: Reward,
-    rows: list[dict],
-    texts: list[str],
-    tokenizer: Tokenizer,
-    max_length: int,
-    device,
-    what: str = "",
-    ended: list[bool] | None = None,
-) -> Tensor:
+    reward: Reward, rows: list[dict], texts: list[str], tokenizer: Tokenizer, max_length: int, device,
+    what: str = "", ended: list[bool] | None = None,
+) -> Tensor:  # fmt: skip
     """Responses (texts) to prompt rows → scores (N,) on the CPU; NaN where a prompt leaves no room for one.
 
     A response that is cut short at `max_length` tokens counts as not ended, and so does one of which `ended`

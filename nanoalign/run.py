@@ -70,19 +70,10 @@ class Run:
     """
 
     def __init__(
-        self,
-        config,
-        stage: str,
-        model: nn.Module,
-        tokenizer,
-        optimizer: torch.optim.Optimizer,
-        order: BatchOrder,
-        made_from,
-        models: tuple[str, ...] = ("policy",),
-        chat: bool = True,
-        trained: nn.Module | None = None,
+        self, config, stage: str, model: nn.Module, tokenizer, optimizer, order: BatchOrder, made_from,
+        models: tuple[str, ...] = ("policy",), chat: bool = True, trained: nn.Module | None = None,
         shown: tuple[str, ...] = (),
-    ):
+    ):  # fmt: skip
         self.config, self.model, self.trained = config, model, trained or model
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
@@ -93,37 +84,32 @@ class Run:
         self.device = next(model.parameters()).device
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
-        self.done, self.laps, self.stopwatch = self.first, {}, Stopwatch(self.device)
+        self.done = self.first
 
     def __iter__(self) -> Iterator[int]:
         self.stop = CleanStop()
         for step in range(self.first, self.steps):
             self.step, self.done = step, step + 1
             self.sums, self.masks, self.count = {}, {}, 0
-            self.stopwatch.lap()
+            self.laps, self.since = {}, time.monotonic()
             yield step
             stopping = bool(self.stop)
             if self.saves:
-                save_partial(
-                    self.config, self.model, self.optimizer,
-                    step=self.done, data=self.data, **self.saved, **self.keep,
-                )  # fmt: skip
+                state = {"step": self.done, "data": self.data, **self.saved, **self.keep}
+                save_partial(self.config, self.model, self.optimizer, **state)
             if stopping:
                 self.stop.leave(self.config, self.done)
 
     @property
-    def saves(self) -> bool:
-        """Is X.partial.pt written after this step?"""
+    def saves(self) -> bool:  # is X.partial.pt written after this step?
         return self.done % self.config.save_every == 0 or bool(self.stop)
 
     @property
-    def looks(self) -> bool:
-        """Is the model to be evaluated after this step?"""
+    def looks(self) -> bool:  # is the model to be evaluated after this step?
         return self.done % self.config.eval_every == 0 or self.done == self.steps
 
     @property
-    def seed(self) -> int:
-        """Of the samples that this step draws."""
+    def seed(self) -> int:  # of the samples that this step draws
         return self.config.seed + 10_000 * (self.step + 1)
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
@@ -164,13 +150,15 @@ class Run:
 
     def update(self) -> None:
         """Set the learning rate, clip the gradient, one AdamW step, zero the gradient."""
-        config = self.config
-        self.lr = learning_rate(self.step, self.steps, config.lr, config.warmup)
-        self.grad_norm = optimizer_step(self.trained, self.optimizer, self.lr, config.clip)
+        self.lr = learning_rate(self.step, self.steps, self.config.lr, self.config.warmup)
+        self.grad_norm = optimizer_step(self.trained, self.optimizer, self.lr, self.config.clip)
 
     def lap(self, name: str) -> None:
         """Log the seconds since the step began, or since the lap before."""
-        self.laps[name] = self.stopwatch.lap()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.since = self.since, time.monotonic()
+        self.laps[name] = self.since - before
 
     def log(self, **more) -> dict:
         """Log what was added, and more, if the step is due → the row, or an empty one."""
@@ -220,19 +208,6 @@ def fingerprint(*parts) -> str:
     return digest.hexdigest()[:16]
 
 
-class Stopwatch:
-    """Seconds since the last look, on a device that may lag behind."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.start = device, time.monotonic()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self.start = self.start, time.monotonic()
-        return self.start - before
-
-
 class CleanStop:
     """Ctrl-C, SIGTERM or SIGHUP ends the run after the step in progress, to be saved. A second one kills."""
 
@@ -250,8 +225,7 @@ class CleanStop:
     def __bool__(self) -> bool:
         return self.signal != 0
 
-    def leave(self, config, step: int) -> None:
-        """Exit with the conventional status after the run has been saved."""
+    def leave(self, config, step: int) -> None:  # with the conventional status, once the run is saved
         where = partial_path(config.out)
         print(f"stopped at step {step}, saved in {where}; continue with --resume.", file=sys.stderr)
         sys.exit(128 + self.signal)
