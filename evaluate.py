@@ -11,7 +11,6 @@ reference is the last SFT checkpoint named, or --reference.
     python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt --plot scorecard.png
     python evaluate.py --checkpoints sft.pt dpo.pt --prompts prompts.jsonl --checks my_checks.py
     python evaluate.py --checkpoints sft.pt dpo.pt --prompts hh.jsonl --reward rm.pt
-    python evaluate.py --doctor out/demo/dpo.metrics.jsonl out/demo/ppo.metrics.jsonl
 
 Your own checks, for any rows of prompts, are a Python file that defines one function. It is called once for
 every response, and once for every prompt with an empty one before anything is sampled:
@@ -33,8 +32,6 @@ that reward pays for although it is worse, and are measured on --prompts (nanoal
     python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt out/demo/ppo.pt
     python evaluate.py --red-team out/demo/world/prompts.jsonl --checkpoints out/demo/sft.pt \\
         --reward out/demo/rm.pt --adversarial-pairs out/demo/adversarial.jsonl
-
---doctor reads metrics, no checkpoint: it names the known sicknesses that runs show (nanoalign/doctor.py).
 
 With --elo every checkpoint also meets every other one, and their Elo ratings (Bradley & Terry's maximum
 likelihood, mean 1000) are shown with 95 % intervals, bootstrapped over prompts.
@@ -58,7 +55,6 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, print_table, starred
 from nanoalign.data import prompt_examples
-from nanoalign.doctor import report as doctor
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.redteam import red_team
@@ -100,7 +96,6 @@ class Config:
     reference: str = ""  # the checkpoint that KL is measured to; empty: the last SFT checkpoint named
     out: str = "out/demo/scorecard.json"  # everything that was measured; of --red-team: red_team.json there
     plot: str = ""  # also draw it: a picture with a panel per line of the table (needs the plot extra)
-    doctor: tuple = ()  # metrics.jsonl of runs: only name the sicknesses that they show
     red_team: str = ""  # prompt rows to look for attacks on; they are then measured on --prompts
     attackers: tuple = ()  # of --red-team: policies that were trained to attack
     tries: int = 32  # of --red-team: pieces of text to try in each round of a search
@@ -256,10 +251,6 @@ def plot(names: list[str], cards: list[dict], path: str) -> None:
 
 
 def main(config: Config) -> None:
-    for path in config.doctor:
-        doctor(path)
-    if config.doctor:
-        return
     if config.samples < 1:
         raise UserError("--samples must be at least 1.")
     if config.elo and len(config.checkpoints) < 2:

@@ -1,9 +1,12 @@
 """Known sicknesses of training runs, and what shows them in a run's metrics: one table, `SICKNESSES`.
 
-    for name, cause, remedy in diagnose(read_run("out/demo/dpo.metrics.jsonl")): …
+    python -m lab.doctor out/demo/dpo.metrics.jsonl out/demo/ppo.metrics.jsonl
+
+names those that each run shows, with a likely cause and a remedy. PPO and GRPO ask while they train, too
+(--doctor lab/doctor.py:diagnose_rows).
 
 A run is its columns: {"config": {…}, "loss": [a value per logged step], "eval_kl": [one per evaluation], …}.
-A condition is asked only where all its columns were logged. PPO and GRPO ask while they train, too.
+A condition is asked only where all its columns were logged.
 
 The thresholds are conventions, not laws: each lies well outside what the healthy runs of the demo and of the
 scoreboard show, over three seeds. Where a threshold is a KL, it is in units that survive another size
@@ -13,10 +16,10 @@ of model: nats per token, or as what β makes of it.
 import math
 from pathlib import Path
 
+from lab import run_on_paths
 from nanoalign import UserError
 from nanoalign.cli import readable_rows
 
-SAME = {"reward_desirable": "reward_chosen", "reward_undesirable": "reward_rejected"}  # KTO's names
 LEAST = 8  # logged steps before anything is called a trend
 
 
@@ -27,7 +30,7 @@ def columns(rows: list[dict]) -> dict:
         run["config"] |= row.get("config", {})
         for name, value in row.items():
             if isinstance(value, (int, float)):
-                run.setdefault(SAME.get(name, name), []).append(value)
+                run.setdefault(name, []).append(value)
     return run
 
 
@@ -96,7 +99,7 @@ SICKNESSES = (
         "the loss does not fall",
         ("loss",),
         lambda run: (
-            not run.keys() & {"kl", "reward_chosen", "difference"}  # these have signs of their own
+            not run.keys() & {"kl", "reward_chosen", "margin"}  # these have signs of their own
             and late(run["loss"]) > 0.97 * early(run["loss"])
         ),
         "the learning rate is far too small or too large, or the model knew it all before",
@@ -230,6 +233,11 @@ def diagnose(run: dict) -> list[tuple[str, str, str]]:
     return [(name, cause, remedy) for name, _, ill, cause, remedy in askable(run) if ill(run)]
 
 
+def diagnose_rows(rows: list[dict]) -> list[tuple[str, str, str]]:
+    """The same of a run's rows of metrics, in order."""
+    return diagnose(columns(rows))
+
+
 def report(path: str) -> None:
     """Print what a metrics file says of its run's health."""
     try:
@@ -242,3 +250,14 @@ def report(path: str) -> None:
         print(f"{path}: healthy, none of {len(askable(run))} known sicknesses{short}")
     for name, cause, remedy in found:
         print(f"{path}: {name}\n  likely cause: {cause}\n  remedy: {remedy}")
+
+
+def main(paths: list[str]) -> None:
+    if not paths:
+        raise UserError("name the X.metrics.jsonl of one or more runs.")
+    for path in paths:
+        report(path)
+
+
+if __name__ == "__main__":
+    run_on_paths(main)

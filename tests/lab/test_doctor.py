@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-import evaluate
 import train_dpo
 import train_grpo
 import train_kto
@@ -15,8 +14,9 @@ import train_pretrain
 import train_prm
 import train_rm
 import train_sft
+from lab import train_online_dpo
+from lab.doctor import diagnose, diagnose_rows, main, read_run
 from nanoalign import UserError
-from nanoalign.doctor import columns, diagnose, read_run
 from nanoalign.rows import read_rows, write_rows
 
 ON_POLICY = {
@@ -46,7 +46,9 @@ def files(world, base, sft, pairs, rm, steps_file, tmp_path_factory):
     }  # fmt: skip
     for name, content in rows.items():
         write_rows(f"{folder}/{name}.jsonl", content)
-    config = train_sft.Config(sft, f"{folder}/brief.jsonl", out=f"{folder}/brief.pt", epochs=3, lr=1e-2)
+    config = train_sft.Config(
+        init=sft, data=f"{folder}/brief.jsonl", out=f"{folder}/brief.pt", epochs=3, lr=1e-2
+    )
     config.batch_size, config.warmup = 16, 2
     train_sft.main(config)
     made = {name: f"{folder}/{name}.jsonl" for name in rows} | {"policy": f"{folder}/brief.pt"}
@@ -143,8 +145,8 @@ HEALTHY = {
     "robust": (train_dpo, {"init": "{sft}", "data": "{clear}", "loss": "robust"}),
     "rpo": (train_dpo, {"init": "{sft}", "data": "{clear}", "sft_weight": 1.0}),
     "online": (
-        train_dpo,
-        {"init": "{policy}", "data": "{pairs}", "online": "judge", "steps": 12, "online_every": 2},
+        train_online_dpo,
+        {"init": "{policy}", "data": "{pairs}", "reward": "judge", "steps": 12, "online_every": 2},
     ),
     "kto": (train_kto, {"init": "{sft}", "data": "{clear}", "steps": 12}),
     "rm": (train_rm, {"init": "{sft}", "data": "{clear}"}),
@@ -196,7 +198,7 @@ def ills(run, **changes):
     for name, values in changes.items():
         run[name][-len(values) :] = values
     rows = [dict(zip(run, values)) for values in zip(*run.values())]
-    return [name for name, _, _ in diagnose(columns(rows))]
+    return [name for name, _, _ in diagnose_rows(rows)]
 
 
 def test_excerpts_of_the_demo_are_healthy():
@@ -259,11 +261,10 @@ def test_the_judge_is_compared_with_its_best_and_only_where_the_reward_rose():
     rows = [
         {"step": i, "eval_score": s, "eval_judge": j} for i, (s, j) in enumerate([(0, 0), (1, 0.3), (2, 0)])
     ]
-    assert [name for name, *_ in diagnose(columns(rows))] == ["the reward rises while the judge falls"]
-    assert not diagnose(columns([{**row, "eval_score": -row["step"]} for row in rows]))
-    assert not diagnose(
-        columns([{**row, "eval_score": row["eval_judge"]} for row in rows])
-    )  # it is the reward
+    assert [name for name, *_ in diagnose_rows(rows)] == ["the reward rises while the judge falls"]
+    assert not diagnose_rows([{**row, "eval_score": -row["step"]} for row in rows])
+    same = [{**row, "eval_score": row["eval_judge"]} for row in rows]
+    assert not diagnose_rows(same)  # it is the reward
 
 
 def test_a_model_of_rewards_or_of_steps_is_at_chance_within_its_noise():
@@ -279,9 +280,9 @@ def test_a_model_of_rewards_or_of_steps_is_at_chance_within_its_noise():
 
 def test_beta_weighs_the_kl_of_a_method_without_rollouts():
     rows = [{"config": {"beta": 0.1}}, {"step": 1, "eval_kl": 2.4}]
-    assert not diagnose(columns(rows))
-    assert [name for name, *_ in diagnose(columns([*rows, {"step": 2, "eval_kl": 12.0}]))] == ["KL explodes"]
-    assert not diagnose(columns([{"config": {"beta": 0.01}}, {"step": 2, "eval_kl": 12.0}]))
+    assert not diagnose_rows(rows)
+    assert [name for name, *_ in diagnose_rows([*rows, {"step": 2, "eval_kl": 12.0}])] == ["KL explodes"]
+    assert not diagnose_rows([{"config": {"beta": 0.01}}, {"step": 2, "eval_kl": 12.0}])
 
 
 def test_a_trend_needs_eight_steps_and_a_missing_column_is_not_asked_about():
@@ -289,12 +290,10 @@ def test_a_trend_needs_eight_steps_and_a_missing_column_is_not_asked_about():
     assert ills(short, length=[99.0] * 3, entropy=[0.01] * 3, kl=[30.0] * 3) == []
     flat = {"loss": [2.0] * 9}
     assert ills(flat) == ["the loss does not fall"]
-    assert (
-        ills({**flat, "kl": PPO["kl"]}) == ills({**flat, "difference": flat["loss"]}) == []
-    )  # PPO's, an RM's
+    assert ills({**flat, "kl": PPO["kl"]}) == ills({**flat, "margin": flat["loss"]}) == []  # PPO's, an RM's
 
 
-# --------------------------------------------------------------------------------------- evaluate.py --doctor
+# ------------------------------------------------------------------------------------------- the command
 
 
 def write_run(path, run):
@@ -303,10 +302,10 @@ def write_run(path, run):
     return str(path)
 
 
-def test_the_flag_reports_on_every_file_and_reads_no_checkpoint(tmp_path, capsys):
+def test_the_command_reports_on_every_file(tmp_path, capsys):
     well = write_run(tmp_path / "well.metrics.jsonl", PPO)
     ill = write_run(tmp_path / "ill.metrics.jsonl", {**PPO, "at_limit": [1.0] * 9})
-    evaluate.main(evaluate.Config(checkpoints=("none.pt",), doctor=(well, ill)))
+    main([well, ill])
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 4 and out[0].startswith(f"{well}: healthy, none of ") and "too few" not in out[0]
     assert out[1] == f"{ill}: all lengths are at the limit"
@@ -315,7 +314,7 @@ def test_the_flag_reports_on_every_file_and_reads_no_checkpoint(tmp_path, capsys
 
 def test_a_run_too_short_for_a_trend_says_so(tmp_path, capsys):
     short = {name: values[:3] for name, values in PPO.items()}
-    evaluate.main(evaluate.Config(doctor=(write_run(tmp_path / "x.metrics.jsonl", short),)))
+    main([write_run(tmp_path / "x.metrics.jsonl", short)])
     assert "only 3 steps were logged, too few for a trend" in capsys.readouterr().out
 
 
@@ -338,7 +337,7 @@ def test_metrics_of_something_else_are_one_sentence(rows, tmp_path):
     path = tmp_path / "x.metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UserError, match=r"x\.metrics\.jsonl holds metrics that do not fit together"):
-        evaluate.main(evaluate.Config(doctor=(str(path),)))
+        main([str(path)])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]\n[2]", b'{"a": 1}', b"PK\x03\x04\xff\xfe"])
@@ -347,4 +346,4 @@ def test_what_is_no_metrics_file_is_one_sentence(content, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pt .*metrics"):
-        evaluate.main(evaluate.Config(doctor=(str(path),)))
+        main([str(path)])
