@@ -53,13 +53,14 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
-from nanoalign.comparisons import change, elo, mean_and_error, pairwise_wins, print_table, starred
+from nanoalign.comparisons import print_table, starred
 from nanoalign.data import prompt_examples
 from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.redteam import red_team
 from nanoalign.rewards import make_reward, total
 from nanoalign.rows import read_rows
+from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
 from nanoalign.world.judge import judge, knows, repeats, words

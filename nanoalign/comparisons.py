@@ -1,5 +1,4 @@
-"""What comparisons say: how far annotators agree, what sways an annotator, how strong players are; means and
-changes with their standard errors, and the table that shows them."""
+"""What comparisons say: how far annotators agree, what sways an annotator."""
 
 import math
 from itertools import combinations
@@ -7,8 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from nanoalign.data import prompt_key
-
-POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
+from nanoalign.statistics import logistic, sigmoid
 
 
 def raw_agreement(counts: np.ndarray) -> float:
@@ -40,29 +38,6 @@ def cohen_kappa(a: np.ndarray, b: np.ndarray) -> float:
 
 def above_chance(observed: float, by_chance: float) -> float:
     return float((observed - by_chance) / (1 - by_chance)) if by_chance < 1 else float("nan")
-
-
-def logistic(features: np.ndarray, wins: np.ndarray, trials: np.ndarray | float = 1.0) -> np.ndarray:
-    """Features (M, D), wins (…, M) of so many trials → the θ (…, D) under which P(win) = σ(features θ) makes
-    them likeliest. Newton's method; wins may be fractions.
-
-    A ridge of 1e-6 keeps θ finite where no maximum exists (a player who never loses), and settles what the
-    data leaves open (a constant added to all ratings).
-    """
-    theta, ridge = np.zeros((*wins.shape[:-1], features.shape[1])), 1e-6 * np.eye(features.shape[1])
-    for _ in range(200):
-        p = sigmoid(theta @ features.T)  # (…, M)
-        gradient = (wins - trials * p) @ features - theta @ ridge
-        curvature = np.einsum("...m,mi,mj->...ij", trials * p * (1 - p), features, features) + ridge
-        step = np.linalg.solve(curvature, gradient[..., None])[..., 0].clip(-2, 2)
-        theta = theta + step
-        if np.abs(step).max() < 1e-9:
-            break
-    return theta
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
 
 
 def sway(features: np.ndarray, votes: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,58 +109,6 @@ def report(comparisons: list[dict]) -> None:
             a, b = kinds[both, i], kinds[both, j]
             line = f"{names[i]} and {names[j]} agree on {(a == b).mean():.1%} of {both.sum():,}"
             print(f"{line}, Cohen's κ {cohen_kappa(a, b):.2f}")
-
-
-def pairwise_wins(utilities: np.ndarray) -> np.ndarray:
-    """Utilities (players, prompts, samples) → (prompts, players, players): the share of pairs of samples in
-    which the row's player beats the column's, ties half."""
-    a, b = utilities[:, None, :, :, None], utilities[None, :, :, None, :]
-    return ((a > b) + 0.5 * (a == b)).mean(axis=(-2, -1)).transpose(2, 0, 1)
-
-
-def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Wins (N, P, P) of row over column in each of N independent groups (prompts), ties half to each →
-    Elo ratings (P,) whose mean is 1000, and their 95 % intervals (2, P).
-
-    The ratings are Bradley and Terry's maximum likelihood, P(i beats j) = 1 / (1 + 10^((R_j − R_i) / 400)),
-    so the order of games does not matter; the intervals are bootstrapped over groups. A player who never
-    loses has no finite rating: it gets one that is thousands of points off.
-    """
-    N, P, _ = wins.shape
-    first, second = np.triu_indices(P, 1)
-    features = np.eye(P)[first] - np.eye(P)[second]  # (P(P−1)/2, P)
-
-    def rate(total: np.ndarray) -> np.ndarray:
-        won, lost = total[..., first, second], total[..., second, first]
-        theta = logistic(features, won, won + lost)
-        return 1000 + POINTS * (theta - theta.mean(axis=-1, keepdims=True))
-
-    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=draws)  # (draws, N)
-    resampled = rate(np.einsum("dn,nij->dij", drawn, wins))
-    return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
-
-
-def over_samples(values: np.ndarray) -> np.ndarray:
-    """Values (prompts, samples) → each prompt's mean over the samples that say something; NaN: none does."""
-    said = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(said, values, 0.0).sum(axis=1) / said.sum(axis=1)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
-    per_prompt = over_samples(values)
-    per_prompt = per_prompt[~np.isnan(per_prompt)]
-    if len(per_prompt) == 0:
-        return float("nan"), float("nan")
-    error = per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)) if len(per_prompt) > 1 else float("nan")
-    return float(per_prompt.mean()), float(error)
-
-
-def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
-    over prompts: smaller than that of two unrelated means, for the prompts are the same."""
-    return mean_and_error((over_samples(values) - over_samples(baseline))[:, None])
 
 
 def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:

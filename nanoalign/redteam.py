@@ -28,11 +28,12 @@ import numpy as np
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
 from nanoalign.cli import Progress
-from nanoalign.comparisons import change, mean_and_error, print_table, starred
+from nanoalign.comparisons import print_table, starred
 from nanoalign.data import thin
 from nanoalign.generate import respond
 from nanoalign.rewards import attacked, make_reward, score_texts
 from nanoalign.rows import write_rows
+from nanoalign.statistics import change, mean_and_error
 from nanoalign.world.judge import on_topic, sentences
 
 ROUNDS = 4  # of a search

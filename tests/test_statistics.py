@@ -1,0 +1,90 @@
+"""Ratings by planted strengths, and by the likelihood that they maximise."""
+
+import math
+
+import numpy as np
+import pytest
+
+from nanoalign.statistics import POINTS, elo, logistic, pairwise_wins
+
+# ---------------------------------------------------------------------------------------------- ratings
+
+
+def games(*wins):
+    """Wins of (i, j) in one group each → (N, P, P)."""
+    P = 1 + max(max(pair) for pair, _ in wins)
+    table = np.zeros((len(wins), P, P))
+    for group, ((i, j), count) in enumerate(wins):
+        table[group, i, j] = count
+    return table
+
+
+@pytest.mark.parametrize(("won", "lost"), [(3, 1), (50, 50), (999, 1), (7.5, 2.5)])
+def test_two_players_differ_by_the_log_odds_of_their_games(won, lost):
+    ratings, _ = elo(games(((0, 1), won), ((1, 0), lost)), draws=2)
+    assert ratings[0] - ratings[1] == pytest.approx(400 * math.log10(won / lost), abs=1e-2)
+    assert ratings.mean() == pytest.approx(1000)
+
+
+def test_ten_to_one_is_400_points_and_chains_add_up():
+    chain = games(((0, 1), 10), ((1, 0), 1), ((1, 2), 10), ((2, 1), 1))
+    np.testing.assert_allclose(elo(chain, draws=2)[0], [1400, 1000, 600], atol=0.01)
+
+
+def test_the_likelihood_has_no_slope_at_the_ratings():
+    """At the maximum each player's expected wins are its wins (Zermelo 1929)."""
+    wins = np.random.default_rng(0).integers(1, 20, (1, 6, 6)) * (1 - np.eye(6))
+    ratings, _ = elo(wins, draws=2)
+    p = 1 / (1 + 10 ** ((ratings[None, :] - ratings[:, None]) / 400))
+    total = wins[0] + wins[0].T
+    np.testing.assert_allclose((total * p).sum(1), wins[0].sum(1), atol=1e-3)
+
+
+def simulated(strengths, prompts, rng):
+    """One game of each pair for each prompt, between players of these log-odds: (N, P, P)."""
+    p = 1 / (1 + np.exp(strengths[None, :] - strengths[:, None]))
+    first = np.triu(rng.random((prompts, *p.shape)) < p, 1)
+    return first + np.triu(1 - first, 1).transpose(0, 2, 1)
+
+
+def test_planted_strengths_are_recovered_and_covered_by_their_intervals():
+    rng, strengths = np.random.default_rng(2), np.array([-1.2, -0.3, 0.0, 0.4, 1.1])
+    truth = 1000 + POINTS * (strengths - strengths.mean())
+    np.testing.assert_allclose(elo(simulated(strengths, 20_000, rng), draws=2)[0], truth, atol=8)
+    covered = []
+    for _ in range(60):
+        ratings, (low, high) = elo(simulated(strengths, 150, rng), draws=200)
+        assert (low < ratings).all() and (ratings < high).all()
+        covered.append((low < truth) & (truth < high))
+    assert 0.89 < np.mean(covered) < 0.99  # 300 intervals of 95 %
+
+
+def test_intervals_are_over_prompts_copies_of_a_prompts_games_add_nothing():
+    wins = simulated(np.array([0.0, 0.5]), 100, np.random.default_rng(3))
+    (ratings, around), (same, again) = elo(wins), elo(5 * wins)
+    np.testing.assert_allclose(ratings, same, atol=1e-3)
+    np.testing.assert_allclose(around, again, atol=1e-3)
+
+
+def test_a_player_who_never_loses_gets_a_finite_rating_far_above():
+    wins = games(((0, 1), 10), ((1, 2), 5), ((2, 1), 5))
+    ratings, intervals = elo(wins, draws=50)
+    assert np.isfinite(ratings).all() and np.isfinite(intervals).all()
+    assert ratings[0] - ratings[1] > 1500 and ratings[1] == pytest.approx(ratings[2], abs=0.01)
+
+
+def test_many_fits_at_once_equal_each_alone():
+    rng = np.random.default_rng(4)
+    features, wins = rng.normal(size=(30, 3)), rng.random((5, 30))
+    together = logistic(features, wins)
+    for one, alone in zip(together, wins):
+        np.testing.assert_allclose(one, logistic(features, alone), atol=1e-8)
+
+
+def test_wins_are_shares_of_sample_pairs_with_ties_half():
+    utilities = np.array([[[1.0, 2.0], [0.0, 0.0]], [[1.0, 1.0], [0.0, 5.0]]])  # players, prompts, samples
+    wins = pairwise_wins(utilities)
+    assert wins[:, 0, 1].tolist() == [0.75, 0.25] and wins[:, 1, 0].tolist() == [0.25, 0.75]
+    three = np.random.default_rng(5).integers(0, 3, (3, 4, 2)).astype(float)
+    off = pairwise_wins(three)[:, [0, 0, 1], [1, 2, 2]] + pairwise_wins(three)[:, [1, 2, 2], [0, 0, 1]]
+    np.testing.assert_allclose(off, 1)
