@@ -115,17 +115,24 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-IDLE = ("resume", "device", "log_every", "eval_every", "save_every")  # flags that no weight depends on
+IDLE = ("out", "resume", "device", "log_every", "eval_every", "save_every")  # flags that no weight depends on
 
 
 def spelled_out(config) -> dict:
     """The flags that the weights depend on, every path in them in full."""
 
-    def full(piece: re.Match) -> str:
-        return os.path.realpath(piece[0]) if os.sep in piece[0] or Path(piece[0]).exists() else piece[0]
+    def full(path: str) -> str:
+        return os.path.realpath(path) if os.sep in path or os.path.exists(path) else path
 
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name not in IDLE}
-    return {k: re.sub(r"[^\s:,*]+", full, v) if isinstance(v, str) else v for k, v in flags.items()}
+    def spell(value):
+        if not isinstance(value, str):
+            return value
+        if os.path.exists(value):  # one path, whatever stands in its name
+            return os.path.realpath(value)
+        return re.sub(r"[^\s:,*]+", lambda piece: full(piece[0]), value)
+
+    flags = dataclasses.asdict(config)
+    return {name: spell(value) for name, value in flags.items() if name not in IDLE}
 
 
 def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> None:

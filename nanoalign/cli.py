@@ -77,7 +77,7 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
     shared = {field.name for base in config_class.__mro__[1:-1] for field in dataclasses.fields(base)}
     groups = [parser.add_argument_group(name) for name in ("flags", "flags that all runs share")]
     comments = field_comments(config_class)
-    for field in dataclasses.fields(config_class):
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in shared):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         text = f"{comments[field.name]} (default: {default if default != '' else 'none'})"
         options = {"default": default, "help": text.replace("%", "%%"), "metavar": "X"}

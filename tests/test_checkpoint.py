@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -61,12 +61,34 @@ def saved(tmp_path):
 
 def test_a_checkpoint_holds_weights_shapes_tokenizer_stage_config_and_step(saved):
     model, path = saved
-    loaded, tokenizer, content = load_policy(path, stages=("base", "sft"))
+    loaded, tokenizer, content = load_policy(path)
     assert loaded.config == model.config and tokenizer is WORLD
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
     assert (content["stage"], content["step"], content["config"]["lr"]) == ("sft", 7, 0.1)
     assert torch.equal(content["extra_tensor"], torch.ones(2))
     assert os.listdir(path.parent) == ["sft.pt"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_checkpoint_says_whether_it_is_a_chat_model_whatever_its_stage(tmp_path, chat):
+    path = tmp_path / "x.pt"
+    save(path, tiny(), stage="a stage to come", tokenizer=WORLD, config=Config(""), step=1, chat=chat)
+    assert load(path)["chat"] is load_policy(path)[2]["chat"] is chat  # either continues a text …
+    if chat:
+        load_policy(path, chat=True)
+    else:  # … and one that answers is asked for
+        with pytest.raises(UserError, match=r"'a stage to come' checkpoint and no chat model.*'sft'"):
+            load_policy(path, chat=True)
+
+
+@pytest.mark.parametrize("stage", ["base", "rm", "prm", "sft", "dpo", "kto", "orpo", "ppo", "grpo"])
+def test_a_file_from_before_the_flag_is_a_chat_model_by_its_stage(saved, stage):
+    _, path = saved
+    content = {**load(path), "stage": stage}
+    del content["chat"]
+    torch.save(content, path)
+    assert load(path)["chat"] == (stage not in ("base", "rm", "prm"))
+    assert load_policy(path)[0].config == saved[0].config
 
 
 def test_weights_are_stored_in_fp32_whatever_the_model_is_in(tmp_path):
@@ -239,3 +261,50 @@ def test_a_partial_from_other_flags_or_data_is_an_error_that_names_what_changed(
     partial_path(config.out).write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         resume(config, model, optimizer, stage="sft", data="abc")
+
+
+@dataclass
+class Flags(Config):
+    data: str = ""
+    reward: str = ""
+    log_every: int = 1
+    eval_every: int = 1
+    save_every: int = 1
+
+
+def test_flags_that_no_weight_depends_on_and_other_spellings_of_a_path_do_not_refuse(tmp_path, monkeypatch):
+    (tmp_path / "my rows").mkdir()
+    for name in ("x.jsonl", "my rows/a, b.jsonl", "rm.pt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    flags = Flags("x.pt", data="x.jsonl", reward="0.5*rm.pt - 0.02*length", device="cpu")
+    model = tiny()
+    optimizer = make_optimizer(model, 0.1)
+
+    def resumed(before, **changes):
+        save_partial(before, model, optimizer, stage="sft", tokenizer=WORLD, step=2, data="abc")
+        return resume(replace(before, **changes), model, optimizer, stage="sft", data="abc")["step"] == 2
+
+    full = str(tmp_path)
+    for changes in (
+        {"log_every": 7},
+        {"eval_every": 7, "save_every": 7},
+        {"device": "auto"},
+        {"out": "./x.pt"},
+        {"out": f"{full}/x.pt"},
+        {"data": "./x.jsonl"},
+        {"data": f"{full}/my rows/../x.jsonl"},
+        {"reward": "0.5*./rm.pt - 0.02*length"},
+        {"reward": f"0.5*{full}/rm.pt - 0.02*length"},
+    ):
+        assert resumed(flags, **changes), changes
+    assert resumed(replace(flags, data="my rows/a, b.jsonl"), data=f"{full}/my rows/a, b.jsonl")
+    for changes, name in (
+        ({"lr": 0.2}, "--lr"),
+        ({"data": "rm.pt"}, "--data"),
+        ({"data": "y.jsonl"}, "--data"),
+        ({"reward": "0.6*rm.pt - 0.02*length"}, "--reward"),
+        ({"reward": "0.5*x.jsonl - 0.02*length"}, "--reward"),
+    ):
+        with pytest.raises(UserError, match=f"{name} was"):
+            resumed(flags, **changes)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from nanoalign import UserError, cli
+from nanoalign.run import Flags
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(
-    path.stem for path in ROOT.glob("*.py") if "class Config" in path.read_text(encoding="utf-8")
+SCRIPTS, LAB = (
+    sorted(p.stem for p in ROOT.glob(files) if "class Config" in p.read_text(encoding="utf-8"))
+    for files in ("*.py", "lab/*.py")
 )
+LAB = [f"lab.{name}" for name in LAB]
 
 
 @dataclass
@@ -44,7 +47,35 @@ def test_the_help_text_is_the_comment(capsys):
     assert "100 % of a rate, explained on two lines (default: 0.003)" in text and "--no-shuffle" in text
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "nanoalign.world.__main__"])
+@dataclass(kw_only=True)
+class Shared:
+    seed: int = 0  # of everything
+    lr: float = 0.1  # the rate of all
+
+
+@dataclass(kw_only=True)
+class Own(Shared):
+    data: str = "d"  # what it reads
+    lr: float = 0.2
+
+
+def test_a_classs_own_flags_come_first_and_those_it_shares_are_a_second_group(capsys):
+    assert cli.parse(Own, argv=["--seed", "3"]) == Own(data="d", lr=0.2, seed=3)
+    with pytest.raises(SystemExit):
+        cli.parse(Own, argv=["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    own, shared = "--data X what it reads (default: d)", "--lr FLOAT the rate of all (default: 0.2)"
+    places = ["[--data X] [--seed", " flags: ", own, "flags that all runs share: ", "--seed INT of", shared]
+    assert [text.index(place) for place in places] == sorted(text.index(place) for place in places)
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.startswith("train_")])
+def test_a_training_script_shares_the_flags_of_all_runs_and_takes_keywords_only(script):
+    config = importlib.import_module(script).Config
+    assert issubclass(config, Flags) and all(field.kw_only for field in fields(config))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *LAB, "nanoalign.world.__main__"])
 def test_every_flag_of_every_script_is_explained(script):
     config = importlib.import_module(script).Config
     comments = cli.field_comments(config)

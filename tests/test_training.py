@@ -14,10 +14,10 @@ import train_sft
 from nanoalign import UserError
 from nanoalign.checkpoint import load
 from nanoalign.model import GPT, preset
+from nanoalign.packing import segment_mask, segment_positions
+from nanoalign.run import already_finished, fingerprint
 from nanoalign.training import (
-    already_finished,
     compile_hidden,
-    fingerprint,
     freeze,
     learning_rate,
     make_optimizer,
@@ -78,9 +78,10 @@ def test_a_compiled_forward_still_separates_the_responses_that_share_a_row(monke
     torch.manual_seed(0)
     model, ids = GPT(TINY), torch.randint(64, (2, 9))
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 2, 2, 3, 3]])
-    due = model.hidden(ids), model.hidden(ids, segments=segments)
+    packed = {"positions": segment_positions(segments), "visible": segment_mask(segments)}
+    due = model.hidden(ids), model.hidden(ids, **packed)
     compile_hidden(model)
-    torch.testing.assert_close((model.hidden(ids), model.hidden(ids, segments=segments)), due)
+    torch.testing.assert_close((model.hidden(ids), model.hidden(ids, **packed)), due)
     assert not torch.allclose(*due)
 
 
