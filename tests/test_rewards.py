@@ -1,5 +1,8 @@
 """What scores a response: each term by hand, sums of terms, and what cannot be scored."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,11 +10,28 @@ from nanoalign import UserError
 from nanoalign.checkpoint import save
 from nanoalign.generate import Rollout
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
-from nanoalign.rewards import final_answer, make_reward, measure, response_scores, reward_files
+from nanoalign.rewards import (
+    Term,
+    final_answer,
+    load_function,
+    make_reward,
+    parse_reward,
+    response_scores,
+    reward_files,
+    reward_models,
+    score_texts,
+)
 from nanoalign.tokenizer import get_tokenizer
+from nanoalign.watch import measure
 from nanoalign.world.judge import judge
-from train_rm import Config
 
+
+@dataclass
+class Config:
+    out: str = ""
+
+
+ROOT = Path(__file__).parents[1]
 TOKENIZER = get_tokenizer("world")
 SMALL = GPTConfig(vocab_size=TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2)
 CAPITAL = {"kind": "fact", "relation": "capital", "subject": "France"}
@@ -63,10 +83,132 @@ def test_a_reward_model_and_ensembles_of_them(members):
 def test_the_files_of_an_expression_are_found(members):
     folder, _ = members
     assert reward_files(f"{folder}/rm.2.pt - 0.02*length") == [f"{folder}/rm.2.pt"]
-    assert reward_files(f"judge + 0.5*{folder}/rm.3.pt") == [f"{folder}/rm.3.pt"]
+    assert reward_models(f"judge + 0.5*{folder}/rm.3.pt") == [f"{folder}/rm.3.pt"]
     assert reward_files(f"min:{folder}/rm.[12].pt") == [f"{folder}/rm.{k}.pt" for k in (1, 2)]
     assert reward_files(f"mean:{folder}/rm.1.pt,{folder}/rm.2.pt") == [f"{folder}/rm.{k}.pt" for k in (1, 2)]
-    assert reward_files("judge - 0.1*length") == []
+    assert reward_models("judge - 0.1*length") == []
+    assert reward_files("judge - 0.1*length") == [str(ROOT / "nanoalign/world/verdicts.py")]  # code counts
+
+
+def test_an_expression_is_parsed_once_into_weights_kinds_and_paths():
+    terms = "0.5*a b/rm.pt - 2*judge + prm-min:p.pt", "min:x.pt,y.pt - -0.1*length + answer"
+    assert parse_reward(f" {' - '.join(terms)} ") == [
+        Term(0.5, "rm", "a b/rm.pt"),
+        Term(-2.0, "function", "nanoalign/world/verdicts.py:utility"),
+        Term(1.0, "prm-min", "p.pt"),
+        Term(-1.0, "min", "x.pt,y.pt"),
+        Term(0.1, "length", ""),
+        Term(1.0, "answer", ""),
+    ]  # fmt: skip
+
+
+def test_what_is_scored_with_is_what_is_listed_also_where_a_path_has_a_space(members):
+    folder, each = members
+    spaced = folder / "my models (old)"
+    spaced.mkdir()
+    (spaced / "rm 1.pt").write_bytes((folder / "rm.1.pt").read_bytes())
+    (spaced / "rm 2.pt").write_bytes((folder / "rm.2.pt").read_bytes())
+    (spaced / "my reward.py").write_text(OWN)
+    for expression, files, due in [
+        (f"{spaced}/rm 1.pt", ["rm 1.pt"], each[0]),
+        (f"2*{spaced}/rm 1.pt - {spaced}/rm 2.pt", ["rm 1.pt", "rm 2.pt"], 2 * each[0] - each[1]),
+        (f"min:{spaced}/rm *.pt", ["rm 1.pt", "rm 2.pt"], each[:2].amin(0)),
+        (f"-1*{spaced}/my reward.py:brevity", ["my reward.py"], torch.tensor([1.0, 7.0, 4.0])),
+    ]:
+        assert reward_files(expression) == [str(spaced / file) for file in files]
+        assert [file for term in parse_reward(expression) for file in term.files] == reward_files(expression)
+        assert reward_models(expression) == [file for file in reward_files(expression) if file[-3:] == ".pt"]
+        torch.testing.assert_close(score(expression), due)
+
+
+# ------------------------------------------------------------------------------------ a reward of one's own
+
+OWN = """
+def brevity(rows, texts, ended):
+    return [-float(len(text.split())) for text in texts]
+
+def names(rows, texts, ended, word):
+    assert all(row["prompt"] and row["meta"] for row in rows)
+    return [float(word in text) for text in texts]
+
+def finished(rows, texts, ended):
+    return ended
+
+def one_too_few(rows, texts, ended):
+    return [0.0] * (len(texts) - 1)
+
+def fails(rows, texts, ended):
+    return {}["nothing"]
+
+seven = 7
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The path of a file of reward functions."""
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def test_a_function_in_a_file_is_a_reward_of_rows_texts_and_how_they_ended(own):
+    assert score(f"{own}:brevity").tolist() == [-1, -7, -4]
+    assert score(f"{own}:names(Paris)").tolist() == [1, 0, 1]
+    assert score(f"{own}:finished", rollout(SAID, ended=(True, False, True))).tolist() == [1, 0, 1]
+    mixed = score(f"10*{own}:names(it is Rome, or: Paris?) + 2*{own}:names(Rome) - 0.5*{own}:brevity")
+    assert mixed.tolist() == [0.5, 2 + 3.5, 2]
+    assert load_function(f"{own}:brevity")([], ["one two"], [True]) == [-2]
+
+
+def test_a_function_is_found_from_here_or_from_the_root_and_lists_the_file_it_is_handed(
+    own, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").touch()
+    assert score("own.py:brevity").tolist() == [-1, -7, -4]
+    assert reward_files("own.py:names(words.txt)") == [str(own), "words.txt"]
+    assert reward_files("own.py:names(Paris)") == [str(own)]
+    assert reward_files("judge") == [str(ROOT / "nanoalign/world/verdicts.py")]
+    assert reward_models("own.py:names(rm.pt)") == []  # no such file: a text
+    (tmp_path / "rm.pt").touch()
+    assert reward_models("own.py:names(rm.pt)") == ["rm.pt"]
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("none.py:f", r"no Python file none\.py"),
+        ("{own}:nothing", r"own\.py defines no function nothing"),
+        ("{own}:seven", "defines no function seven"),
+        ("{broken}:f", r"broken\.py cannot be loaded: ZeroDivisionError"),
+        ("{leaves}:f", r"leaves\.py cannot be loaded: SystemExit"),
+        ("{own}:fails", r"the reward .*own\.py:fails failed: KeyError: 'nothing'"),
+        ("{own}:brevity(x)", "brevity.* failed: TypeError"),
+        ("{own}:one_too_few", r"gave \(2,\) scores for 3 responses"),
+    ],
+)
+def test_a_function_that_is_missing_or_fails_is_one_sentence(name, sentence, own):
+    broken, leaves = own.with_name("broken.py"), own.with_name("leaves.py")
+    broken.write_text("1 / 0")
+    leaves.write_text("import sys; sys.exit(3)")
+    with pytest.raises(UserError, match=sentence) as caught:
+        score(name.format(own=own, broken=broken, leaves=leaves))
+    assert "\n" not in str(caught.value)
+
+
+def test_texts_are_scored_as_ended_unless_they_are_cut_short_or_said_not_to_be(own):
+    def scores(max_length, **options):
+        reward = make_reward(f"{own}:finished", TOKENIZER, "cpu")
+        return score_texts(reward, ROWS, SAID, TOKENIZER, max_length, "cpu", **options).tolist()
+
+    room = len(TOKENIZER.prompt(ROWS[0]["prompt"]))
+    assert scores(64) == [1, 1, 1]
+    assert scores(64, ended=[True, False, True]) == [1, 0, 1]
+    assert scores(room + 1) == [0, 0, 0]
+    assert all(value != value for value in scores(room))  # no room for an answer: NaN
+
+
+# -------------------------------------------------------------------------------------------- other terms
 
 
 def test_the_judge_is_the_worlds_own():
