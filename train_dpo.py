@@ -27,7 +27,7 @@ rejected: watch logp_chosen and logp_rejected. In the demo held-out accuracy rea
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -108,14 +108,14 @@ LOSSES = {
 
 def preference_loss(config: Config, logps: Tensor, ref_logps: Tensor, tokens: Tensor, p: Tensor) -> dict:
     """Log-prob sums of both sides (2, B), the reference's, their lengths, P(chosen is better) (B,) → what is
-    logged, (B,) each: "loss", and of both sides the implicit rewards and log-probs."""
+    logged, (B,) each: the loss, and of both sides the implicit rewards and log-probs."""
     loss = LOSSES[config.loss]
     ratios = (logps - ref_logps) / tokens if loss.means else logps - ref_logps  # (2, B)
     h = ratios[0] - ratios[1]
     value = p * loss.of(h, config) + (1 - p) * loss.of(-h, config)
     if config.sft_weight:
-        nll = -logps / tokens
-        value = value + config.sft_weight * (p * nll[0] + (1 - p) * nll[1])
+        imitated = config.sft_weight * logps / tokens
+        value = value - p * imitated[0] - (1 - p) * imitated[1]
     chosen, rejected = config.beta * ratios
     return {
         "loss": value, "reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected,
@@ -154,14 +154,11 @@ def soft_labels(rows: list[dict], device) -> Tensor:
 
 @torch.no_grad()
 def evaluate(policy, ref, pairs: list, soft: Tensor, prompts, tokenizer, config: Config, device) -> dict:
-    """Held-out loss and accuracy, and the KL to the reference (if any) on the policy's own samples."""
-    found = {"loss": [], "accuracy": []}
-    for start in range(0, len(pairs), config.batch_size):
-        piece = slice(start, start + config.batch_size)
-        values = measure(policy, ref, pairs[piece], soft[piece], tokenizer, config, device)
-        for name in found:
-            found[name].append(values[name])
-    result = {name: torch.cat(values).mean().item() for name, values in found.items()}
+    """Held-out loss, without SFT term, and accuracy; KL to the reference (if any) on the policy's samples."""
+    size, config = config.batch_size, replace(config, sft_weight=0.0)
+    pieces = [slice(start, start + size) for start in range(0, len(pairs), size)]
+    found = [measure(policy, ref, pairs[i], soft[i], tokenizer, config, device) for i in pieces]
+    result = {name: torch.cat([f[name] for f in found]).mean().item() for name in ("loss", "accuracy")}
     if ref:
         kl = sample_kl(policy, ref, tokenizer, prompts, config.max_new_tokens, config.seed)
         result["kl"] = kl.mean().item()
@@ -192,8 +189,7 @@ def main(config: Config) -> None:
     prepare(config, policy, ref)
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
-    made_from = policy.embed.weight, pairs, soft
-    models = ("policy", "reference") if ref else ("policy",)
+    made_from, models = (policy.embed.weight, pairs, soft), ("policy", *(["reference"] if ref else []))
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
 
     for step in run:

@@ -90,8 +90,8 @@ def parse_term(text: str, sign: float) -> Term:
     if name.endswith(".pt") and not re.match(r"\w+:", name):
         return Term(weight, "rm", name)
     raise UserError(
-        f"there is no reward {name!r}; give a checkpoint.pt, judge, answer, length, mean:…, min:…, prm-min:…, "
-        "mean-1std:… or file.py:function, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
+        f"there is no reward {name!r}; give a checkpoint.pt, file.py:function, judge, answer, length, "
+        "mean:…, min:…, mean-1std:… or prm-min:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
     )
 
 
