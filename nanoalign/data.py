@@ -48,6 +48,12 @@ def one_per_prompt(rows: list[dict]) -> list[dict]:
     return list({prompt_key(row): row for row in rows}.values())
 
 
+def questions(rows: list[dict], tokenizer: Tokenizer, max_length: int, count: int = 128) -> tuple[list, list]:
+    """One row of each prompt, `count` at most, and their ids: the last ones, half of `max_length`."""
+    rows = one_per_prompt(rows)[:count]
+    return rows, [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in rows]
+
+
 def without_ties(pairs: list[dict]) -> list[dict]:
     """The pairs but for those of probability 1/2, in which no side is right. Prints how many those are."""
     kept = [pair for pair in pairs if pair.get("probability") != 0.5]
