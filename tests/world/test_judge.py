@@ -2,12 +2,13 @@
 with a fault, "bad" ones are not correct, and no answer that a careful person would mark down gets 1.0."""
 
 import random
+import re
 import subprocess
 import sys
-import time
 
 import pytest
 
+from nanoalign.world import judge as judging
 from nanoalign.world.judge import WEIGHTS, judge, knows, sentences, words
 from nanoalign.world.text import FAMILIES, IGNORANCE, REFUSALS, bad_answer, good_answer, request
 
@@ -473,6 +474,57 @@ def test_words_out_of_order_are_not_an_answer():
     assert fooled < 0.3 * tried, f"{fooled} of {tried}"
 
 
+class Counted:
+    """The module re, or a pattern: each call notes in `read` how many characters it is given."""
+
+    def __init__(self, inner, read: list[int]):
+        self.inner, self.read = inner, read
+
+    def __getattr__(self, name):
+        attribute = getattr(self.inner, name)
+        if not callable(attribute) or isinstance(attribute, type):
+            return attribute
+
+        def call(*args, **options):
+            result = attribute(*args, **options)
+            if isinstance(result, re.Pattern):  # compiled: nothing read so far
+                return Counted(result, self.read)
+            self.read += [len(arg) for arg in args if isinstance(arg, str)][-1:]
+            return result
+
+        return call
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """work(row, text) → the judge's verdict, its steps in Python, and the characters each regex call read."""
+    read = []
+    for name, value in list(vars(judging).items()):
+        if value is re or isinstance(value, re.Pattern):
+            monkeypatch.setattr(judging, name, Counted(value, read))
+
+    def work(row, text):
+        judging._finder.cache_clear()  # its patterns, too, are to be counted, and compiled each time
+        read.clear()
+        steps = 0
+
+        def trace(frame, event, arg):
+            nonlocal steps
+            steps += 1
+            return trace if frame.f_code.co_filename == judging.__file__ else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            verdict = judge(row, text)
+        finally:
+            sys.settrace(before)
+        return verdict, steps, list(read)
+
+    yield work
+    judging._finder.cache_clear()
+
+
 @pytest.mark.parametrize(
     "piece",
     [
@@ -488,12 +540,18 @@ def test_words_out_of_order_are_not_an_answer():
         "- ",
     ],
 )
-def test_five_thousand_words_are_judged_at_once_and_not_rewarded(piece):
+def test_five_thousand_words_are_judged_at_once_and_not_rewarded(piece, work):
+    """Counted, not timed: beyond the first READ characters nothing is done but to look for words and bullets,
+    once each, so four times the text is four times these two and not one step more."""
     for row in (FRANCE, ROME, BANK, PROCESS, SUPPER, TWO, HELLO, SOLVE):
-        start = time.perf_counter()
-        verdict = judge(row, piece * 5000)
-        assert time.perf_counter() - start < 0.1
+        verdict, steps, read = work(row, piece * 5000)
         assert verdict.utility < 0
+        long = [characters for characters in read if characters > judging.READ]
+        assert len(long) == 2 and max(long) <= len(piece) * 5000
+        assert steps < 200_000 and sum(read) - sum(long) < 1_000_000
+        _, more_steps, more_read = work(row, piece * 20_000)
+        assert more_steps == steps and len(more_read) == len(read)
+        assert sum(more_read) <= 4 * sum(read)
 
 
 def test_the_judge_says_the_same_in_every_process():
