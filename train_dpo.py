@@ -36,7 +36,7 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import BatchOrder, collate, one_per_prompt, pair_examples, read_split, without_ties
+from nanoalign.data import BatchOrder, collate, pair_examples, questions, read_split, without_ties
 from nanoalign.generate import respond, sample_kl
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.packing import packed_hidden
@@ -56,9 +56,6 @@ class Config(Flags):
     sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     max_new_tokens: int = 96  # length limit of a sampled response
-
-
-# -------------------------------------------------------------------------------------------- the losses
 
 
 def dpo_loss(h: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
@@ -123,9 +120,6 @@ def preference_loss(config: Config, logps: Tensor, ref_logps: Tensor, tokens: Te
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- a run
-
-
 def pair_logprobs(model, batch: list, tokenizer, device) -> tuple[Tensor, Tensor]:
     """Pairs → summed response log-probs of the chosen and of the rejected (2, B), and their tokens (2, B).
 
@@ -182,8 +176,7 @@ def main(config: Config) -> None:
     eval_soft = soft_labels(kept, device)
     pairs, kept = pair_examples(rows, tokenizer, max_length)
     soft = soft_labels(kept, device)
-    shown = one_per_prompt(eval_rows)[:128]
-    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
+    shown, prompts = questions(eval_rows, tokenizer, max_length)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     prepare(config, policy, ref)
