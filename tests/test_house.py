@@ -1,0 +1,131 @@
+"""The rules of the house (docs/architecture.md): who may import whom, and how long a file may be."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS, TRAINING = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("train_*.py"))
+PACKAGE, WORLD = sorted(ROOT.glob("nanoalign/*.py")), sorted(ROOT.glob("nanoalign/world/*.py"))
+LAB = sorted(ROOT.glob("lab/**/*.py"))
+NAMES = {path.stem for path in SCRIPTS}
+
+# Lines, all of them. A budget may fall and never rises: what outgrows its own is in the wrong room.
+BUDGETS = {
+    "train_pretrain.py": 120, "train_sft.py": 120, "train_rm.py": 220, "train_prm.py": 200,
+    "train_dpo.py": 215, "train_kto.py": 200, "train_orpo.py": 150, "train_ppo.py": 270,
+    "train_grpo.py": 260, "collect.py": 260, "critique.py": 140, "best_of_n.py": 260, "evaluate.py": 250,
+    "chat.py": 130,
+    "nanoalign/__init__.py": 5, "nanoalign/checkpoint.py": 175, "nanoalign/cli.py": 220,
+    "nanoalign/compiler.py": 23, "nanoalign/data.py": 224, "nanoalign/generate.py": 266,
+    "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 94, "nanoalign/model.py": 315,
+    "nanoalign/packing.py": 69, "nanoalign/rewards.py": 323, "nanoalign/rows.py": 444,
+    "nanoalign/run.py": 255, "nanoalign/steps.py": 64, "nanoalign/tokenizer.py": 123,
+    "nanoalign/training.py": 140, "nanoalign/watch.py": 123,
+    "Makefile": 130, "README.md": 110, "speedrun.sh": 50,
+}  # fmt: skip
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def imported(path: Path) -> list[str]:
+    """Every dotted name that a file imports, wherever it does."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def reaches(path: Path, *rooms: str) -> list[str]:
+    return [name for name in imported(path) for room in rooms if f"{name}.".startswith(f"{room}.")]
+
+
+def short(paths: list[Path]) -> dict:
+    return {"argvalues": paths, "ids": [str(path.relative_to(ROOT)) for path in paths]}
+
+
+# ----------------------------------------------------------------------------------------------- imports
+
+
+@pytest.mark.parametrize("path", **short(SCRIPTS))
+def test_a_script_imports_no_script_no_laboratory_no_world_and_at_most_twenty_names(path):
+    assert not reaches(path, *NAMES, "lab", "nanoalign.world")
+    assert len(reaches(path, "nanoalign")) <= 20
+
+
+@pytest.mark.parametrize("path", **short(PACKAGE))
+def test_the_package_imports_no_script_no_laboratory_and_no_world(path):
+    assert not reaches(path, *NAMES, "lab", "nanoalign.world")
+
+
+@pytest.mark.parametrize("path", **short(WORLD))
+def test_the_world_imports_no_script_and_no_laboratory(path):
+    assert not reaches(path, *NAMES, "lab")
+
+
+def test_what_dpo_and_ppo_import_leads_to_neither_world_nor_laboratory():
+    """By the interpreter, which also sees what the syntax tree hides."""
+    code = "import sys, train_dpo, train_ppo; print([*sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = ast.literal_eval(done.stdout)
+    assert "nanoalign.run" in modules
+    assert not [name for name in modules if f"{name}.".startswith(("lab.", "nanoalign.world."))]
+
+
+def test_importing_a_script_prints_nothing_and_creates_nothing(tmp_path):
+    code = f"import {', '.join(sorted(NAMES))}, nanoalign.world.__main__, nanoalign.world.bpe"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not os.listdir(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- lines
+
+
+def test_every_file_has_a_budget_and_keeps_it():
+    files = {str(path.relative_to(ROOT)): lines(path) for path in [*SCRIPTS, *PACKAGE]}
+    files |= {name: lines(ROOT / name) for name in ("Makefile", "README.md", "speedrun.sh")}
+    assert {name: n for name, n in files.items() if n > BUDGETS.get(name, 0)} == {}
+    assert BUDGETS.keys() == files.keys()
+    assert max(lines(path) for path in SCRIPTS) <= 270
+    assert sum(map(lines, TRAINING)) <= 1750 and len(TRAINING) == 9
+    assert sum(map(lines, PACKAGE)) <= 2600
+    assert {str(path): lines(path) for path in LAB if lines(path) > 300} == {}
+
+
+def code_lines(path: Path) -> list[str]:
+    """The lines of a file but for docstrings, comments and blank ones."""
+    text, documented = path.read_text(encoding="utf-8"), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    numbered = enumerate(text.splitlines(), 1)
+    return [line for i, line in numbered if i not in documented and line.strip() and line.strip()[0] != "#"]
+
+
+@pytest.mark.parametrize("paths", [SCRIPTS, PACKAGE], ids=["scripts", "package"])
+def test_lines_are_no_longer_for_being_fewer(paths):
+    lengths = [len(line) for path in paths for line in code_lines(path)]
+    assert sum(lengths) / len(lengths) <= 56
+
+
+@pytest.mark.parametrize("path", **short([*SCRIPTS, *PACKAGE, *WORLD, *LAB]))
+def test_a_line_holds_one_statement(path):
+    starts = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.stmt):
+            decorators = getattr(node, "decorator_list", [])
+            starts.append(min(part.lineno for part in [node, *decorators]))
+    assert len(starts) == len(set(starts))
