@@ -1,5 +1,6 @@
 """What the tests share: one thread, scripts as subprocesses, a real vocabulary, a tiny run."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ON_POLICY, write_lines
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -17,7 +19,8 @@ torch.set_num_threads(1)  # tiny tensors; and a subprocess can then be compared 
 
 @pytest.fixture(autouse=True)
 def leave_signals_as_they_were():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in caught}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -50,7 +53,7 @@ def run(start):
 
     def run(*command, input=None):
         process = start(*command)
-        out, err = process.communicate(input, timeout=120)
+        out, err = process.communicate(input, timeout=600)
         return process.returncode, out, err
 
     return run
@@ -84,10 +87,8 @@ def base(world):
     """A base checkpoint that has seen a few batches."""
     from train_pretrain import Config, main
 
-    path = str(world / "base.pt")
-    main(
-        Config(f"{world}/pretrain.jsonl", f"{world}/pretrain_held_out.jsonl", path, "world-tiny", epochs=0.3)
-    )
+    path, data = str(world / "base.pt"), {"eval_data": f"{world}/pretrain_held_out.jsonl"}
+    main(Config(data=f"{world}/pretrain.jsonl", **data, out=path, model="world-tiny", epochs=0.3))
     return path
 
 
@@ -96,8 +97,24 @@ def sft(world, base):
     """An SFT checkpoint that has seen a few batches."""
     from train_sft import Config, main
 
-    path = str(world / "sft.pt")
-    main(Config(base, f"{world}/sft.jsonl", f"{world}/sft_held_out.jsonl", path))
+    path, data = str(world / "sft.pt"), {"eval_data": f"{world}/sft_held_out.jsonl"}
+    main(Config(init=base, data=f"{world}/sft.jsonl", **data, out=path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def brief(world, sft):
+    """A policy that has learnt to end after a few words: what it says can be compared."""
+    from nanoalign.rows import read_rows
+    from train_sft import Config, main
+
+    words, path = ("Yes", "No", "Maybe", "Fine"), str(world / "brief.pt")
+    said = [
+        {**row, "completion": " ".join(words[(i * k + i) % 4] for k in range(i % 3 + 1)) + "."}
+        for i, row in enumerate(read_rows(f"{world}/prompts.jsonl", "prompts"))
+    ]
+    data = write_lines(world / "brief.jsonl", said)
+    main(Config(init=sft, data=data, out=path, epochs=3, lr=1e-2, batch_size=16, warmup=2))
     return path
 
 
@@ -107,8 +124,14 @@ def pairs(world, sft):
     from collect import Config, main
 
     path = str(world / "pairs.jsonl")
-    main(Config(sft, f"{world}/prompts.jsonl", path, max_new_tokens=24))
+    main(Config(policy=sft, prompts=f"{world}/prompts.jsonl", out=path, max_new_tokens=24))
     return path
+
+
+@pytest.fixture(scope="session")
+def thumbs(pairs):
+    """The path of the thumbs up and down that were collected with the pairs."""
+    return pairs.removesuffix(".jsonl") + ".thumbs.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +140,7 @@ def rm(world, sft, pairs):
     from train_rm import Config, main
 
     path = str(world / "rm.pt")
-    main(Config(sft, pairs, out=path))
+    main(Config(init=sft, data=pairs, out=path))
     return path
 
 
@@ -135,3 +158,36 @@ def steps_file(world):
         rows.append({"prompt": prompt, "completions": steps, "labels": labels, "label": steps[-1] == gold})
     write_rows(path, rows)
     return path
+
+
+STAGES = {  # which files a stage reads, by the fixtures that make them, and its other flags
+    "pretrain": ({}, {"model": "world-tiny", "context": 32, "epochs": 0.75}),
+    "sft": ({"init": "base"}, {"epochs": 2}),
+    "dpo": ({"init": "sft", "data": "pairs"}, {"lr": 1e-3, "max_new_tokens": 24, "epochs": 0.14}),
+    "kto": ({"init": "sft", "data": "thumbs"}, {"lr": 1e-3, "warmup": 2, "epochs": 0.8}),
+    "orpo": ({"init": "base", "data": "pairs"}, {"epochs": 0.14}),
+    "rm": ({"init": "sft", "data": "pairs"}, {"epochs": 0.8}),
+    "prm": ({"init": "sft", "data": "steps_file"}, {"lr": 1e-3, "epochs": 0.5}),
+    "ppo": ({"init": "sft", "reward": "rm"}, {"kl_target": 0.1, "kl_horizon": 50.0}),
+    "grpo": ({"init": "brief", "reward": "rm"}, {"group_size": 4}),
+}
+
+
+@pytest.fixture(scope="session")
+def job(request, tmp_path_factory):
+    """job(stage) → the script, and the Config of a run of a dozen small steps into a folder of its own."""
+
+    def make(stage, **changes):
+        script, world = importlib.import_module(f"train_{stage}"), request.getfixturevalue("world")
+        files, flags = STAGES[stage]
+        files = {flag: request.getfixturevalue(fixture) for flag, fixture in files.items()}
+        if stage in ("pretrain", "sft"):
+            files["data"] = f"{world}/{stage}_held_out.jsonl"
+        schedule = {"batch_size": 8, "log_every": 1, "eval_every": 6, "save_every": 4}
+        if stage in ON_POLICY:  # every iteration makes two optimiser steps
+            schedule |= {"steps": 12, "epochs": 2, "minibatch": 8, "max_new_tokens": 12}
+            files |= {"prompts": f"{world}/prompts.jsonl", "watch": "judge"}
+        out = str(tmp_path_factory.mktemp(stage) / "x.pt")
+        return script, script.Config(**{**files, **schedule, **flags, "out": out, **changes})
+
+    return make
