@@ -1,6 +1,5 @@
 """ORPO against 60-digit arithmetic, and its two means against a loop over tokens."""
 
-import contextlib
 import math
 from decimal import Decimal, localcontext
 
@@ -8,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanoalign.data import pair_examples
+from nanoalign.data import collate, pair_examples
+from nanoalign.logprobs import masked_mean
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import parse_pair
 from nanoalign.tokenizer import get_tokenizer
-from train_orpo import LOGGED, Config, evaluate, log_odds, orpo_loss, pair_logprobs, parts
+from train_orpo import Config, evaluate, log_odds, measure, orpo_loss, pair_logprobs
 
 TOKENIZER = get_tokenizer("world")
 MEANS = [0.0, -1e-12, -1e-7, -1e-6, -1.1e-6, -1e-5, -1e-4, -1e-3, -0.01, -0.1, -0.3, -0.69, -math.log(2),
@@ -155,22 +155,23 @@ def test_the_nll_is_over_prompt_and_response_or_the_response_only_and_odds_are_o
 
 @pytest.mark.parametrize("nll", ["all", "response"])
 def test_a_prompt_read_once_for_both_sides_changes_neither_values_nor_gradients(model, nll):
-    read, results = [], []
+    ids, mask = collate([side for pair in examples(*PAIRS) for side in pair], TOKENIZER.pad)
+    after = model(ids)[:, :-1].log_softmax(-1)  # each side by itself
+    logp = torch.nn.functional.pad(after.gather(-1, ids[:, 1:, None]).squeeze(-1), (1, 0))
+    imitated = mask.clone()
+    for row, (chosen, _) in enumerate(examples(*PAIRS)):
+        imitated[2 * row, 1 : len(chosen[0])] |= nll == "all"
+    means = masked_mean(logp, mask)
+    results, read = [(-masked_mean(logp, imitated)[::2], means[::2], means[1::2])], []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2].numel()))
-    for share in (False, True):
-        values = pair_logprobs(
-            model, examples(*PAIRS), TOKENIZER, Config(nll=nll, share_prompts=share), "cpu"
-        )
+    results.append(pair_logprobs(model, examples(*PAIRS), TOKENIZER, Config(nll=nll), "cpu"))
+    for i, values in enumerate(results):
         loss = (torch.tensor([1.0, 2.0, 4.0]) * orpo_loss(*values, lam=0.5)).sum()
-        results.append((*values, *torch.autograd.grad(loss, list(model.parameters()))))
+        results[i] = *values, *torch.autograd.grad(loss, list(model.parameters()))
     for plain, shared in zip(*results):
         torch.testing.assert_close(shared, plain)
     rows = [(len(c), len(r) - int((~mask).sum())) for (c, mask), (r, _) in examples(*PAIRS)]
-    assert read == [
-        6 * max(len(ids) for pair in examples(*PAIRS) for ids, _ in pair),
-        3 * max(map(sum, rows)),
-    ]
-    assert read[1] < read[0] and Config().share_prompts
+    assert read == [3 * max(map(sum, rows))] and read[0] < ids.numel()
 
 
 def test_by_default_the_prompt_is_imitated_too_as_in_the_paper():
@@ -208,17 +209,18 @@ def test_the_rejected_prompt_and_response_are_never_imitated(model):
 
 
 def test_what_is_logged_adds_up_and_held_out_means_are_over_pairs(model):
-    values = pair_logprobs(model, examples(*PAIRS), TOKENIZER, Config(), "cpu")
-    logged = dict(zip(LOGGED, parts(*values, 0.3).tolist()))
+    config = Config(lam=0.3, batch_size=2)
+    values = pair_logprobs(model, examples(*PAIRS), TOKENIZER, config, "cpu")
+    found = measure(model, examples(*PAIRS), TOKENIZER, config, "cpu")
+    logged = {name: column.tolist() for name, column in found.items()}
     nll, chosen, rejected = (v.tolist() for v in values)
     for i in range(3):
         ratio = float(exact_log_odds(chosen[i]) - exact_log_odds(rejected[i]))
         due = {
             "nll": nll[i], "log_odds_ratio": ratio, "odds_loss": softplus(-ratio),
             "accuracy": float(ratio > 0), "loss": nll[i] + 0.3 * softplus(-ratio),
-            "logp_chosen": chosen[i], "logp_rejected": rejected[i],
+            "mean_logp_chosen": chosen[i], "mean_logp_rejected": rejected[i],
         }  # fmt: skip
         assert {name: column[i] for name, column in logged.items()} == pytest.approx(due, rel=1e-6)
-    config, context = Config(lam=0.3, batch_size=2), contextlib.nullcontext()
-    means = evaluate(model, examples(*PAIRS), TOKENIZER, config, "cpu", context)
-    assert means == pytest.approx({f"eval_{name}": np.mean(column) for name, column in logged.items()})
+    means = evaluate(model, examples(*PAIRS), TOKENIZER, config, "cpu")
+    assert means == pytest.approx({name: np.mean(column) for name, column in logged.items()})
