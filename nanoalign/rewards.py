@@ -25,9 +25,10 @@ A reward of your own is a function in a Python file, which is code and is run as
 
 import functools
 import glob
-import importlib.util
 import re
+import runpy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def parse_term(text: str, sign: float) -> Term:
         return Term(weight, "rm", name)
     raise UserError(
         f"there is no reward {name!r}; give a checkpoint.pt, file.py:function, judge, answer, length, "
-        "mean:…, min:…, mean-1std:… or prm-min:…, with weights if you like (0.5*judge), joined by ' + ' and ' - '."
+        "mean:…, min:…, mean-1std:… or prm-min:…, weighed (0.5*judge) and joined by ' + ' and ' - '."
     )
 
 
@@ -126,7 +127,8 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
             )
         return scores
 
-    reward.files, reward.models = reward_files(expression), reward_models(expression)
+    reward.files = [Path(file) for file in reward_files(expression)]
+    reward.models = reward_models(expression)
     return reward
 
 
@@ -134,22 +136,19 @@ def _scorer(term: Term, tokenizer: Tokenizer, device) -> Reward:
     if term.kind == "length":
         return lambda rows, rollout: rollout.mask.sum(-1).float()
     if term.kind == "answer":
-        return text_reward(answers, "answer", tokenizer)
+        return partial(_text_scores, answers, "answer", tokenizer)
     if term.kind == "function":
-        return text_reward(load_function(term.path), term.path, tokenizer)
-    if term.kind.startswith("prm-"):
-        model = _load(term.path, tokenizer, device, "prm")
-        return _process_reward(model, term.kind.removeprefix("prm-"), tokenizer)
-    members = [model_reward(_load(path, tokenizer, device, "rm")) for path in term.files]
+        return partial(_text_scores, load_function(term.path), term.path, tokenizer)
+    process = term.kind.startswith("prm-")
+    models = [_load(path, tokenizer, device, "prm" if process else "rm") for path in term.files]
+    if process:
+        return partial(_process_scores, models[0], term.kind.removeprefix("prm-"), tokenizer)
     if term.kind == "rm":
-        return members[0]
-    if len(members) < 2:
+        return model_reward(models[0])
+    if len(models) < 2:
         name = f"{term.kind}:{term.path}"
-        raise UserError(f"{name} names {len(members)} checkpoint; an ensemble needs two or more.")
-    return _ensemble(members, term.kind)
-
-
-# ------------------------------------------------------------------------------------------------- models
+        raise UserError(f"{name} names {len(models)} checkpoint; an ensemble needs two or more.")
+    return partial(_ensemble_scores, [model_reward(model) for model in models], term.kind)
 
 
 def _load(path: str, tokenizer: Tokenizer, device, stage: str) -> ScalarGPT:
@@ -173,33 +172,34 @@ def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor, hidden: Tensor 
 
 def model_reward(model: ScalarGPT) -> Reward:
     """A reward model in memory, as a reward."""
-
-    @torch.no_grad()
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        return response_scores(model, rollout.ids, rollout.mask)
-
-    return score
+    return torch.no_grad()(lambda rows, rollout: response_scores(model, rollout.ids, rollout.mask))
 
 
-def _process_reward(model: ScalarGPT, how: str, tokenizer: Tokenizer) -> Reward:
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        p, ends = step_probabilities(model, rollout.ids, rollout.mask, tokenizer)
-        return p.masked_fill(~ends, 0.0) if how == "steps" else aggregate(p, ends, how)
-
-    return score
+def _process_scores(model: ScalarGPT, how: str, tokenizer: Tokenizer, rows: list, rollout: Rollout) -> Tensor:
+    p, ends = step_probabilities(model, rollout.ids, rollout.mask, tokenizer)
+    return p.masked_fill(~ends, 0.0) if how == "steps" else aggregate(p, ends, how)
 
 
-def _ensemble(members: list[Reward], kind: str) -> Reward:
+def _ensemble_scores(members: list[Reward], kind: str, rows: list[dict], rollout: Rollout) -> Tensor:
     spread = 0.0 if kind in ("mean", "min") else float(kind[len("mean-") : -len("std")])
-
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        scores = torch.stack([member(rows, rollout) for member in members])  # (K, B)
-        return scores.amin(0) if kind == "min" else scores.mean(0) - spread * scores.std(0)
-
-    return score
+    scores = torch.stack([member(rows, rollout) for member in members])  # (K, B)
+    return scores.amin(0) if kind == "min" else scores.mean(0) - spread * scores.std(0)
 
 
-# -------------------------------------------------------------------------------------------------- texts
+def _text_scores(function: Callable, name: str, tokenizer: Tokenizer, rows: list, rollout: Rollout) -> Tensor:
+    texts = [tokenizer.decode_response(response) for response in rollout.responses()]
+    try:
+        scores = torch.tensor(function(rows, texts, rollout.ended.tolist()), dtype=torch.float32)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the reward {name} failed: {type(error).__name__}: {error}.") from error
+    if scores.shape != (len(rows),):
+        raise UserError(f"the reward {name} gave {tuple(scores.shape)} scores for {len(rows)} responses.")
+    return scores.to(rollout.ids.device)
+
+
+# ------------------------------------------------------------------------------------------ your own, answers
 
 
 def find(file: str) -> Path:
@@ -213,13 +213,10 @@ def find(file: str) -> Path:
 @functools.cache
 def run_file(path: Path) -> dict:
     """Run a Python file → its names."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        return runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}.") from None
-    return vars(module)
 
 
 def load_function(name: str) -> Callable:
@@ -231,24 +228,6 @@ def load_function(name: str) -> Callable:
     if not callable(function):
         raise UserError(f"{parts[1]} defines no function {parts[2]}.")
     return function if parts[3] is None else lambda *args: function(*args, parts[3])
-
-
-def text_reward(function: Callable, name: str, tokenizer: Tokenizer) -> Reward:
-    """function(rows, texts, ended) → a number for each response, as a reward."""
-
-    def score(rows: list[dict], rollout: Rollout) -> Tensor:
-        texts = [tokenizer.decode_response(response) for response in rollout.responses()]
-        try:
-            scores = torch.tensor(function(rows, texts, rollout.ended.tolist()), dtype=torch.float32)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"the reward {name} failed: {type(error).__name__}: {error}.") from error
-        if scores.shape != (len(rows),):
-            raise UserError(f"the reward {name} gave {tuple(scores.shape)} scores for {len(rows)} responses.")
-        return scores.to(rollout.ids.device)
-
-    return score
 
 
 def final_answer(text: str) -> float | None:
@@ -286,8 +265,7 @@ def total(score: Tensor) -> Tensor:
 
 
 def unless_unfinished(score: Tensor, rollout: Rollout, missing_eos_score: float) -> Tensor:
-    """The scores, (B,) or (B, T), but `missing_eos_score` in place of those of a response without an end
-    token."""
+    """The scores, (B,) or (B, T), but `missing_eos_score` where a response has no end token."""
     missing = torch.full_like(rollout.ended, missing_eos_score, dtype=score.dtype)
     if score.dim() == 1:
         return torch.where(rollout.ended, score, missing)
@@ -304,10 +282,8 @@ def score_texts(
     A response that is cut short at `max_length` tokens counts as not ended, and so does one of which `ended`
     says so. what: a name for the progress line; empty for none.
     """
-    examples = [
-        join(tokenizer.prompt(row["prompt"]), tokenizer.response(text), max_length)
-        for row, text in zip(rows, texts)
-    ]
+    both = [(tokenizer.prompt(row["prompt"]), tokenizer.response(text)) for row, text in zip(rows, texts)]
+    examples = [join(prompt, response, max_length) for prompt, response in both]
     scores = torch.full((len(texts),), torch.nan)
     order = sorted((i for i, e in enumerate(examples) if e is not None), key=lambda i: len(examples[i][0]))
     progress = Progress(what, len(order)) if what else None
