@@ -78,7 +78,7 @@ class Run:
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
         self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
-        self.data = fingerprint(*flat(made_from))
+        self.data = fingerprint(*made_from)
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
         self.first, self.keep = self.state["step"], {}
         self.device = next(model.parameters()).device
@@ -123,6 +123,20 @@ class Run:
             where = torch.from_numpy(micro).to(self.device, non_blocking=True)
             yield [examples[i] for i in micro], where
 
+    def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[list[np.ndarray]]:
+        """The iteration's responses of `lengths` (B,) tokens, by index, shuffled, --epochs times: those of an
+        optimiser step in pieces that --micro-batch and --micro-tokens allow, rows alike in length together.
+        Groups of more than one stay whole in a step, and in order in a piece.
+        """
+        config = self.config
+        for epoch in range(config.epochs):
+            rng = np.random.default_rng((config.seed, self.step, epoch))
+            rows = rng.permutation(np.arange(len(lengths)).reshape(-1, group)).flatten()
+            for step in micro_batches(rows, config.minibatch):
+                step = step[np.argsort(step if group > 1 else lengths[step])]
+                pieces = micro_batches(step, config.micro_batch, lengths[step], config.micro_tokens)
+                yield [np.sort(piece) for piece in pieces] if group > 1 else pieces
+
     def add(self, **values: Tensor | tuple[Tensor, Tensor]) -> None:
         """Values (B,) or sums () of a piece, logged as their total over the step divided by `count`: the rows
         of the step, unless the script sets it. Of a pair (values, mask) the mean where mask holds is logged.
@@ -147,6 +161,21 @@ class Run:
         tolerance = 1e-2 if self.device.type == "cuda" else 1e-4  # bf16 or fp32
         if not abs(loss - due) <= tolerance * max(1, due):
             raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
+
+    def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor) -> None:
+        """Check of the first minibatch, log_ratio (N,) of its tokens: the policy that updates is the one that
+        sampled. Before the first step that is the reference, too: kl (B,) of its responses is 0.
+        """
+        approxkl, off = 0.5 * log_ratio.square().mean().item(), log_ratio.exp().sub(1).abs().max().item()
+        distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
+        moment = "first minibatch" if self.step else "step-0 check"
+        print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {distance:.1e}")
+        # the mean over tokens: in bf16 a single one may differ by a few per cent between batch shapes
+        tolerance = 1e-3 if self.device.type == "cuda" else 1e-6
+        if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
+            raise UserError(
+                "the ratio must start at 1, the KL at 0: log-probs come from two different paths."
+            )
 
     def update(self) -> None:
         """Set the learning rate, clip the gradient, one AdamW step, zero the gradient."""
@@ -189,17 +218,15 @@ def already_finished(config) -> bool:
     return done
 
 
-def flat(parts) -> Iterator:
-    """Nested lists and tuples → what is in them."""
-    for part in parts:
-        yield from flat(part) if isinstance(part, (list, tuple)) else (part,)
-
-
 def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings and tensors, by which a file knows what it was made from."""
+    """A short hash of arrays, strings, tensors and files, nested as you like: what a result was made from."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, Tensor):
+        if isinstance(part, (list, tuple)):
+            part = fingerprint(*part)
+        elif isinstance(part, Path):
+            part = part.read_bytes()
+        elif isinstance(part, Tensor):
             part = part.detach().cpu().numpy()
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())

@@ -1,4 +1,4 @@
-"""What every training script sets up alike: device, precision, optimiser, schedule, one step, reference."""
+"""What training scripts set up alike: device, precision, optimiser, schedule, a step, reference, critic."""
 
 import copy
 import math
@@ -10,9 +10,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError
-from nanoalign.checkpoint import load_policy
+from nanoalign.checkpoint import load, load_policy, load_scalar
 from nanoalign.compiler import compile_or_eager
-from nanoalign.model import GPT
+from nanoalign.model import GPT, ScalarGPT, ScalarHead
 from nanoalign.tokenizer import Tokenizer
 
 
@@ -37,7 +37,11 @@ def check(config) -> None:
         raise UserError("--epochs must be positive.")
     if not 0 <= (smoothing := getattr(config, "label_smoothing", 0.0)) < 0.5:
         raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {smoothing}.")
-    for name in ("batch_size", "log_every", "eval_every", "save_every"):
+    if hasattr(config, "minibatch") and (config.temperature <= 0 or config.steps < 1):
+        raise UserError(
+            "--temperature must be above 0, as a greedy policy has no gradient; --steps at least 1."
+        )
+    for name in ("batch_size", "minibatch", "eval_prompts", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
 
@@ -119,3 +123,22 @@ def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
             "policy's own kind, such as the SFT checkpoint it comes from."
         )
     return freeze(ref)
+
+
+def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device) -> nn.Module:
+    """A value model that starts from the reward or language model at `path`; without a path a linear head on
+    the policy's trunk. The head is zero: at first it expects nothing."""
+    if path:
+        if (kind := load(path)["stage"]) in ("rm", "prm"):
+            critic, own, _ = load_scalar(path, device, (kind,))
+        else:
+            trunk, own, _ = load_policy(path, device)
+            critic = ScalarGPT.from_policy(trunk)
+        if own.name != tokenizer.name:
+            raise UserError(f"the critic {path} reads tokens of {own.name!r}, not of {tokenizer.name!r}.")
+        print(f"critic: starts from {path}")
+    else:
+        critic = ScalarHead(policy.config.width).to(device)
+    for parameter in (critic.score if path else critic).parameters():
+        nn.init.zeros_(parameter)
+    return critic
