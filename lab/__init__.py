@@ -29,3 +29,11 @@ def pyplot(path: str):
     if Path(path).suffix[1:] not in kinds:
         raise UserError(f"--plot {path}: expected a name that ends in .png, or in one of {', '.join(kinds)}.")
     return pyplot
+
+
+def run_on_paths(main) -> None:
+    """`python -m lab.NAME PATH…`: main(paths); a user's mistake is one sentence on stderr and status 1."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

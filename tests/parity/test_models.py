@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lab.bench.peers import from_gpt2
 from nanoalign.model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -58,26 +59,6 @@ def qwen3():
     theirs = transformers.Qwen3Config(**LLAMA, head_dim=20, **rope(1e6), tie_word_embeddings=True)
     ours = GPTConfig(V, CONTEXT, **OURS, head_dim=20, rope_theta=1e6, qk_norm=True)
     return transformers.Qwen3ForCausalLM(theirs), ours
-
-
-def from_gpt2(theirs: dict) -> dict:
-    names = {
-        "ln_1": "attention_norm",
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.out",
-        "ln_2": "mlp_norm",
-        "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down",
-    }
-    ours = {"embed.weight": theirs["wte.weight"], "position.weight": theirs["wpe.weight"]}
-    ours |= {f"norm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
-    for name, value in theirs.items():
-        if name.startswith("h."):
-            _, layer, rest = name.split(".", 2)
-            module, kind = rest.rsplit(".", 1)
-            value = value.T if value.dim() == 2 else value  # Conv1D stores (in, out)
-            ours[f"blocks.{layer}.{names[module]}.{kind}"] = value
-    return ours
 
 
 def from_llama(theirs: dict) -> dict:

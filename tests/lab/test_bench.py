@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import generate, logprobs, scaling, timing, train
+from lab.bench import generate, logprobs, scaling, timing, train
 from nanoalign import UserError
 from nanoalign.model import GPT, GPTConfig
 
@@ -165,7 +165,7 @@ def test_results_of_several_runs_become_one_table(tmp_path, run, monkeypatch):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 4 and all(torch.__version__ in row["machine"] for row in rows)
     assert all(len(row["seconds"]) == 2 and "time ∝ n^" in row["note"] for row in rows)
-    status, printed, _ = run("bench/timing.py", out)
+    status, printed, _ = run("-m", "lab.bench.timing", out)
     assert status == 0 and printed.count("| case |") == 1 and printed.count("DPO step") == 2
 
 

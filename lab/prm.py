@@ -1,7 +1,7 @@
 """What scoring steps is worth, over seeds; and what policies trained against a process reward model write.
 
-    python bench/prm.py curves --tables out/seed*/best_of_n.csv --plot docs/prm.png
-    python bench/prm.py policies --checkpoints out/demo/solver.pt out/demo/prm-hacking/*.pt
+    python -m lab.prm curves --tables out/seed*/best_of_n.csv --plot docs/prm.png
+    python -m lab.prm policies --checkpoints out/demo/solver.pt out/demo/prm-hacking/*.pt
 
 `curves` reads tables of best_of_n.py, one per seed, and prints their means ± standard errors over seeds.
 `policies` samples a solution of every held-out problem from each checkpoint and prints what the process model
@@ -9,18 +9,16 @@ thinks of it, what the world's checker says, and how the steps have changed.
 """
 
 import csv
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.seeds import over_seeds
-from nanoalign import UserError, cli
-from nanoalign.checkpoint import CHAT, load_policy
+from lab import run_command
+from lab.seeds import over_seeds
+from nanoalign import UserError
+from nanoalign.checkpoint import load_policy
 from nanoalign.generate import rollouts
 from nanoalign.rewards import final_answer, make_reward
 from nanoalign.rows import read_rows
@@ -87,7 +85,7 @@ def policies(config: Policies) -> None:
     rows = read_rows(config.problems, "prompts")
     print(f"| {len(rows)} problems | {' | '.join(MEASURES)} |\n|{'---|' * (len(MEASURES) + 1)}")
     for path in config.checkpoints:
-        policy, tokenizer, _ = load_policy(path, device, CHAT)
+        policy, tokenizer, _ = load_policy(path, device, chat=True)
         score = {how: make_reward(f"prm-{how}:{config.prm}", tokenizer, device) for how in ("min", "steps")}
         prompts = [tokenizer.prompt(row["prompt"]) for row in rows for _ in range(config.samples)]
         values = []
@@ -111,4 +109,4 @@ def policies(config: Policies) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command({"curves": (curves, Curves), "policies": (policies, Policies)}, __doc__)
+    run_command({"curves": (curves, Curves), "policies": (policies, Policies)}, __doc__)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.hacking import at_kl, curve, fit, report
+from lab.hacking import at_kl, curve, fit, report
 from nanoalign import UserError
 
 

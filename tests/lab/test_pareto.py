@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.pareto import Mix, Report, mix, pareto_front, report
-from bench.seeds import main as seeds
+from lab.pareto import Mix, Report, mix, pareto_front, report
+from lab.seeds import main as seeds
 from nanoalign import UserError
 from nanoalign.rows import read_rows, write_rows
 

@@ -1,6 +1,6 @@
 """Every method on a world where the best policy is known exactly: trained until it is there.
 
-bench/oracle.py has the world and the training, with the loss functions of the scripts and the real GPT; here
+lab/oracle.py has the world and the training, with the loss functions of the scripts and the real GPT; here
 are the right answers. A loss whose optimum has no closed form is minimised once more by a generic optimiser
 over the table of all conditional probabilities, with the objective written out anew.
 """
@@ -15,7 +15,7 @@ import train_grpo
 import train_kto
 import train_orpo
 import train_ppo
-from bench.oracle import BETA, END, LONGEST, World, copy_of, dpo, grpo, minimise, ppo, reward_model
+from lab.oracle import BETA, END, LONGEST, World, copy_of, dpo, grpo, minimise, ppo, reward_model
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_mean, masked_sum
 
@@ -118,8 +118,8 @@ def mean_logprobs(world, policy):
 
 
 def ipo_by_script(world, policy):
-    ref, (i, j, p), logp = mean_logprobs(world, world.ref), world.pairs(), mean_logprobs(world, policy)
-    return (p * train_dpo.ipo_loss(logp[i], logp[j], ref[i], ref[j], beta=2.0)).sum() / p.sum()
+    ratio, (i, j, p) = mean_logprobs(world, policy) - mean_logprobs(world, world.ref), world.pairs()
+    return (p * train_dpo.ipo_loss(ratio[i] - ratio[j], beta=2.0)).sum() / p.sum()
 
 
 def ipo_by_hand(world, logp):
@@ -130,7 +130,7 @@ def ipo_by_hand(world, logp):
 
 def simpo_by_script(world, policy):
     (i, j, p), logp = world.pairs(), mean_logprobs(world, policy)
-    return (p * train_dpo.simpo_loss(logp[i], logp[j], beta=2.0, gamma=0.5)).sum() / p.sum()
+    return (p * train_dpo.simpo_loss(logp[i] - logp[j], beta=2.0, gamma=0.5)).sum() / p.sum()
 
 
 def simpo_by_hand(world, logp):

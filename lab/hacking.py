@@ -1,7 +1,7 @@
 """The reward-hacking laboratory's report: what happened to proxy, judge and KL in a folder of PPO runs.
 
-    python bench/hacking.py best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt
-    python bench/hacking.py report out/demo/hacking        # several folders: mean ± standard error over seeds
+    python -m lab.hacking best-of-n --policy out/demo/sft.pt --reward out/demo/rm.pt
+    python -m lab.hacking report out/demo/hacking        # several folders: mean ± standard error over seeds
 
 `best-of-n` draws N responses a prompt and writes, for n = 1, 2, 3, 4, 6, … ≤ N, what the best of n by the
 reward scores, by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads every
@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from best_of_n import best_at
 from nanoalign import UserError, cli
@@ -233,4 +231,4 @@ if __name__ == "__main__":
         del sys.argv[1]
         cli.run(draw, Config, __doc__)
     else:
-        sys.exit("error: name a command: best-of-n or report (python bench/hacking.py best-of-n --help).")
+        sys.exit("error: name a command: best-of-n or report (python -m lab.hacking best-of-n --help).")

@@ -1,8 +1,8 @@
 """Sampling against transformers' generate: tokens/s of the same random weights, from the same prompts.
 
-    python bench/generate.py --vs hf                        # 4 layers, D 256, V 1024; batches of 1, 64, 512
-    python bench/generate.py --vs hf --batches 64 --new-tokens 256
-    python bench/generate.py --short                        # two minutes
+    python -m lab.bench.generate --vs hf                 # 4 layers, D 256, V 1024; batches of 1, 64, 512
+    python -m lab.bench.generate --vs hf --batches 64 --new-tokens 256
+    python -m lab.bench.generate --short                 # two minutes
 
 First with fixed lengths: every prompt of --prompt-tokens, every response of --new-tokens, no end token. Then
 with real ones: ragged prompts of a quarter to all of --prompt-tokens (left-padded for transformers), and
@@ -13,19 +13,15 @@ The last column says how much of the measured copy bandwidth a step's weights an
 """
 
 import copy
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
 
-from bench.peers import twins
-from bench.timing import alternate, copy_bandwidth, finish, timed
+from lab.bench.peers import twins
+from lab.bench.timing import alternate, copy_bandwidth, finish, timed
 from nanoalign import UserError, cli
 from nanoalign.generate import generate
 from nanoalign.model import GPT, preset

@@ -1,13 +1,13 @@
 """Scorecards of several seeds → one markdown table, mean ± standard error over seeds.
 
-python bench/seeds.py out/seed0/scorecard.json out/seed1/scorecard.json out/seed2/scorecard.json
+python -m lab.seeds out/seed0/scorecard.json out/seed1/scorecard.json out/seed2/scorecard.json
 """
 
 import json
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from lab import run_on_paths
 from nanoalign import UserError
 
 
@@ -49,7 +49,4 @@ def main(paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_on_paths(main)

@@ -1,7 +1,7 @@
 """Safety against helpfulness: which policies no other one beats at both?
 
-    python bench/pareto.py mix --share 0.2 --out mixed.jsonl
-    python bench/pareto.py report --folders out/seed*/pareto --plot pareto.png
+    python -m lab.pareto mix --share 0.2 --out mixed.jsonl
+    python -m lab.pareto report --folders out/seed*/pareto --plot pareto.png
 
 `mix` writes pair rows of which a given share is about harmful requests; where there are too few, they come
 again, each as often as the others. `report` reads a folder per seed, as `make pareto` fills it: a scorecard
@@ -20,17 +20,15 @@ pareto.csv in the first folder.
 
 import csv
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.scoreboard import print_time, table
-from bench.seeds import scorecards
-from nanoalign import UserError, cli
+from lab import pyplot, run_command
+from lab.scoreboard import print_time, table
+from lab.seeds import scorecards
+from nanoalign import UserError
 from nanoalign.rows import read_rows, write_rows
 
 BETTER = {"helpfulness": 1, "harmful compliance": -1, "over-refusal": -1, "KL to reference": 0}
@@ -91,7 +89,7 @@ def measures(checkpoint: dict) -> list:
 
 def report(config: Report) -> None:
     if config.plot:
-        cli.pyplot(config.plot)
+        pyplot(config.plot)
     cards = scorecards([Path(folder) / "scorecard.json" for folder in config.folders])
     names = [Path(path).stem for path in cards[0]]
     if any([Path(path).stem for path in card] != names for card in cards):
@@ -125,7 +123,7 @@ def report(config: Report) -> None:
 
 def plot(names: list[str], means: np.ndarray, error: np.ndarray, path: str) -> None:
     """Two panels, a point per policy (N, measures), and the front as a line."""
-    plt = cli.pyplot(path)
+    plt = pyplot(path)
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     sweeps = np.array([name.partition("-")[0] for name in names])
     for axis, of in zip(axes, FRONTS.values()):
@@ -154,4 +152,4 @@ def plot(names: list[str], means: np.ndarray, error: np.ndarray, path: str) -> N
 
 
 if __name__ == "__main__":
-    cli.run_command({"mix": (mix, Mix), "report": (report, Report)}, __doc__)
+    run_command({"mix": (mix, Mix), "report": (report, Report)}, __doc__)

@@ -1,6 +1,6 @@
 """Every method on a world so small that the right answer is known.
 
-    python bench/oracle.py --plot docs/oracle.png
+    python -m lab.oracle --plot docs/oracle.png
 
 Two prompts, three tokens (one of them ends a response), at most three tokens a response: 15 responses to each
 prompt, all of them enumerated. With a reward r and a reference the best policy is known in closed form,
@@ -13,11 +13,8 @@ largest over prompts): ½ Σ |π − π*|. tests/test_oracle.py requires what th
 """
 
 import copy
-import sys
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
@@ -26,12 +23,18 @@ import train_dpo
 import train_grpo
 import train_ppo
 import train_rm
+from lab import pyplot
 from nanoalign import cli
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import response_scores
 
 END, LONGEST, BETA = 2, 3, 1.0
+
+
+@dataclass
+class Config:
+    plot: str = ""  # a picture to write (needs the `plot` extra)
 
 
 def responses() -> list[tuple[int, ...]]:
@@ -123,8 +126,8 @@ def dpo(world: World, loss=train_dpo.dpo_loss, flipped: float = 0.0, **options) 
     p = (1 - flipped) * p + flipped * (1 - p)
 
     def objective():
-        logp = world.sequence(policy)
-        return (p * loss(logp[i], logp[j], ref[i], ref[j], beta=BETA, **options)).sum() / p.sum()
+        ratio = world.sequence(policy) - ref
+        return (p * loss(ratio[i] - ratio[j], beta=BETA, **options)).sum() / p.sum()
 
     minimise(policy, objective)
     return policy
@@ -212,7 +215,9 @@ def grpo(
     return policy, policy_gradient(world, update, policy.parameters(), policy, steps, lr)
 
 
-def main(plot: str) -> None:
+def main(config: Config) -> None:
+    if config.plot:
+        pyplot(config.plot)
     torch.set_default_dtype(torch.float64)
     world = World()
     ref, best = world.sequence(world.ref).exp(), world.optimum()
@@ -234,12 +239,12 @@ def main(plot: str) -> None:
     off = reward_model(world) - world.reward
     off = off - off.view(2, -1).mean(1).repeat_interleave(world.each)
     print(f"\nreward model: r up to a constant per prompt, within {off.abs().max().item():.1e}")
-    if plot:
-        draw(world, policies, curves, best, plot)
+    if config.plot:
+        draw(world, policies, curves, best, config.plot)
 
 
 def draw(world: World, policies: dict, curves: dict, best: Tensor, path: str) -> None:
-    plt = cli.pyplot(path)
+    plt = pyplot(path)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(3, 2))
     names = ["".join("ab."[t] for t in y) for y in world.said]
     order = best[: world.each].argsort(descending=True)
@@ -261,6 +266,4 @@ def draw(world: World, policies: dict, curves: dict, best: Tensor, path: str) ->
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in ([], ["--plot"]) or len(sys.argv) == 2 or len(sys.argv) > 3:
-        sys.exit("usage: python bench/oracle.py [--plot FILE.png]")
-    main(sys.argv[2] if len(sys.argv) == 3 else "")
+    cli.run(main, Config, __doc__)

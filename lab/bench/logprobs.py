@@ -1,8 +1,8 @@
 """From hidden states to the loss and its gradients, nine ways: time, peak memory, error against float64.
 
-    python bench/logprobs.py                                # N = 8192, D = 256, V = 50257, fp32 and bf16
-    python bench/logprobs.py --n 2048 --dtypes fp32 --rounds 9
-    python bench/logprobs.py --short                        # a minute
+    python -m lab.bench.logprobs                                # N = 8192, D = 256, V = 50257, fp32 and bf16
+    python -m lab.bench.logprobs --n 2048 --dtypes fp32 --rounds 9
+    python -m lab.bench.logprobs --short                        # a minute
 
 Every row of the table below computes L = −1/N Σ log softmax(h Wᵀ)[target] and ∂L/∂h, ∂L/∂W from hidden states
 h (N, D) and a head W (V, D). Times alternate in one process; memory is of a second call in a process of its
@@ -14,15 +14,12 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import alternate, extra_memory, finish, in_child, timed
+from lab.bench.timing import alternate, extra_memory, finish, in_child, timed
 from nanoalign import UserError, cli
 from nanoalign.logprobs import linear_logprobs, linear_losses
 from nanoalign.training import pick_device
@@ -163,7 +160,7 @@ def main(config: Config) -> None:
         case = f"log-probs, {dtype}, N {config.n}, D {config.width}, V {config.vocab}"
         for name in table:
             spec = {"config": asdict(config), "name": name, "dtype": dtype}
-            measured = in_child(__file__, spec)
+            measured = in_child("lab.bench.logprobs", spec)
             times = [seconds for seconds, _ in found[name]]
             rates = [config.n / seconds for seconds in times]
             results.append({"case": case, "name": name, "seconds": times, "rates": rates, **measured})

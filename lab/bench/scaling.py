@@ -1,8 +1,8 @@
 """How time and memory grow: with batch, length, vocabulary and group size.
 
-    python bench/scaling.py                      # five minutes on two CPU cores
-    python bench/scaling.py --scale 16           # for a GPU: every size 16 times as large
-    python bench/scaling.py --short              # a minute
+    python -m lab.bench.scaling                      # five minutes on two CPU cores
+    python -m lab.bench.scaling --scale 16           # for a GPU: every size 16 times as large
+    python -m lab.bench.scaling --short              # a minute
 
 One size at a time is doubled while the others stand at their middle value; t ∝ nᵃ and m ∝ nᵇ are fitted by
 least squares of the logarithms to the medians. The work is the scripts' own: an optimiser step of DPO
@@ -11,13 +11,9 @@ An exponent below 1 means overhead that does not grow; attention would bring tha
 """
 
 import copy
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -25,7 +21,7 @@ from torch import Tensor
 
 import train_dpo
 import train_grpo
-from bench.timing import alternate, extra_memory, finish, timed
+from lab.bench.timing import alternate, extra_memory, finish, timed
 from nanoalign import UserError, cli
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
@@ -64,14 +60,12 @@ def dpo(policy: GPT, autocast, batch: int, length: int, **_):
     rng, optimizer = np.random.default_rng(0), make_optimizer(policy, 1e-4)
     mask, config = np.arange(length) >= length // 2, train_dpo.Config(beta=0.1)
     pairs = [[(rng.integers(1000, size=length), mask) for _ in range(2)] for _ in range(batch)]
-    tokens = train_dpo.response_tokens(pairs, device)
+    soft = torch.ones(batch, device=device)
 
     def step():
         with autocast:
-            logps = train_dpo.pair_logprobs(policy, pairs, TOKENIZER, device)
-            with torch.no_grad():
-                ref_logps = train_dpo.pair_logprobs(ref, pairs, TOKENIZER, device)
-        train_dpo.preference_loss(config, logps, ref_logps, tokens)[0].mean().backward()
+            found = train_dpo.measure(policy, ref, pairs, soft, TOKENIZER, config, device)
+        found["loss"].mean().backward()
         optimizer_step(policy, optimizer, 1e-4, 1.0)
 
     return step, 2 * batch * length

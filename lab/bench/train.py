@@ -1,34 +1,30 @@
 """Training steps against trl: tokens/s and peak memory of the same weights, rows, batches and precision.
 
-    python bench/train.py --vs trl --data hh_harmless.jsonl                    # a 4-layer, 256-wide GPT-2
-    python bench/train.py --vs trl --data hh_harmless.jsonl --model gpt2 --stages dpo grpo
-    python bench/train.py --data hh_harmless.jsonl --short                     # DPO only, four minutes
+    python -m lab.bench.train --vs trl --data hh_harmless.jsonl                    # a 4-layer, 256-wide GPT-2
+    python -m lab.bench.train --vs trl --data hh_harmless.jsonl --model gpt2 --stages dpo grpo
+    python -m lab.bench.train --data hh_harmless.jsonl --short                     # DPO only, four minutes
 
 The rows are Anthropic's HH pairs (unpack harmless-base/test.jsonl.gz of
 huggingface.co/datasets/Anthropic/hh-rlhf), at their real lengths; longer ones than --max-length are left out.
 Nothing is fetched, but for tiktoken's vocabulary on first use.
 
-Both sides run whole (bench/peers.py): `main` of train_X.py and trl's trainer, in fp32 on a CPU and under bf16
-autocast on a GPU, each run in a process of its own. First the losses and gradient norms of three steps must
-agree; then each run times --steps steps after --warmup others, which compile. Memory is the peak over those
-steps, beyond what the process held after its imports.
+Both sides run whole (lab/bench/peers.py): `main` of train_X.py and trl's trainer, in fp32 on a CPU and under
+bf16 autocast on a GPU, each run in a process of its own. First the losses and gradient norms of three steps
+must agree; then each run times --steps steps after --warmup others, which compile. Memory is the peak over
+those steps, beyond what the process held after its imports.
 
 MFU counts the FLOPs that a method needs (forward 1, backward 2, a reference 1, attention in full), neither
 padding nor anything computed twice: of a large matrix product in the same run, and on a GPU of 989 TFLOP/s.
 """
 
-import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from bench.peers import OURS, PEERS, twins
-from bench.timing import alternate, finish, in_child, matmul_flops
+from lab.bench.peers import OURS, PEERS, twins
+from lab.bench.timing import alternate, finish, in_child, matmul_flops
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import save
 from nanoalign.data import chat_examples, one_per_prompt, pair_examples, thin
@@ -109,7 +105,7 @@ def write_data(folder: str, rows: list[dict], count: int) -> list[dict]:
 
 
 def run(spec: dict, **more) -> dict:
-    return in_child(str(Path(__file__).with_name("peers.py")), {**spec, **more})
+    return in_child("lab.bench.peers", {**spec, **more})
 
 
 def check(stage: str, spec: dict, peers, exact: bool) -> None:

@@ -1,6 +1,6 @@
 """What the benchmarks share: alternating rounds, medians and ratios, peak memory, the machine, one table.
 
-    python bench/timing.py out/bench/short.jsonl        # everything that --out has gathered, as one table
+    python -m lab.bench.timing out/bench/short.jsonl        # everything that --out has gathered, as one table
 
 A result is a row {"case", "name", "seconds": [a round's], "rates": [tokens/s], "mb", "note"}. The first row
 of a case is its baseline; a ratio is taken within a round, so that a machine that slows down slows both.
@@ -19,9 +19,7 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.scoreboard import table
+from lab.scoreboard import table
 from nanoalign.cli import Progress, readable_rows
 
 COLUMNS = ("case", "implementation", "ms (min – max)", "tokens/s", "× first row (min – max)", "extra MB", "")
@@ -59,9 +57,9 @@ def alternate(functions: dict, rounds: int, what: str) -> dict[str, list]:
     return results
 
 
-def in_child(script: str, spec: dict) -> dict:
-    """`script child` in a fresh process: spec goes in as JSON, the last line that it prints comes back."""
-    command = [sys.executable, script, "child"]
+def in_child(module: str, spec: dict) -> dict:
+    """`python -m module child`, a fresh process: spec goes in as JSON, its last line of output comes back."""
+    command = [sys.executable, "-m", module, "child"]
     done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip() or "no output").splitlines()[-1][:160]}

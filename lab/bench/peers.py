@@ -1,4 +1,4 @@
-"""One training script and its peer in trl, run on the same weights, rows and batches. For bench/train.py.
+"""One training script and its peer in trl, run on the same weights, rows and batches. For lab/bench/train.py.
 
 nanoalign's side is `main` of train_X.py, untouched: a clock stands in the method that logs. trl's side is its
 trainer's `train`; it gets the batches that the script drew, in the same order, token for token: to it a word
@@ -14,14 +14,10 @@ import sys
 import time
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "parity"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from bench.timing import forget_peak, memory
+from lab.bench.timing import forget_peak, memory
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, chat_examples, labelled_examples, pair_examples
@@ -59,6 +55,27 @@ def fast(stage: str, on_cpu: bool) -> dict:
     return options
 
 
+def from_gpt2(theirs: dict) -> dict:
+    """A state dict of transformers' GPT-2 → the same weights under the names of nanoalign's GPT."""
+    names = {
+        "ln_1": "attention_norm",
+        "attn.c_attn": "attention.qkv",
+        "attn.c_proj": "attention.out",
+        "ln_2": "mlp_norm",
+        "mlp.c_fc": "mlp.up",
+        "mlp.c_proj": "mlp.down",
+    }
+    ours = {"embed.weight": theirs["wte.weight"], "position.weight": theirs["wpe.weight"]}
+    ours |= {f"norm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
+    for name, value in theirs.items():
+        if name.startswith("h."):
+            _, layer, rest = name.split(".", 2)
+            module, kind = rest.rsplit(".", 1)
+            value = value.T if value.dim() == 2 else value  # Conv1D stores (in, out)
+            ours[f"blocks.{layer}.{names[module]}.{kind}"] = value
+    return ours
+
+
 def twins(config: GPTConfig, end: int, mean_length: int, seed: int = 0):
     """The same random weights twice → (GPT, GPT2LMHeadModel), without dropout.
 
@@ -69,7 +86,6 @@ def twins(config: GPTConfig, end: int, mean_length: int, seed: int = 0):
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise UserError("transformers is not installed: `make parity` installs it and trl.") from None
-    from test_models import from_gpt2
 
     torch.manual_seed(seed)
     theirs = GPT2LMHeadModel(GPT2Config(

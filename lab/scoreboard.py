@@ -1,16 +1,16 @@
-"""Every method under one budget, side by side: python bench/scoreboard.py out/seed*/scoreboard
+"""Every method under one budget, side by side.
+
+    python -m lab.scoreboard out/seed*/scoreboard
 
 Each folder is one seed's, as `make scoreboard` fills it: a scorecard.json of all checkpoints, and beside each
 checkpoint X.pt its X.metrics.jsonl. Prints markdown tables: what the methods reach and every failure mode,
 means ± standard errors over the seeds, and what they cost.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.seeds import over_seeds, scorecards
+from lab import run_on_paths
+from lab.seeds import over_seeds, scorecards
 from nanoalign import UserError
 from nanoalign.cli import duration, readable_rows
 
@@ -64,7 +64,4 @@ def table(names: list[str], rows: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_on_paths(main)

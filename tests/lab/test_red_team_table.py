@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.red_team import KINDS, kind, main
+from lab.red_team_table import KINDS, kind, main
 from nanoalign import UserError
 
 

@@ -1,6 +1,6 @@
 """Reports of `make red-team` → markdown tables, means ± standard errors over seeds.
 
-    python bench/red_team.py out/seed0/red-team out/seed1/red-team out/seed2/red-team
+    python -m lab.red_team_table out/seed0/red-team out/seed1/red-team out/seed2/red-team
 
 Reads a folder per seed with policies.json, before.json and after.json (nanoalign/redteam.py). First how often
 each checkpoint helps with the harm that was asked for, under each attack. Then, before and after the reward
@@ -8,13 +8,11 @@ model was retrained, by kind of attack: how many are exploits, the share of resp
 and the change of the reward, in the standard deviations of that reward model.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.scoreboard import table
-from bench.seeds import over_seeds, read_report
+from lab import run_on_paths
+from lab.scoreboard import table
+from lab.seeds import over_seeds, read_report
 from nanoalign import UserError
 
 KINDS = {  # how the names of attacks begin
@@ -66,7 +64,4 @@ def main(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_on_paths(main)
