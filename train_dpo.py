@@ -38,7 +38,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, pair_examples, questions, read_split, without_ties
 from nanoalign.generate import respond, sample_kl
-from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.logprobs import token_logprobs
 from nanoalign.packing import packed_hidden
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import freeze, make_optimizer, prepare, setup
@@ -128,7 +128,7 @@ def pair_logprobs(model, batch: list, tokenizer, device) -> tuple[Tensor, Tensor
     ids, mask = collate([side for pair in batch for side in pair], tokenizer.pad)  # (2B, T)
     ids = ids.to(device, non_blocking=True)
     hidden = packed_hidden(model, ids, mask, [2] * len(batch))
-    logp = masked_sum(token_logprobs(model, ids, mask, hidden=hidden), mask)
+    logp = token_logprobs(model, ids, mask, hidden=hidden).sum(-1)  # of the scored tokens; the others are 0
     tokens = mask.sum(-1).float().to(device, non_blocking=True)
     return logp.view(-1, 2).T, tokens.view(-1, 2).T
 
