@@ -3,29 +3,28 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import train_dpo
-from evaluate import mean_and_error, win_rate
 from nanoalign import UserError
-from nanoalign.checkpoint import save
-from nanoalign.data import pair_examples
+from nanoalign.checkpoint import load, save
+from nanoalign.data import collate, pair_examples
+from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import parse_pair, write_rows
+from nanoalign.run import Run
 from nanoalign.tokenizer import get_tokenizer
 from train_dpo import (
+    LOSSES,
     Config,
-    check_flags,
-    check_start,
     dpo_loss,
     ipo_loss,
-    online_pairs,
     pair_logprobs,
     preference_loss,
-    response_tokens,
     robust_dpo_loss,
     simpo_loss,
 )
@@ -38,46 +37,41 @@ def minus_log_sigmoid(x):
 
 
 def draw(batch=64, scale=20.0, seed=0):
-    """chosen, rejected, ref_chosen, ref_rejected: sequence log-probs in float64."""
+    """Margins (B,) in nats, of both signs, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return [-scale * torch.rand(batch, generator=generator, dtype=torch.float64) for _ in range(4)]
+    return scale * (2 * torch.rand(batch, generator=generator, dtype=torch.float64) - 1)
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 2.0])
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3, 0.5])
 def test_the_loss_is_its_closed_form_one_value_per_pair(beta, epsilon):
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    h = (chosen.numpy() - ref_chosen.numpy()) - (rejected.numpy() - ref_rejected.numpy())
+    h = draw().numpy()
     expected = (1 - epsilon) * minus_log_sigmoid(beta * h) + epsilon * minus_log_sigmoid(-beta * h)
-    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, epsilon)
+    loss = dpo_loss(draw(), beta, epsilon)
     assert loss.shape == (64,)
     np.testing.assert_allclose(loss.numpy(), expected, rtol=1e-12)
 
 
 def test_beta_is_a_tenth_and_nothing_is_smoothed_by_default():
-    np.testing.assert_array_equal(dpo_loss(*draw()), dpo_loss(*draw(), beta=0.1, label_smoothing=0.0))
+    np.testing.assert_array_equal(dpo_loss(draw()), dpo_loss(draw(), beta=0.1, label_smoothing=0.0))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
 def test_the_gradient_is_that_of_finite_differences(epsilon):
-    inputs = [x.requires_grad_() for x in draw(5)]
-    assert torch.autograd.gradcheck(lambda *x: dpo_loss(*x, beta=0.3, label_smoothing=epsilon), inputs)
+    h = draw(5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: dpo_loss(x, beta=0.3, label_smoothing=epsilon), h)
 
 
-def test_the_gradient_on_the_chosen_is_beta_times_the_error_of_the_model():
+def test_the_gradient_on_the_margin_is_beta_times_the_error_of_the_model():
     """Rafailov et al. 2023, section 4: the weight of a pair is beta sigma(-beta h)."""
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    chosen.requires_grad_(), rejected.requires_grad_()
-    dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.2).sum().backward()
-    h = ((chosen - ref_chosen) - (rejected - ref_rejected)).detach().numpy()
-    np.testing.assert_allclose(chosen.grad, -0.2 / (1 + np.exp(0.2 * h)), rtol=1e-10)
-    np.testing.assert_allclose(chosen.grad, -rejected.grad)
+    h = draw().requires_grad_()
+    dpo_loss(h, beta=0.2).sum().backward()
+    np.testing.assert_allclose(h.grad, -0.2 / (1 + np.exp(0.2 * h.detach().numpy())), rtol=1e-10)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
-def test_the_loss_is_ln_2_where_policy_and_reference_agree(epsilon):
-    chosen, rejected, _, _ = (x.float() for x in draw())
-    loss = dpo_loss(chosen, rejected, chosen, rejected, label_smoothing=epsilon)
+def test_the_loss_is_ln_2_at_a_margin_of_0(epsilon):
+    loss = dpo_loss(torch.zeros(64), label_smoothing=epsilon)
     torch.testing.assert_close(loss, torch.full((64,), math.log(2)), rtol=0, atol=1e-7)
 
 
@@ -85,43 +79,26 @@ def test_the_loss_is_ln_2_where_policy_and_reference_agree(epsilon):
 def test_conservative_dpo_is_least_where_the_model_is_as_sure_as_the_labels(epsilon):
     """sigma(beta h) = 1 - epsilon, and the loss there is the entropy of a label."""
     best = math.log((1 - epsilon) / epsilon) / 0.1
-    h = torch.linspace(best - 5, best + 5, 101, dtype=torch.float64)
-    zero = torch.zeros_like(h)
-    loss = dpo_loss(h, zero, zero, zero, 0.1, epsilon)
+    loss = dpo_loss(torch.linspace(best - 5, best + 5, 101, dtype=torch.float64), 0.1, epsilon)
     entropy = -(1 - epsilon) * math.log(1 - epsilon) - epsilon * math.log(epsilon)
     assert loss.argmin() == 50 and loss.min().item() == pytest.approx(entropy)
 
 
 def test_labels_that_are_coin_flips_make_the_two_sides_exchangeable():
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, label_smoothing=0.5)
-    torch.testing.assert_close(dpo_loss(*draw(), label_smoothing=0.5), swapped)
-    assert not torch.allclose(dpo_loss(*draw()), dpo_loss(rejected, chosen, ref_rejected, ref_chosen))
-
-
-def test_the_loss_falls_with_the_chosen_and_rises_with_the_rejected():
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    assert (dpo_loss(chosen + 1, rejected, ref_chosen, ref_rejected) < dpo_loss(*draw())).all()
-    assert (dpo_loss(chosen, rejected + 1, ref_chosen, ref_rejected) > dpo_loss(*draw())).all()
-    assert (dpo_loss(chosen, rejected, ref_chosen + 1, ref_rejected) > dpo_loss(*draw())).all()
-
-
-@pytest.mark.parametrize("shifted", [(0, 2), (1, 3), (0, 1), (2, 3)], ids=["w", "l", "policy", "reference"])
-def test_a_shift_that_leaves_the_difference_of_log_ratios_alone_leaves_the_loss_alone(shifted):
-    inputs = [x + 7.25 if i in shifted else x for i, x in enumerate(draw())]
-    torch.testing.assert_close(dpo_loss(*inputs), dpo_loss(*draw()))
+    swapped = dpo_loss(-draw(), label_smoothing=0.5)
+    torch.testing.assert_close(dpo_loss(draw(), label_smoothing=0.5), swapped)
+    assert not torch.allclose(dpo_loss(draw()), dpo_loss(-draw()))
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
 @pytest.mark.parametrize("h", [-1e4, 1e4])
-def test_extreme_log_probs_give_a_finite_loss_and_gradient(h, epsilon):
-    chosen = torch.tensor([h], requires_grad=True)
-    zero = torch.zeros(1)
-    loss = dpo_loss(chosen, zero, zero, zero, 1.0, epsilon)
+def test_extreme_margins_give_a_finite_loss_and_gradient(h, epsilon):
+    margin = torch.tensor([h], requires_grad=True)
+    loss = dpo_loss(margin, 1.0, epsilon)
     loss.sum().backward()
     wrong_side = 1 - epsilon if h < 0 else epsilon
     assert loss.item() == pytest.approx(1e4 * wrong_side, abs=1e-3)
-    assert chosen.grad.isfinite().all()
+    assert margin.grad.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------- robust, IPO and SimPO
@@ -131,78 +108,65 @@ def test_extreme_log_probs_give_a_finite_loss_and_gradient(h, epsilon):
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3, 0.45])
 def test_robust_dpo_over_labels_flipped_at_that_rate_is_the_clean_loss_on_average(beta, epsilon):
     """Which determines it: L(h) and L(−h) are two unknowns in the two equations at h and −h."""
-    chosen, rejected, ref_chosen, ref_rejected = draw()
-    as_labelled = robust_dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, epsilon)
-    flipped = robust_dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta, epsilon)
-    h = ((chosen - ref_chosen) - (rejected - ref_rejected)).numpy()
+    as_labelled, flipped = (robust_dpo_loss(h, beta, epsilon) for h in (draw(), -draw()))
     expectation = (1 - epsilon) * as_labelled + epsilon * flipped
     assert as_labelled.shape == (64,)
-    np.testing.assert_allclose(expectation.numpy(), minus_log_sigmoid(beta * h), rtol=1e-9, atol=1e-12)
+    expected = minus_log_sigmoid(beta * draw().numpy())
+    np.testing.assert_allclose(expectation.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
-def test_robust_dpo_is_ln_2_where_policy_and_reference_agree(epsilon):
-    chosen, rejected, _, _ = draw()
-    loss = robust_dpo_loss(chosen, rejected, chosen, rejected, 0.3, epsilon)
+def test_robust_dpo_is_ln_2_at_a_margin_of_0(epsilon):
+    loss = robust_dpo_loss(torch.zeros(64, dtype=torch.float64), 0.3, epsilon)
     np.testing.assert_allclose(loss.numpy(), math.log(2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
 def test_ipo_is_least_and_0_at_a_margin_of_half_of_1_over_beta(beta):
     h = torch.linspace(-8, 12, 81, dtype=torch.float64) / beta / 8  # −1/β … 1.5/β, among them 0.5/β
-    zero = torch.zeros_like(h)
-    loss = ipo_loss(h - 3, zero - 1, zero - 2, zero, beta)  # the margin: (h − 3 + 2) − (−1 − 0) = h
+    loss = ipo_loss(h, beta)
     np.testing.assert_allclose(loss.numpy(), (h.numpy() - 1 / (2 * beta)) ** 2, atol=1e-9)
     assert loss.min() < 1e-12 and h[loss.argmin()].item() == pytest.approx(0.5 / beta)
-    at_0 = ipo_loss(zero, zero, zero, zero, beta)
-    assert at_0[0].item() == pytest.approx(1 / (4 * beta**2))
+    assert ipo_loss(torch.zeros(1), beta).item() == pytest.approx(1 / (4 * beta**2))
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0, 10.0])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 3.0])
 def test_simpo_asks_for_a_margin_of_gamma_itself_not_gamma_over_beta(beta, gamma):
-    chosen, rejected, _, _ = draw(scale=3.0)
-    expected = minus_log_sigmoid(beta * (chosen - rejected).numpy() - gamma)
-    np.testing.assert_allclose(simpo_loss(chosen, rejected, beta, gamma).numpy(), expected, rtol=1e-12)
-    even = simpo_loss(rejected + gamma / beta, rejected, beta, gamma)  # β times the difference is γ
+    h = draw(scale=3.0)
+    expected = minus_log_sigmoid(beta * h.numpy() - gamma)
+    np.testing.assert_allclose(simpo_loss(h, beta, gamma).numpy(), expected, rtol=1e-12)
+    even = simpo_loss(torch.full((4,), gamma / beta, dtype=torch.float64), beta, gamma)  # β h is γ
     np.testing.assert_allclose(even.numpy(), math.log(2), rtol=1e-9)
 
 
 def test_the_variants_defaults_are_the_papers():
-    means = draw(scale=2.0)
-    assert torch.equal(robust_dpo_loss(*means), dpo_loss(*means, beta=0.1, label_smoothing=0.0))
-    assert torch.equal(ipo_loss(*means), ipo_loss(*means, beta=0.1))
-    assert torch.equal(simpo_loss(*means[:2]), simpo_loss(*means[:2], beta=2.0, gamma=1.0))
+    h = draw(scale=2.0)
+    assert torch.equal(robust_dpo_loss(h), robust_dpo_loss(h, beta=0.1, label_smoothing=0.1))
+    assert torch.equal(robust_dpo_loss(h, label_smoothing=0.0), dpo_loss(h))
+    assert torch.equal(ipo_loss(h), ipo_loss(h, beta=0.1))
+    assert torch.equal(simpo_loss(h), simpo_loss(h, beta=2.0, gamma=1.0))
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [
-        lambda *x: robust_dpo_loss(*x, 0.3, 0.2),
-        lambda *x: ipo_loss(*x, 0.3),
-        lambda a, b, *_: simpo_loss(a, b),
-    ],
+    "loss", [lambda h: robust_dpo_loss(h, 0.3, 0.2), lambda h: ipo_loss(h, 0.3), simpo_loss],
     ids=["robust", "ipo", "simpo"],
-)
+)  # fmt: skip
 def test_each_variants_gradient_is_that_of_finite_differences(loss):
-    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in draw(5, scale=3.0)])
+    assert torch.autograd.gradcheck(loss, draw(5, scale=3.0).requires_grad_())
 
 
-def with_flags(**flags):
-    config = Config(**flags)
-    check_flags(config)
-    return config
+# ---------------------------------------------------------------------------------- what a run makes of them
+
+EACH = pytest.mark.parametrize("loss", LOSSES)
 
 
-@pytest.mark.parametrize(
-    "loss, beta", [("dpo", 0.1), ("cdpo", 0.1), ("robust", 0.1), ("ipo", 0.1), ("simpo", 2)]
-)
-def test_each_loss_has_the_beta_of_its_paper_unless_another_is_given(loss, beta):
-    assert with_flags(loss=loss).beta == beta and with_flags(loss=loss, beta=0.7).beta == 0.7
-    assert (with_flags(loss=loss).gamma, with_flags(loss=loss).label_smoothing) == (1.0, 0.1)
+def with_flags(loss, **flags):
+    return Config(loss=loss, **{"beta": LOSSES[loss].beta, **flags})
 
 
 TOKENS = torch.tensor([[4.0, 7.0, 1.0], [9.0, 2.0, 1.0]])
+SURE = torch.ones(3)
 
 
 def sums():
@@ -211,12 +175,24 @@ def sums():
     return [-TOKENS.double() * (1 + torch.rand(2, 3, dtype=torch.float64)) for _ in range(2)]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+def losses(config, logps, ref_logps, tokens=TOKENS, p=SURE):
+    return preference_loss(config, logps, ref_logps, tokens, p)["loss"]
+
+
+def test_the_losses_are_the_papers_five():
+    assert list(LOSSES) == ["dpo", "cdpo", "robust", "ipo", "simpo"]
+    assert (Config().loss, Config().gamma, Config().label_smoothing) == ("dpo", 1.0, 0.1)
+
+
+@EACH
 def test_a_run_takes_sums_for_the_dpos_and_means_per_token_for_ipo_and_simpo(loss):
-    config = with_flags(loss=loss, beta=0.5, gamma=0.3, label_smoothing=0.2)
-    found, *rewards = preference_loss(config, *sums(), TOKENS)
+    config = with_flags(loss, beta=0.5, gamma=0.3, label_smoothing=0.2)
+    logps, ref_logps = sums()
+    if loss == "simpo":
+        ref_logps = torch.zeros_like(ref_logps)  # as `measure` has it where there is no reference
+    found = preference_loss(config, logps, ref_logps, TOKENS, SURE)
     lengths = TOKENS.numpy() if loss in ("ipo", "simpo") else 1
-    (better, worse), (ref_better, ref_worse) = (x.numpy() / lengths for x in sums())
+    (better, worse), (ref_better, ref_worse) = (x.numpy() / lengths for x in (logps, ref_logps))
     h = (better - ref_better) - (worse - ref_worse)
     right, wrong = minus_log_sigmoid(0.5 * h), minus_log_sigmoid(-0.5 * h)
     expected = {
@@ -226,39 +202,64 @@ def test_a_run_takes_sums_for_the_dpos_and_means_per_token_for_ipo_and_simpo(los
         "ipo": (h - 1) ** 2,
         "simpo": minus_log_sigmoid(0.5 * (better - worse) - 0.3),
     }[loss]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
-    np.testing.assert_allclose(rewards[0].numpy(), 0.5 * (better - ref_better), rtol=1e-6)
-    np.testing.assert_allclose(rewards[1].numpy(), 0.5 * (worse - ref_worse), rtol=1e-6)
+    np.testing.assert_allclose(found["loss"].numpy(), expected, rtol=1e-6)
+    rewards = 0.5 * (better - ref_better), 0.5 * (worse - ref_worse)
+    np.testing.assert_allclose(found["reward_chosen"].numpy(), rewards[0], rtol=1e-6)
+    np.testing.assert_allclose(found["reward_rejected"].numpy(), rewards[1], rtol=1e-6)
+    np.testing.assert_allclose(found["margin"].numpy(), rewards[0] - rewards[1], rtol=1e-6)
+    assert found["accuracy"].tolist() == (rewards[0] > rewards[1]).tolist()
+    assert torch.equal(torch.stack((found["logp_chosen"], found["logp_rejected"])), logps)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+@EACH
 def test_saying_a_response_twice_leaves_ipo_and_simpo_alone_and_changes_the_dpos(loss):
     """Every token again, with the same log-prob: sums double, means stay."""
-    config, twice = with_flags(loss=loss), torch.tensor([[2.0], [1.0]])
-    before = preference_loss(config, *sums(), TOKENS)[0]
-    after = preference_loss(config, *(x * twice for x in sums()), TOKENS * twice)[0]
+    config, twice = with_flags(loss), torch.tensor([[2.0], [1.0]])
+    before = losses(config, *sums())
+    after = losses(config, *(x * twice for x in sums()), TOKENS * twice)
     if loss in ("ipo", "simpo"):
         torch.testing.assert_close(before, after)
     else:
         assert ((before - after).abs() > 1e-3).all()
 
 
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo"])
+def test_the_loss_falls_with_the_chosen_and_rises_with_the_rejected(loss):
+    """IPO's up to a margin of 1/(2β), which these are far from."""
+    config, (logps, ref_logps) = with_flags(loss, beta=0.1, label_smoothing=0.01), sums()
+    chosen, rejected = torch.tensor([[0.01], [0.0]]), torch.tensor([[0.0], [0.01]])
+    before = losses(config, logps, ref_logps)
+    assert (losses(config, logps + chosen, ref_logps) < before).all()
+    assert (losses(config, logps + rejected, ref_logps) > before).all()
+    assert (losses(config, logps, ref_logps + chosen) > before).all()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust"])
+@pytest.mark.parametrize("shifted", [(0, 2), (1, 3), (0, 1), (2, 3)], ids=["w", "l", "policy", "reference"])
+def test_a_shift_that_leaves_the_difference_of_log_ratios_alone_leaves_the_loss_alone(shifted, loss):
+    """Of policy (0, 1) and reference (2, 3), or of both sides of either."""
+    rows = torch.cat(sums())
+    moved = torch.stack([row + 7.25 if i in shifted else row for i, row in enumerate(rows)])
+    torch.testing.assert_close(losses(with_flags(loss), *moved.split(2)), losses(with_flags(loss), *sums()))
+
+
 def with_gradients(config, logps, ref_logps, *rest):
     """The loss, and what it pulls both sides' log-probs by (2, 3)."""
     logps = logps.clone().requires_grad_()
-    loss = preference_loss(config, logps, ref_logps, TOKENS, *rest)[0]
+    loss = losses(config, logps, ref_logps, *rest)
     return loss.detach(), *torch.autograd.grad(loss.sum(), logps)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo", "simpo"])
+@EACH
 def test_soft_labels_of_1_and_0_are_the_hard_label_and_the_hard_label_of_the_pair_turned_round(loss):
-    config, (logps, ref_logps) = with_flags(loss=loss), sums()
-    hard, sure = with_gradients(config, *sums()), with_gradients(config, *sums(), torch.ones(3))
-    assert all(torch.equal(a, b) for a, b in zip(hard, sure))  # to the last bit
-    logps, ref_logps = logps.requires_grad_(), ref_logps
-    turned = preference_loss(config, logps.flip(0), ref_logps.flip(0), TOKENS.flip(0))[0]
+    config, (logps, ref_logps) = with_flags(loss), sums()
+    hard = with_gradients(config, *sums())
+    ratios = (logps - ref_logps) / TOKENS if loss in ("ipo", "simpo") else logps - ref_logps
+    assert torch.equal(hard[0], LOSSES[loss].of(ratios[0] - ratios[1], config))  # to the last bit
+    logps = logps.requires_grad_()
+    turned = losses(config, logps.flip(0), ref_logps.flip(0), TOKENS.flip(0))
     expected = turned.detach(), *torch.autograd.grad(turned.sum(), logps)
-    torch.testing.assert_close(with_gradients(config, *sums(), torch.zeros(3)), expected)
+    torch.testing.assert_close(with_gradients(config, *sums(), TOKENS, torch.zeros(3)), expected)
     assert not torch.allclose(expected[0], hard[0])
 
 
@@ -267,36 +268,45 @@ def test_a_soft_label_is_met_where_the_implicit_reward_has_its_log_odds(loss):
     """dpo: beta h = log p/(1 - p); ipo: h = (2p - 1)/(2 beta), 1/(2 beta) for a label that is sure."""
     p, beta = torch.tensor([0.5, 0.7, 0.95], dtype=torch.float64), 0.2
     h = (p / (1 - p)).log() / beta if loss == "dpo" else (2 * p - 1) / (2 * beta)
-    logps, ones = torch.stack((h, 0 * h)), torch.ones(2, 3)
+    logps, rest = torch.stack((h, 0 * h)), (torch.zeros(2, 3), torch.ones(2, 3), p)
+    config = with_flags(loss, beta=beta)
     logps.requires_grad_()
-    found = preference_loss(with_flags(loss=loss, beta=beta), logps, 0 * logps.detach(), ones, p)[0]
+    found = losses(config, logps, *rest)
     found.sum().backward()
     torch.testing.assert_close(logps.grad, torch.zeros_like(logps))
     with torch.no_grad():
         for off in (-0.1, 0.1):
-            moved = logps + torch.tensor([[off], [0.0]])
-            config = with_flags(loss=loss, beta=beta)
-            assert (preference_loss(config, moved, 0 * logps, ones, p)[0] > found).all()
+            assert (losses(config, logps + torch.tensor([[off], [0.0]]), *rest) > found).all()
 
 
-def test_no_reference_has_any_influence_on_simpo():
-    logps, ref_logps = sums()
-    losses = [
-        preference_loss(with_flags(loss="simpo"), logps, r, TOKENS)[0] for r in (ref_logps, ref_logps * 9)
-    ]
-    assert torch.equal(*losses)
+@EACH
+def test_an_sft_term_is_weighed_by_the_label_and_leaves_rewards_and_margin_alone(loss):
+    p = torch.tensor([1.0, 0.0, 0.75])
+    plain, more = (
+        preference_loss(with_flags(loss, sft_weight=weight), *sums(), TOKENS, p) for weight in (0.0, 0.5)
+    )
+    chosen, rejected = -sums()[0] / TOKENS
+    due = plain["loss"] + 0.5 * (p * chosen + (1 - p) * rejected)
+    torch.testing.assert_close(more.pop("loss"), due)
+    assert all(torch.equal(values, plain[name]) for name, values in more.items())
 
 
 @pytest.mark.parametrize("loss", ["dpo", "cdpo", "robust", "ipo"])
 @pytest.mark.parametrize("beta", [0.1, 0.6])
 def test_the_step_0_check_knows_where_each_loss_starts(loss, beta):
-    config, (logps, _) = with_flags(loss=loss, beta=beta), sums()
-    start = preference_loss(config, logps, logps, TOKENS)[0].mean().item()
+    config, (logps, _) = with_flags(loss, beta=beta), sums()
+    start = losses(config, logps, logps).mean().item()
     assert start == pytest.approx(1 / (4 * beta**2) if loss == "ipo" else math.log(2))
-    check_start(start, config, torch.device("cpu"))
+    due = LOSSES[loss].start(beta)
+
+    def check(found):
+        run = SimpleNamespace(means=lambda: {"loss": torch.tensor(found)}, device=torch.device("cpu"))
+        Run.must_start_at(run, due, "L(0)")
+
+    check(start)
     for wrong in (start + 0.01, start - 0.01, math.nan):
         with pytest.raises(UserError, match="policy and reference disagree"):
-            check_start(wrong, config, torch.device("cpu"))
+            check(wrong)
 
 
 # -------------------------------------------------------------------------------- log-probs of pairs
@@ -337,7 +347,7 @@ def by_hand(model, prompt, response):
 
 def test_pair_logprobs_are_sums_over_each_response_and_its_end_token(model):
     with torch.no_grad():
-        chosen, rejected = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
+        (chosen, rejected), _ = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
         assert chosen.shape == rejected.shape == (3,)
         for i, (prompt, better, worse) in enumerate(PAIRS):
             assert chosen[i].item() == pytest.approx(by_hand(model, prompt, better), rel=1e-4)
@@ -346,8 +356,8 @@ def test_pair_logprobs_are_sums_over_each_response_and_its_end_token(model):
 
 def test_a_pairs_logprobs_do_not_depend_on_its_batch_or_padding(model):
     with torch.no_grad():
-        together = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
-        alone = [pair_logprobs(model, examples(p), TOKENIZER, "cpu") for p in PAIRS]
+        together, _ = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
+        alone = [pair_logprobs(model, examples(p), TOKENIZER, "cpu")[0] for p in PAIRS]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
 
 
@@ -362,16 +372,17 @@ def test_a_prompt_shared_by_both_responses_changes_neither_logprobs_nor_gradient
     model = GPT(shape).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    ids, mask = collate([side for pair in batch for side in pair], TOKENIZER.pad)
+    plain = masked_sum(token_logprobs(model, ids, mask), mask).view(-1, 2).T  # each side by itself
     results = []
-    for share in (False, True):
-        logps = pair_logprobs(model, batch, TOKENIZER, "cpu", share)
+    for logps in (plain, pair_logprobs(model, batch, TOKENIZER, "cpu")[0]):
         weights = torch.arange(1.0, 1 + logps.numel(), dtype=torch.float64).view(2, -1)
         results.append((logps, *torch.autograd.grad((weights * logps).sum(), list(model.parameters()))))
     for plain, shared in zip(*results):
         torch.testing.assert_close(shared, plain)
     read = []
     handle = model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
-    pair_logprobs(model, batch[:1], TOKENIZER, "cpu", share=True)
+    pair_logprobs(model, batch[:1], TOKENIZER, "cpu")
     handle.remove()
     (chosen, _), (_, mask) = batch[0]
     assert read == [(1, len(chosen) + int(mask.sum()))]  # P + R_chosen + R_rejected
@@ -379,9 +390,9 @@ def test_a_prompt_shared_by_both_responses_changes_neither_logprobs_nor_gradient
 
 def test_swapping_the_sides_swaps_the_logprobs(model):
     with torch.no_grad():
-        chosen, rejected = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
-        swapped = pair_logprobs(model, examples(*((p, r, c) for p, c, r in PAIRS)), TOKENIZER, "cpu")
-    torch.testing.assert_close(torch.stack((rejected, chosen)), swapped, rtol=1e-4, atol=1e-4)
+        logps, _ = pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")
+        swapped, _ = pair_logprobs(model, examples(*((p, r, c) for p, c, r in PAIRS)), TOKENIZER, "cpu")
+    torch.testing.assert_close(logps.flip(0), swapped, rtol=1e-4, atol=1e-4)
 
 
 def test_only_response_tokens_are_counted_and_each_of_them_once():
@@ -391,10 +402,8 @@ def test_only_response_tokens_are_counted_and_each_of_them_once():
     for prompt in ("Hi", "What is the capital of France, and why do so many people ask for it?"):
         batch = examples((prompt, "Paris.", "Paris." * 4))
         with torch.no_grad():
-            counts = [
-                x.item() / -math.log(TOKENIZER.vocab_size)
-                for x in pair_logprobs(flat, batch, TOKENIZER, "cpu")
-            ]
+            logps, _ = pair_logprobs(flat, batch, TOKENIZER, "cpu")
+        counts = [x.item() / -math.log(TOKENIZER.vocab_size) for x in logps]
         tokens = [len(TOKENIZER.response(text)) for text in ("Paris.", "Paris." * 4)]
         assert counts == pytest.approx(tokens, rel=1e-5)
 
@@ -402,16 +411,16 @@ def test_only_response_tokens_are_counted_and_each_of_them_once():
 def test_no_gradient_reaches_what_is_masked(model):
     """The log-prob of a prompt token is in neither sum: the same sums come from the response columns only."""
     batch = examples(PAIRS[0])
-    for (ids, mask), total in zip(batch[0], pair_logprobs(model, batch, TOKENIZER, "cpu")):
+    for (ids, mask), total in zip(batch[0], pair_logprobs(model, batch, TOKENIZER, "cpu")[0]):
         logp = model(torch.from_numpy(ids)[None])[0].log_softmax(-1)
         picked = [logp[t - 1, ids[t]] for t in range(1, len(ids)) if mask[t]]
         assert not mask[: len(ids) - len(picked)].any() and ids[-1] == TOKENIZER.end and mask[-1]
         torch.testing.assert_close(total[0], torch.stack(picked).sum(), rtol=1e-4, atol=1e-4)
 
 
-def test_response_tokens_are_counted_with_the_end_token_and_without_the_prompt():
+def test_response_tokens_are_counted_with_the_end_token_and_without_the_prompt(model):
     due = [[len(TOKENIZER.response(text)) for text in side] for side in list(zip(*PAIRS))[1:]]
-    assert response_tokens(examples(*PAIRS), "cpu").tolist() == due
+    assert pair_logprobs(model, examples(*PAIRS), TOKENIZER, "cpu")[1].tolist() == due
 
 
 def first_step(model, folder, **flags):
@@ -424,6 +433,15 @@ def first_step(model, folder, **flags):
     train_dpo.main(Config(init=start, data=data, eval_data=data, out=out, **flags))
     lines = map(json.loads, Path(out).with_suffix(".metrics.jsonl").read_text().splitlines())
     return next(row for row in lines if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    "loss, beta", [("dpo", 0.1), ("cdpo", 0.1), ("robust", 0.1), ("ipo", 0.1), ("simpo", 2)]
+)
+def test_each_loss_has_the_beta_of_its_paper_unless_another_is_given(model, tmp_path, loss, beta):
+    for given, due in ((0.0, beta), (0.7, 0.7)):
+        first_step(model, tmp_path, loss=loss, beta=given)
+        assert load(tmp_path / "dpo.pt")["config"]["beta"] == due
 
 
 @pytest.mark.parametrize("alpha", [0.5, 2.0])
@@ -446,114 +464,3 @@ def test_simpo_runs_without_a_reference_in_memory(model, tmp_path, capsys):
     due = np.mean([minus_log_sigmoid(2 * (better - worse) - 0.4) for better, worse in means])
     assert row["loss"] == pytest.approx(due, rel=1e-4)
     assert "models in memory: policy\n" in capsys.readouterr().out
-
-
-# -------------------------------------------------------------------------------- pairs from fresh samples
-
-
-@pytest.fixture(scope="module")
-def talker():
-    """A random model that ends most of its responses within six tokens."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2, tied=False)).eval()
-    with torch.no_grad():
-        model.embed.weight.normal_()[:, 0] = 4.0
-        model.head.weight.normal_(0, 0.3)
-        model.head.weight[:, 0] = 0
-        model.head.weight[TOKENIZER.end, 0] = 2.5
-    return model
-
-
-def fresh(talker, scale, count=60, seed=0):
-    """Pairs of fresh samples, {prompt: (chosen, rejected)}; and what was drawn, {prompt: [(response, score,
-    whether it ended), …]}."""
-    texts = ["Why? " * (i % 5) + f"{i}" for i in range(count)]
-    rows = [{"prompt": [{"role": "user", "content": text}], "meta": {}} for text in texts]
-    prompts = [TOKENIZER.prompt(row["prompt"]) for row in rows]
-    drawn = {tuple(p.tolist()): [] for p in prompts}
-
-    def reward(batch, rollout):
-        scores = [scale * (sum(response) % 4) for response in rollout.responses()]
-        drafts = zip(rollout.responses(), scores, rollout.ended.tolist())
-        for row, ids, mask, (response, *rest) in zip(batch, rollout.ids, rollout.mask, drafts):
-            prompt = tuple(TOKENIZER.prompt(row["prompt"]).tolist())
-            assert tuple(ids[: mask.nonzero()[0]].tolist()) == prompt  # rows are those of the responses
-            drawn[prompt].append((tuple(response), *rest))
-        return torch.tensor(scores)
-
-    pairs, config = {}, Config(max_new_tokens=6)
-    for both in online_pairs(talker, rows, prompts, reward, TOKENIZER, config, seed):
-        chosen, rejected = (tuple(ids[~mask].tolist()) for ids, mask in both)
-        assert chosen == rejected and chosen not in pairs
-        for ids, mask in both:  # the prompt, then one run of scored tokens, to the end
-            assert mask.tolist() == [i >= len(chosen) for i in range(len(ids))]
-        assert both[0][0][-1] == TOKENIZER.end
-        pairs[chosen] = tuple(tuple(ids[mask].tolist()) for ids, mask in both)
-    return pairs, drawn
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_of_two_fresh_samples_the_finished_and_then_the_much_better_one_is_chosen(talker, sign):
-    pairs, drawn = fresh(talker, scale=1000.0 * sign, count=400)
-    expected, seen = {}, set()
-    for prompt, (first, second) in drawn.items():
-        if not (first[2] or second[2]):
-            seen.add("neither finished")
-            assert prompt not in pairs
-        elif first[2] != second[2]:  # whatever the scores
-            better, worse = (first, second) if first[2] else (second, first)
-            seen.add("the worse paid finished" if better[1] < worse[1] else "one finished")
-            expected[prompt] = better[0], worse[0]
-        elif first[0] == second[0]:
-            seen.add("alike")
-            assert prompt not in pairs
-        elif first[1] == second[1]:
-            seen.add("equally good")
-            assert sorted(pairs.pop(prompt)) == sorted((first[0], second[0]))
-        else:
-            better, worse = (first, second) if first[1] > second[1] else (second, first)
-            seen.add("the first" if better is first else "the second")
-            expected[prompt] = better[0], worse[0]
-    assert len(seen) == 7, seen  # every case came up
-    assert pairs == expected
-
-
-def test_otherwise_a_fresh_sample_is_chosen_as_often_as_bradley_and_terry_say(talker):
-    pairs, drawn = fresh(talker, scale=0.6, count=1400)
-    wins, due = [], []
-    for prompt, (first, second) in drawn.items():
-        if first[2] and second[2] and first[0] != second[0]:
-            wins.append(pairs[prompt][0] == first[0])
-            due.append(1 / (1 + math.exp(second[1] - first[1])))
-    wins, due = np.array(wins), np.array(due)
-    assert len(wins) > 900 and len(set(due.round(6))) == 7
-    for gap in sorted(set(due.round(6))):  # of each difference of scores by itself
-        here = np.isclose(due, gap)
-        assert abs(wins[here].mean() - gap) < 4 * math.sqrt(gap * (1 - gap) / here.sum())
-    better, sure = np.where(due >= 0.5, wins, ~wins), np.maximum(due, 1 - due)
-    apart = sure > 0.51
-    error = math.sqrt((sure * (1 - sure))[apart].sum())
-    assert abs((better - sure)[apart].sum()) < 3 * error < 0.05 * apart.sum()
-    assert fresh(talker, 0.6)[0] == fresh(talker, 0.6)[0] != fresh(talker, 0.6, seed=1)[0]
-
-
-# -------------------------------------------------------------------------------- the scorecard's statistics
-
-
-def test_the_win_rate_compares_all_samples_of_a_prompt_and_splits_ties():
-    assert win_rate(np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]]))[0] == 0.5
-    assert win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 0.0]]))[0] == pytest.approx(0.75)
-    utility = np.random.default_rng(0).normal(size=(40, 3))
-    assert win_rate(utility, utility)[0] == pytest.approx(0.5)
-    a, b = utility, np.random.default_rng(1).normal(size=(40, 2))
-    assert win_rate(a, b)[0] + win_rate(b, a)[0] == pytest.approx(1)
-    by_hand = np.mean([[x > y for x in p for y in q] for p, q in zip(a, b)])
-    assert win_rate(a, b)[0] == pytest.approx(by_hand)
-
-
-def test_the_standard_error_is_over_prompts_not_samples():
-    values = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    mean, error = mean_and_error(values)
-    assert (mean, error) == pytest.approx((0.5, math.sqrt(0.5) / math.sqrt(2)))
-    assert mean_and_error(np.repeat(values, 100, axis=1)) == pytest.approx((mean, error))
-    assert math.isnan(mean_and_error(np.ones((1, 5)))[1])

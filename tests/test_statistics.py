@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from nanoalign.statistics import POINTS, elo, logistic, pairwise_wins
+from evaluate import win_rate
+from nanoalign.statistics import POINTS, elo, logistic, mean_and_error, pairwise_wins
 
 # ---------------------------------------------------------------------------------------------- ratings
 
@@ -88,3 +89,22 @@ def test_wins_are_shares_of_sample_pairs_with_ties_half():
     three = np.random.default_rng(5).integers(0, 3, (3, 4, 2)).astype(float)
     off = pairwise_wins(three)[:, [0, 0, 1], [1, 2, 2]] + pairwise_wins(three)[:, [1, 2, 2], [0, 0, 1]]
     np.testing.assert_allclose(off, 1)
+
+
+def test_the_win_rate_compares_all_samples_of_a_prompt_and_splits_ties():
+    assert win_rate(np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]]))[0] == 0.5
+    assert win_rate(np.array([[1.0, 0.0]]), np.array([[0.0, 0.0]]))[0] == pytest.approx(0.75)
+    utility = np.random.default_rng(0).normal(size=(40, 3))
+    assert win_rate(utility, utility)[0] == pytest.approx(0.5)
+    a, b = utility, np.random.default_rng(1).normal(size=(40, 2))
+    assert win_rate(a, b)[0] + win_rate(b, a)[0] == pytest.approx(1)
+    by_hand = np.mean([[x > y for x in p for y in q] for p, q in zip(a, b)])
+    assert win_rate(a, b)[0] == pytest.approx(by_hand)
+
+
+def test_the_standard_error_is_over_prompts_not_samples():
+    values = np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    mean, error = mean_and_error(values)
+    assert (mean, error) == pytest.approx((0.5, math.sqrt(0.5) / math.sqrt(2)))
+    assert mean_and_error(np.repeat(values, 100, axis=1)) == pytest.approx((mean, error))
+    assert math.isnan(mean_and_error(np.ones((1, 5)))[1])
