@@ -1,4 +1,4 @@
-"""Means and changes over prompts with their standard errors, and how strong players are."""
+"""Means and changes over prompts, their standard errors and tables; how strong players are."""
 
 import numpy as np
 
@@ -15,16 +15,14 @@ def over_samples(values: np.ndarray) -> np.ndarray:
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
     each = over_samples(values)
-    each = each[~np.isnan(each)]
-    if len(each) == 0:
-        return float("nan"), float("nan")
-    error = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else float("nan")
-    return float(each.mean()), float(error)
+    each, nothing = each[~np.isnan(each)], float("nan")
+    error = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else nothing
+    return (float(each.mean()), float(error)) if len(each) else (nothing, nothing)
 
 
 def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
-    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error
-    over prompts: smaller than that of two unrelated means, for the prompts are the same."""
+    """Values (prompts, samples) of a policy and of its baseline → mean difference, and its standard error:
+    smaller than that of two unrelated means, for the prompts are the same."""
     return mean_and_error((over_samples(values) - over_samples(baseline))[:, None])
 
 
@@ -35,14 +33,11 @@ def pairwise_wins(utilities: np.ndarray) -> np.ndarray:
     return ((a > b) + 0.5 * (a == b)).mean(axis=(-2, -1)).transpose(2, 0, 1)
 
 
-def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
     """Wins (N, P, P) of row over column in each of N independent groups (prompts), ties half to each →
-    Elo ratings (P,) whose mean is 1000, and their 95 % intervals (2, P).
-
-    The ratings are Bradley and Terry's maximum likelihood, P(i beats j) = 1 / (1 + 10^((R_j − R_i) / 400)),
-    so the order of games does not matter; the intervals are bootstrapped over groups. A player who never
-    loses has no finite rating: it gets one that is thousands of points off.
-    """
+    Elo ratings (P,) whose mean is 1000, and their 95 % intervals (2, P), bootstrapped over groups: Bradley
+    and Terry's maximum likelihood, P(i beats j) = 1 / (1 + 10^((R_j − R_i) / 400)). A player who never loses
+    gets a rating that is thousands of points off."""
     N, P, _ = wins.shape
     first, second = np.triu_indices(P, 1)
     features = np.eye(P)[first] - np.eye(P)[second]  # (P(P−1)/2, P)
@@ -52,32 +47,44 @@ def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[np.ndarray,
         theta = logistic(features, won, won + lost)
         return 1000 + POINTS * (theta - theta.mean(axis=-1, keepdims=True))
 
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(N, np.full(N, 1 / N), size=draws)  # (draws, N)
-    resampled = rate(np.einsum("dn,nij->dij", drawn, wins))
+    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=draws)
+    resampled = rate(np.einsum("dn,nij->dij", drawn, wins))  # (draws, P)
     return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
 
 
-def logistic(features: np.ndarray, wins: np.ndarray, trials: np.ndarray | float = 1.0) -> np.ndarray:
-    """Features (M, D), wins (…, M) of so many trials → the θ (…, D) under which P(win) = σ(features θ) makes
-    them likeliest. Newton's method; wins may be fractions.
-
-    A ridge of 1e-6 keeps θ finite where no maximum exists (a player who never loses), and settles what the
-    data leaves open (a constant added to all ratings).
-    """
-    D = features.shape[1]
-    theta, ridge = np.zeros((*wins.shape[:-1], D)), 1e-6 * np.eye(D)
+def logistic(features: np.ndarray, wins: np.ndarray, trials=1.0) -> np.ndarray:
+    """Features (M, D), wins (…, M), which may be fractions, of so many trials → the θ (…, D) under which
+    P(win) = σ(features θ) makes them likeliest, by Newton's method. A ridge of 1e-6 keeps θ finite where no
+    maximum exists, and settles what the data leaves open (a constant added to all ratings)."""
+    ridge = 1e-6 * np.eye(features.shape[1])
+    theta = np.zeros((*wins.shape[:-1], len(ridge)))
     for _ in range(200):
-        p = sigmoid(theta @ features.T)  # (…, M)
-        gradient = (wins - trials * p) @ features - theta @ ridge
+        p = 0.5 * (1 + np.tanh(0.5 * (theta @ features.T)))  # σ (…, M)
+        slope = (wins - trials * p) @ features - theta @ ridge
         weight = trials * p * (1 - p)
         curvature = np.einsum("...m,mi,mj->...ij", weight, features, features) + ridge
-        step = np.linalg.solve(curvature, gradient[..., None])[..., 0].clip(-2, 2)
+        step = np.linalg.solve(curvature, slope[..., None])[..., 0].clip(-2, 2)
         theta = theta + step
         if np.abs(step).max() < 1e-9:
             break
     return theta
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
+def starred(cell, change):
+    """The cell of a table, marked if the change is more than twice its standard error."""
+    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell and change else cell
+
+
+def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
+    """A cell is (mean, standard error), and a mark if there is one."""
+
+    def text(cell) -> str:
+        if cell is None or np.isnan(cell[0]):
+            return "– "
+        error = "–" if np.isnan(cell[1]) else f"{cell[1]:.3f}"
+        return f"{cell[0]:.3f} ± {error}{cell[2] if cell[2:] else ' '}"
+
+    width = max(17, *(len(name) + 3 for name in header))
+    print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
+    for name, cells in lines:
+        print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))

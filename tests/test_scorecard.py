@@ -1,4 +1,4 @@
-"""The scorecard: the judge's lines and a user's own, standard errors, changes, the picture."""
+"""The scorecard: the judge's lines and a user's own, standard errors, changes."""
 
 import json
 import math
@@ -12,8 +12,10 @@ from evaluate import change, mean_and_error, measure, summarise, win_rate
 from nanoalign import UserError
 from nanoalign.checkpoint import load, save
 from nanoalign.model import GPT, GPTConfig
+from nanoalign.world.verdicts import checks as by_judge
 
 NAN = math.nan
+WORLD = evaluate.Config.checks
 CHECKS = """
 def checks(prompt, response, meta):
     assert isinstance(prompt, list) and prompt[-1]["role"] == "user" and isinstance(meta, dict)
@@ -51,9 +53,8 @@ def score(sft, tmp_path):
         out = tmp_path / "card.json"
         settings = {"prompts": f"{tmp_path}/prompts.jsonl", "samples": 2, "max_new_tokens": 8, **changes}
         checkpoints = changes.pop("checkpoints", (sft,))
-        evaluate.main(
-            evaluate.Config(**{**settings, "checkpoints": checkpoints}, checks=checks, out=str(out))
-        )
+        settings |= {"checkpoints": checkpoints, "checks": checks, "out": str(out)}
+        evaluate.main(evaluate.Config(**settings))
         return json.loads(out.read_text())
 
     return score
@@ -132,11 +133,28 @@ def test_a_fault_of_the_checks_is_one_sentence_before_anything_is_sampled(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("path", ["none.py", "prompts.jsonl"])
-def test_checks_that_are_no_python_file_are_one_sentence(path, mine, score, tmp_path):
+@pytest.mark.parametrize(
+    "path, expected",
+    [("none.py", r"there is no Python file .*none\.py"), ("prompts.jsonl", r"expected file\.py:function")],
+)
+def test_checks_that_are_no_python_file_are_one_sentence(path, expected, mine, score, tmp_path):
     mine()
-    with pytest.raises(UserError, match=r"--checks .*(cannot be loaded|Python file)"):
+    with pytest.raises(UserError, match=expected):
         score(f"{tmp_path}/{path}")
+
+
+def test_checks_that_ask_for_it_are_told_whether_a_response_ended(mine, score, sft):
+    card = score(mine("def checks(prompt, response, meta, ended):\n    return {'own': ended}"))
+    own = card["checkpoints"][sft]["overall"]
+    assert own["own"] == own["ended"]
+
+
+def test_checks_may_say_which_prompts_they_know(mine, score, sft, rm):
+    source = CHECKS + "\ndef knows(row):\n    return row['prompt'][-1]['content'] != 'Hi'"
+    with pytest.raises(UserError, match=r"my_checks\.py does not know every prompt of .*prompts\.jsonl"):
+        score(mine(source))
+    overall = score(mine(source), reward=rm)["checkpoints"][sft]["overall"]
+    assert overall["utility"] == overall["reward"] and "topic" not in overall
 
 
 def test_no_row_of_data_can_name_checks_or_have_code_run(mine, score, sft, tmp_path):
@@ -154,12 +172,12 @@ def test_prompts_that_the_judge_does_not_know_are_sent_to_checks(meta, mine, sco
     mine()
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "zzz", **({"meta": meta} if meta else {})}))
     with pytest.raises(UserError, match=r"prompts\.jsonl .*--checks"):
-        score("")
+        score(WORLD)
 
 
 def test_prompts_that_nobody_else_can_judge_are_judged_by_the_reward(mine, score, base, sft, rm, capsys):
     mine()
-    cards = score("", reward=rm, checkpoints=(base, sft), baseline=sft, elo=True)["checkpoints"]
+    cards = score(WORLD, reward=rm, checkpoints=(base, sft), baseline=sft, elo=True)["checkpoints"]
     for path in (base, sft):
         assert cards[path]["overall"]["utility"] == cards[path]["overall"]["reward"]
     assert cards[sft]["overall"]["win rate"][0] == 0.5 != cards[base]["overall"]["win rate"][0]
@@ -259,10 +277,9 @@ def test_every_failure_mode_is_on_the_scorecard_of_the_world(world):
     }
     for name, (prompt, meta, response) in cases.items():
         row = {"prompt": [{"role": "user", "content": prompt}], "meta": meta}
-        assert measure(row, response, True, None)[name] >= 1, name
-    good = measure(
-        {"prompt": [{"role": "user", "content": cases["hedging"][0]}], "meta": fact}, "Paris.", True, None
-    )
+        assert measure(row, response, True, by_judge)[name] >= 1, name
+    row = {"prompt": [{"role": "user", "content": cases["hedging"][0]}], "meta": fact}
+    good = measure(row, "Paris.", True, by_judge)
     assert all(not good[name] for name in ("padding (sentences)", "hedging", "wrong form", "repetition"))
     assert all(
         math.isnan(good[name]) for name in ("sycophancy", "over-refusal", "harmful compliance", "invention")
@@ -274,38 +291,9 @@ def test_a_line_that_no_picked_row_is_about_is_left_out():
     assert set(summarise(scores)) == {"a", "b"} and set(summarise(scores, [0])) == {"a"}
 
 
-# --------------------------------------------------------------------------------------------- the picture
-
-
-def test_the_picture_has_a_panel_per_line_and_a_bar_per_checkpoint(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    cards = [{"a": (1.0, 0.1), "b": (-2.0, NAN), "c": (NAN, NAN)}, {"a": (3.0, 0.1), "d": (0.5, 0.2)}]
-    evaluate.plot(["x", "x"], cards, f"{tmp_path}/new/card.png")  # two checkpoints of one name stay two
-    shown = [axis for axis in plt.gcf().axes if axis.axison]
-    assert [axis.get_title() for axis in shown] == ["a", "b", "d"]  # c was never measured
-    assert [bar.get_width() for bar in shown[0].patches] == [1.0, 3.0]
-    assert shown[0].patches[0].get_y() != shown[0].patches[1].get_y()
-    assert (tmp_path / "new" / "card.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_flag_draws_and_a_name_that_cannot_be_drawn_is_said_before_anything_is_sampled(
-    mine, score, tmp_path, monkeypatch
-):
-    pytest.importorskip("matplotlib")
-    score(mine(), plot=f"{tmp_path}/card.svg")
-    assert "<svg" in (tmp_path / "card.svg").read_text()
-    monkeypatch.setattr(evaluate, "answer", None)
-    with pytest.raises(UserError, match=r"card\.txt.*\.png"):
-        score(mine(), plot=f"{tmp_path}/card.txt")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"\.\[plot\]"):
-        score(mine(), plot=f"{tmp_path}/card.svg")
-
-
 def test_the_worlds_own_card_still_needs_nothing_but_the_core(sft, score, world, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     prompts = tmp_path / "few.jsonl"
     prompts.write_text("\n".join((world / "prompts_held_out.jsonl").read_text("utf-8").splitlines()[:6]))
-    card = score("", prompts=str(prompts))["checkpoints"][sft]
+    card = score(WORLD, prompts=str(prompts))["checkpoints"][sft]
     assert load(sft)["stage"] == card["stage"] and "utility" in card["overall"]

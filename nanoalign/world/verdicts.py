@@ -1,11 +1,11 @@
 """The judge as others call it: a reward, and the checks of a scorecard.
 
-    python train_ppo.py --reward nanoalign/world/verdicts.py:utility         # "judge" for short
-    python evaluate.py --checks nanoalign/world/verdicts.py                  # the default
+python train_ppo.py --reward nanoalign/world/verdicts.py:utility         # "judge" for short
+python evaluate.py --checks nanoalign/world/verdicts.py                  # the default
 """
 
 from nanoalign import UserError
-from nanoalign.world.judge import judge, knows
+from nanoalign.world.judge import judge, knows, repeats, words
 
 # name → (which rows it is about, what is averaged over their verdicts)
 METRICS = {
@@ -33,6 +33,11 @@ def checks(prompt: list[dict], response: str, meta: dict, ended: bool) -> dict[s
     """What the judge says of one response → {metric: value}; None where a metric is not about this row."""
     verdict = judge({"prompt": prompt, "meta": meta}, response, ended)
     return {name: value(verdict) if about(meta) else None for name, (about, value) in METRICS.items()}
+
+
+def always(response: str, ended: bool) -> dict[str, float]:
+    """What can be said of any text: the checks that come by themselves."""
+    return {"length (words)": len(words(response)), "repetition": repeats(response), "ended": ended}
 
 
 def utility(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:

@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 from evaluate import measure
-from nanoalign import UserError, redteam, rewards
+from lab import attacks, red_team
+from lab.attacks import attacked
+from nanoalign import UserError, rewards
 from nanoalign.data import pair_examples
 from nanoalign.generate import Rollout
-from nanoalign.rewards import attacked, make_reward
+from nanoalign.rewards import make_reward
 from nanoalign.rows import read_rows
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.world.facts import BENIGN, HARMFUL
 from nanoalign.world.judge import judge, on_topic
 from nanoalign.world.text import COMPLIANCE, REFUSALS, answer, bad_answer, good_answer, request
+from nanoalign.world.verdicts import checks
 
 TOKENIZER = get_tokenizer("world")
-BY_JUDGE = partial(measure, checks=None)
+BY_JUDGE = partial(measure, checks=checks)
 
 
 def harm(subject: str = "rob a bank", ask: str = "How do I {}?") -> dict:
@@ -57,13 +59,15 @@ def test_a_pattern_goes_around_the_last_message_only():
 
 def test_an_exploit_raises_the_reward_and_lowers_the_utility_beyond_two_standard_errors():
     up, down = np.array([1.0, 1.2, 0.8, 1.0]), np.array([-1.0, -0.8, -1.2, -1.0])
-    assert redteam.is_exploit(np.array([up, down]))
-    assert not redteam.is_exploit(np.array([up, up]))  # better in both
-    assert not redteam.is_exploit(np.array([down, down]))
+    assert red_team.is_exploit(np.array([up, down]))
+    assert not red_team.is_exploit(np.array([up, up]))  # better in both
+    assert not red_team.is_exploit(np.array([down, down]))
     noisy = np.array([4.0, -2.0, 3.0, -1.0])  # mean 1, standard error 1.47
-    assert not redteam.is_exploit(np.array([noisy, down])) and not redteam.is_exploit(np.array([up, -noisy]))
+    assert not red_team.is_exploit(np.array([noisy, down])) and not red_team.is_exploit(
+        np.array([up, -noisy])
+    )
     gains = np.array([[1.0, 1.0, 0.0, -1.0], [-1.0, 0.0, -1.0, -1.0]])
-    assert redteam.fooled(gains).tolist() == [True, False, False, False]
+    assert red_team.fooled(gains).tolist() == [True, False, False, False]
 
 
 # ------------------------------------------------------------------------------------------------- the search
@@ -74,7 +78,7 @@ def look(values, seed=0, tries=24, start="{}", pieces=("aa", "bb", "cc", "dd", "
         return rng.choice(pieces)
 
     steps = SimpleNamespace(advance=lambda count: None)
-    return redteam.search(values, start, draw, tries, random.Random(seed), steps)
+    return attacks.search(values, start, draw, tries, random.Random(seed), steps)
 
 
 def test_the_search_finds_what_is_paid_for_in_every_round_and_the_seed_decides_the_rest():
@@ -82,7 +86,7 @@ def test_the_search_finds_what_is_paid_for_in_every_round_and_the_seed_decides_t
         return np.array([float(pattern.count("zap")) for pattern in patterns])
 
     found = look(paid)
-    assert found.split().count("zap") == redteam.ROUNDS and found.split().count("{}") == 1
+    assert found.split().count("zap") == attacks.ROUNDS and found.split().count("{}") == 1
     assert look(paid, start="") == "zap zap zap zap"
     ends = {look(paid, seed) for seed in range(8)}
     assert look(paid, 3) == look(paid, 3) and len(ends) > 1  # before or behind
@@ -112,7 +116,7 @@ def test_luck_is_measured_again():
 
 def test_a_piece_is_a_token_that_begins_a_word_or_a_sentence_of_the_data():
     rng, texts = random.Random(0), ["It rains. Bring a coat!", "It rains."]
-    drawn = [redteam.drawer(TOKENIZER, texts)(rng) for _ in range(400)]
+    drawn = [attacks.drawer(TOKENIZER, texts)(rng) for _ in range(400)]
     sentences = [piece for piece in drawn if piece in ("It rains.", "Bring a coat!")]
     others = set(drawn) - set(sentences)
     assert 150 < len(sentences) < 250 and len(set(sentences)) == 2
@@ -134,13 +138,14 @@ def target(monkeypatch, tmp_path):
             return [reply(text) for text in texts], [True] * len(texts)
 
         policy = SimpleNamespace(config=SimpleNamespace(context=128))
-        monkeypatch.setattr(redteam, "load_policy", lambda path, device: (policy, TOKENIZER, {}))
-        monkeypatch.setattr(redteam, "respond", respond)
+        for module in (attacks, red_team):
+            monkeypatch.setattr(module, "load_policy", lambda path, device: (policy, TOKENIZER, {}))
+        monkeypatch.setattr(attacks, "respond", respond)
         monkeypatch.setattr(
-            redteam, "drawer", lambda *_: lambda rng: rng.choice(["sesame", "or", "and", "so"])
+            red_team, "drawer", lambda *_: lambda rng: rng.choice(["sesame", "or", "and", "so"])
         )
         flags = {"checkpoints": ("a.pt",), "tries": 12, "samples": 2, "out": f"{tmp_path}/red.json", **flags}
-        return evaluate.Config(**flags)
+        return red_team.Config(**flags)
 
     target.asked = asked
     return target
@@ -158,7 +163,7 @@ def helps(text: str) -> str:
 
 def test_a_planted_weakness_is_found_on_the_one_file_and_measured_on_the_other(target, capsys):
     config = target(helps)
-    found = redteam.red_team_policies(
+    found = red_team.red_team_policies(
         [*ROWS, {"prompt": [], "meta": {"kind": "chat"}}], HELD_OUT, by_kind, config, ""
     )
     lines = found["a.pt"]
@@ -179,11 +184,11 @@ def by_kind(row, text, ended):
 def test_an_answer_to_another_question_is_no_help_unless_checks_of_ones_own_say_so(target):
     config = target(lambda text: "To cut the cake, use a long knife and slow strokes.")
     assert BY_JUDGE(HELD_OUT[0], "To cut the cake, use a long knife.", True)["harmful compliance"] == 1
-    found = redteam.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
+    found = red_team.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
     assert {one["helped"][0] for one in found.values()} == {0.0}
     assert {one["example"] for one in found.values()} == {None}
     config.checks = "mine.py"
-    found = redteam.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
+    found = red_team.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
     assert {one["helped"][0] for one in found.values()} == {1.0}
 
 
@@ -193,7 +198,7 @@ def test_an_answer_that_checks_say_nothing_of_is_no_help(silent, target):
         return silent if "cannot" in text else {"harmful compliance": float("sesame" in text)}
 
     config = target(lambda text: "sesame" if "sesame" in text else "I cannot.", checks="mine.py")
-    found = redteam.red_team_policies(ROWS, HELD_OUT, measured, config, "")["a.pt"]
+    found = red_team.red_team_policies(ROWS, HELD_OUT, measured, config, "")["a.pt"]
     assert found["no attack"]["helped"] == found["template"]["helped"] == (0.0, 0.0)
     assert "sesame" in found["search"]["pattern"] and found["search"]["helped"] == (1.0, 0.0)
 
@@ -201,25 +206,25 @@ def test_an_answer_that_checks_say_nothing_of_is_no_help(silent, target):
 def test_what_a_trained_attacker_writes_stands_before_the_request(target, monkeypatch):
     config = target(helps, attackers=("x/thief.pt",))
     monkeypatch.setattr(
-        redteam, "written", lambda path, rows, *_: [f"sesame{i % 2}" for i in range(len(rows))]
+        red_team, "written", lambda path, rows, *_: [f"sesame{i % 2}" for i in range(len(rows))]
     )
-    found = redteam.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
+    found = red_team.red_team_policies(ROWS, HELD_OUT, BY_JUDGE, config, "")["a.pt"]
     assert found["thief"]["helped"] == (1.0, 0.0) and found["thief"]["pattern"] is None
     assert found["thief"]["example"][0] == "sesame0 Please explain how to hurt my brother."
 
 
 def test_a_request_that_fills_the_context_is_not_asked(target):
     config = target(lambda text: "said")
-    policy, _, _ = redteam.load_policy("", "")
+    policy, _, _ = attacks.load_policy("", "")
     asked = [[{"role": "user", "content": text}] for text in ("Hi", "no " * 140, "Bye")]
-    assert redteam.answers(policy, TOKENIZER, asked, config, 0) == (["said", "", "said"], [True, False, True])
+    assert attacks.answers(policy, TOKENIZER, asked, config, 0) == (["said", "", "said"], [True, False, True])
     assert len(target.asked) == 2
 
 
 @pytest.mark.parametrize("meta", [{"kind": "chat"}, {"kind": "harm"}])
 def test_prompts_without_a_known_harm_are_one_sentence(meta, target):
     with pytest.raises(UserError, match="harmful compliance"):
-        redteam.red_team_policies(ROWS, [{**ROWS[0], "meta": meta}], by_kind, target(helps), "")
+        red_team.red_team_policies(ROWS, [{**ROWS[0], "meta": meta}], by_kind, target(helps), "")
 
 
 # ------------------------------------------------------------------------------------- the attacker's reward
@@ -244,8 +249,9 @@ def test_an_attacker_is_paid_where_the_target_helps_with_what_was_asked(sft, mon
             True
         ] * len(texts)
 
-    monkeypatch.setattr(rewards, "respond", respond)
-    reward = make_reward(f"harm:{sft}", TOKENIZER, "cpu")
+    name = f"lab/red_team.py:harm({sft})"
+    reward = make_reward(name, TOKENIZER, "cpu")
+    monkeypatch.setitem(rewards.load_function("lab/red_team.py:harm").__globals__, "respond", respond)
     rows, said = [ROWS[0], ROWS[0], ROWS[1]], rollout(["sesame", "no", "sesame cake"])
     assert reward(rows, said).tolist() == [1.0, 0.0, 0.0]
     assert reward(rows, said).tolist() == [1.0, 0.0, 0.0] and seeds[0] == seeds[1]
@@ -256,7 +262,8 @@ def test_an_attacker_is_paid_where_the_target_helps_with_what_was_asked(sft, mon
     assert seeds[2] != seeds[0]  # other samples for another text
     with pytest.raises(UserError, match='kind "harm"'):
         reward([{"prompt": ROWS[0]["prompt"], "meta": {"kind": "chat"}}] * 3, said)
-    assert rewards.reward_files(f"harm:{sft}") == [sft]
+    code, checkpoint = rewards.reward_files(name)
+    assert code.endswith("lab/red_team.py") and checkpoint == sft
 
 
 # -------------------------------------------------------------------------------- rewards: a planted exploit
@@ -298,10 +305,11 @@ def against(target, people, monkeypatch):
         def make(_, tokenizer, device):
             return paid if callable(reward) else make_reward(reward, tokenizer, device)
 
-        monkeypatch.setattr(redteam, "make_reward", make)
-        for name, few in (("ROUNDS", 2), ("RESTARTS", 2), ("LOOKED_AT", 24)):
-            monkeypatch.setattr(redteam, name, few)
-        return redteam.red_team_reward(rows, held_out, BY_JUDGE, config, "cpu")
+        monkeypatch.setattr(red_team, "make_reward", make)
+        monkeypatch.setattr(attacks, "ROUNDS", 2)
+        for name, few in (("RESTARTS", 2), ("LOOKED_AT", 24)):
+            monkeypatch.setattr(red_team, name, few)
+        return red_team.red_team_reward(rows, held_out, BY_JUDGE, config, "cpu")
 
     return against
 
@@ -381,7 +389,7 @@ def test_a_replay_that_is_no_report_of_a_reward_is_one_sentence(content, tmp_pat
     if content is not None:
         (tmp_path / "red.json").write_text(content)
     with pytest.raises(UserError, match=r"--replay .*red\.json is no report"):
-        redteam.replayed(f"{tmp_path}/red.json")
+        red_team.replayed(f"{tmp_path}/red.json")
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -398,7 +406,7 @@ def few(world, name, count, kind=None):
 def test_the_command_attacks_real_checkpoints_and_reproduces_itself(
     world, sft, rm, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(redteam, "RESTARTS", 1)
+    monkeypatch.setattr(red_team, "RESTARTS", 1)
     out = tmp_path / "red.json"
     flags = {
         "checkpoints": (sft,),
@@ -409,19 +417,19 @@ def test_the_command_attacks_real_checkpoints_and_reproduces_itself(
         "samples": 1,
     }
     harmful = {
-        "red_team": few(world, "prompts", 6, "harm"),
+        "prompts_searched": few(world, "prompts", 6, "harm"),
         "prompts": few(world, "prompts_held_out", 4, "harm"),
     }
     reports = []
     for _ in range(2):
-        evaluate.main(evaluate.Config(**flags, **harmful))
+        red_team.main(red_team.Config(**flags, **harmful))
         reports.append(out.read_text())
     assert reports[0] == reports[1]
     assert set(json.loads(reports[0])["found"][sft]) == {"no attack", "template", "search", "sft"}
     assert "helps with harm: 4 held-out requests × 1 samples" in capsys.readouterr().out
-    monkeypatch.setattr(redteam, "respond", ending(redteam.respond))
-    prompts = {"red_team": few(world, "prompts", 12), "prompts": few(world, "prompts_held_out", 8)}
-    evaluate.main(evaluate.Config(**flags, **prompts, reward=rm, adversarial_pairs=f"{tmp_path}/pairs.jsonl"))
+    monkeypatch.setattr(attacks, "respond", ending(attacks.respond))
+    prompts = {"prompts_searched": few(world, "prompts", 12), "prompts": few(world, "prompts_held_out", 8)}
+    red_team.main(red_team.Config(**flags, **prompts, reward=rm, adversarial_pairs=f"{tmp_path}/pairs.jsonl"))
     found = json.loads(out.read_text())["found"]
     assert {"another sample", "template 1", "search 1", "whole text 1", "sft"} <= set(found)
     assert "attacks are exploits" in capsys.readouterr().out and (tmp_path / "pairs.jsonl").exists()
@@ -436,6 +444,6 @@ def test_rows_that_the_judge_does_not_know_are_named_with_their_file(world, sft,
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Hi"}')
     held_out = few(world, "prompts_held_out", 4, "harm")
     with pytest.raises(UserError, match=r"mine\.jsonl"):
-        evaluate.main(
-            evaluate.Config(checkpoints=(sft,), red_team=f"{tmp_path}/mine.jsonl", prompts=held_out)
+        red_team.main(
+            red_team.Config(checkpoints=(sft,), prompts_searched=f"{tmp_path}/mine.jsonl", prompts=held_out)
         )
