@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError
-from nanoalign.generate import generate, respond, rollouts, sample, sample_kl, truncate
+from nanoalign.generate import generate, respond, rollout, rollouts, sample, sample_kl, truncate
 from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.tokenizer import get_tokenizer
@@ -261,6 +261,22 @@ def test_rollouts_cover_every_prompt_once_and_say_which():
         assert_rows(out, [prompts[i].tolist() for i in rows], expected, END)
         seen += rows
     assert sorted(seen) == list(range(7))
+
+
+def test_a_rollout_answers_in_the_order_asked():
+    model, prompts = lively(LLAMA, seed=3), as_prompts(5, 1, 9, 3, 3, 8, 2)
+    prompts[4] = prompts[0]  # asked twice
+    asked = [prompt.tolist() for prompt in prompts]
+    out = rollout(model, TOKENS, prompts, 6, seed=0, temperature=0)
+    assert_rows(out, asked, [greedy_by_hand(model, prompt, 6, END) for prompt in asked], END)
+    sampled = rollout(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
+    [(order, drawn)] = rollouts(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
+    assert order != sorted(order)
+    for row, i in enumerate(order):
+        n = len(prompts[i])
+        assert sampled.ids[i, :n].tolist() == asked[i]
+        for ours, theirs in zip(vars(sampled).values(), vars(drawn).values()):
+            assert torch.equal(ours[i], theirs[row])
 
 
 @family
