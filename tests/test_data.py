@@ -14,7 +14,6 @@ from nanoalign.data import (
     join,
     labelled_examples,
     micro_batches,
-    pack,
     pair_examples,
     split_rows,
     thin,
@@ -385,23 +384,6 @@ def test_a_truncated_conversation_keeps_its_first_tokens_and_their_mask():
     ids, mask = WORLD.render([USER, ASSISTANT, MORE, ASSISTANT])
     [(short, short_mask)] = chat_examples([{"messages": [USER, ASSISTANT, MORE, ASSISTANT]}], WORLD, 9)
     assert np.array_equal(short, ids[:9]) and np.array_equal(short_mask, mask[:9])
-
-
-def test_packing_predicts_every_token_but_the_first_exactly_once():
-    texts = [" ".join("abcdefgh"), "", "i j k l m n o"]
-    stream = [i for text in texts for i in (*WORLD.encode(text), WORLD.end)]
-    for context in (2, 3, 4, 9):
-        blocks = pack([{"text": text} for text in texts], WORLD, context)
-        assert blocks.shape[1] == context
-        predicted = blocks[:, 1:].flatten().tolist()
-        assert predicted == stream[1 : 1 + len(predicted)]  # each once, in order, from its neighbour
-        assert 0 <= len(stream) - 1 - len(predicted) < context - 1  # what cannot fill a block is left
-        assert (blocks[:-1, -1] == blocks[1:, 0]).all()
-
-
-def test_text_too_short_for_a_block_is_a_user_error():
-    with pytest.raises(UserError, match="--context"):
-        pack([{"text": "a b"}], WORLD, 100)
 
 
 def test_every_epoch_is_another_permutation():
