@@ -1,0 +1,341 @@
+# The laboratory's targets, on top of the demo's: every claim of docs/ is measured by one of them.
+# Each goes on from the demo in OUT; with SEEDS=3 it works in out/seed0 to out/seed2, where it first builds one.
+
+SEEDS = 1#  how many
+lab-seeds = $(if $(filter 1,$(SEEDS)),$(SEED),$(shell seq 0 $$(($(SEEDS) - 1))))
+lab-out = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
+# $(call over-seeds,FILES): make these files of OUT, for every seed; $(call of-seeds,FILE): their names
+over-seeds = +@for seed in $(lab-seeds); do \
+  $(MAKE) --no-print-directory $(foreach file,$(1),$(call lab-out,$$seed)/$(file)) SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
+  done
+of-seeds = $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/$(1))
+SCORES = --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt --show 0
+PROMPTS = $(WORLD)/prompts_held_out.jsonl
+
+# ----------------------------------------------------------------------------------------------- results
+
+.PHONY: results
+results: SEEDS = 3
+results: .venv/installed  ## the demo over several seeds (by default 3), and its tables for docs/results.md
+	$(call over-seeds,rm.report.txt best_of_8.txt scorecard.txt greedy.json)
+	@cat $(call of-seeds,rm.report.txt) $(call of-seeds,best_of_8.txt) $(call of-seeds,scorecard.txt)
+	$(PY) -m lab.seeds $(call of-seeds,scorecard.json)
+	$(PY) -m lab.seeds $(call of-seeds,greedy.json)
+
+$(OUT)/greedy.json: $(PROMPTS) $(CHECKPOINTS) $(EVALUATE)
+	$(SCORECARD) --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --temperature 0 --samples 1 --out $@ > /dev/null
+
+# -------------------------------------------------------------------------------------------- scoreboard
+# Every method from the same SFT checkpoint (ORPO from the base model), on the same prompts and preferences, and
+# with as many responses through the policy's training: RESPONSES, and for ORPO also those that SFT has seen.
+
+METHODS = dpo cdpo robust ipo simpo rpo online kto chosen orpo ppo grpo dr_grpo dapo rloo
+from-pairs = --data $(OUT)/pairs.jsonl --init $(OUT)/sft.pt --lr 1e-4 --steps $$(($(RESPONSES) / 64))
+method-dpo = train_dpo.py $(from-pairs)
+method-cdpo = train_dpo.py --loss cdpo $(from-pairs)
+method-robust = train_dpo.py --loss robust $(from-pairs)
+method-ipo = train_dpo.py --loss ipo $(from-pairs)
+method-simpo = train_dpo.py --loss simpo $(from-pairs)
+method-rpo = train_dpo.py --sft-weight 1 $(from-pairs)
+method-online = -m lab.train_online_dpo --reward $(OUT)/rm.pt --beta 0.2 $(from-pairs)
+method-chosen = train_sft.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
+  --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 32))#  the control: only imitate the chosen side
+method-ppo = train_ppo.py $(from-prompts)
+method-dr_grpo = train_grpo.py --kind dr_grpo $(from-prompts)
+method-dapo = train_grpo.py --kind dapo $(from-prompts)
+method-rloo = train_grpo.py --kind rloo $(from-prompts)
+
+.PHONY: scoreboard
+scoreboard: .venv/installed  ## every method under one budget, measured (docs/methods.md)
+	$(call over-seeds,scoreboard/scorecard.json)
+	$(PY) -m lab.scoreboard $(call of-seeds,scoreboard)
+
+BOARD_CHECKPOINTS = $(OUT)/sft.pt $(METHODS:%=$(BOARD)/%.pt)
+$(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
+	$(SCORECARD) --checkpoints $(BOARD_CHECKPOINTS) $(SCORES) --reward $(OUT)/rm.pt --out $@ > $(BOARD)/scorecard.txt
+
+# ------------------------------------------------------------------------------------------------- steps
+# A solver of sums of several steps, rewarded for the right answer, or read step by step.
+
+FEW = $(if $(filter tiny,$(SIZE)),3,30)
+from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl \
+  --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch 64 --steps $(FEW) --eval-every 10
+
+.PHONY: sums
+sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
+$(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
+	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
+	  --batch-size 512 --minibatch 512 --out $@ --resume $(FLAGS)
+
+$(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt lab/label_steps.py
+	$(STEPS) --by rollouts --prompts $< --samples 1 --count 1000 --out $@
+
+$(OUT)/orm.pt: $(OUT)/steps.jsonl $(OUT)/steps_held_out.jsonl train_prm.py
+	$(PRM) --data $< --outcome --out $@
+$(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl train_prm.py
+	$(PRM) --data $< --out $@
+
+.PHONY: prm
+prm: .venv/installed $(OUT)/best_of_n.txt $(OUT)/best_of_n.rollouts.txt  ## score every step: process reward models, best of n, search
+	@cat $(filter %.txt,$^)
+
+BEST_FLAGS_tiny = --samples 4 --depth 4
+$(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
+	$(BEST) $(BEST_FLAGS_$(SIZE)) --prm $< --orm $(OUT)/orm.pt --search beam dvts --show 2 --out $(@:.txt=.csv) > $@
+$(OUT)/best_of_n.rollouts.txt: $(OUT)/prm-rollouts.pt best_of_n.py
+	$(BEST) $(BEST_FLAGS_$(SIZE)) --prm $< --out $(@:.txt=.csv) > $@
+
+# Policies trained against the process model: do they learn to write more, or emptier, steps?
+.PHONY: prm-hacking
+HACKED = $(foreach run,ppo-steps ppo-min grpo-steps grpo-min,$(OUT)/prm-hacking/$(run).pt)
+prm-hacking: .venv/installed $(HACKED) $(OUT)/sums.pt  ## PPO and GRPO against the process model, densely and as one score
+	$(PY) -m lab.prm policies --checkpoints $(OUT)/solver.pt $(OUT)/sums.pt $(HACKED) --prm $(OUT)/prm.pt \
+	  --problems $(WORLD)/problems_held_out.jsonl
+
+hacks-ppo-steps = train_ppo.py
+hacks-ppo-min = train_ppo.py
+hacks-grpo-steps = -m lab.train_grpo_steps
+hacks-grpo-min = train_grpo.py
+$(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
+	$(train) $(hacks-$*) $(from-problems) --reward prm-$(word 2,$(subst -, ,$*)):$< --watch answer --max-new-tokens 96 \
+	  --batch-size 128 --minibatch 128 --out $@ --resume $(FLAGS)
+
+# ------------------------------------------------------------------------------------------- AI feedback
+# Constitutional AI: an assistant that has learnt to criticise, to revise and to judge learns from its own revisions
+# (SL-CAI), then from its own preferences (ai: RLAIF). Beside that, people's preferences: on the same pairs (human),
+# on as many of them as cost the same (few), and half the money on either (mixed). A prompt has one pair, so that
+# training reads every label. The price leaves out the demonstrations that taught the assistant its three tasks.
+
+PRICE = 10#  AI labels for the price of a person's: about what Lee et al. (2023) estimate
+CAI = $(OUT)/cai
+CAI_FLAGS_tiny = --max-new-tokens 24
+
+$(OUT)/assistant.pt: $(WORLD)/sft.jsonl $(WORLD)/feedback.jsonl $(OUT)/base.pt train_sft.py
+	cat $(filter %.jsonl,$^) > $(OUT)/assistant.jsonl
+	$(train) train_sft.py --data $(OUT)/assistant.jsonl --init $(OUT)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+CRITIQUE = $(PY) critique.py --policy $(OUT)/assistant.pt --watch judge $(FLAGS) $(CAI_FLAGS_$(SIZE))
+$(CAI)/revisions.jsonl: $(WORLD)/prompts.jsonl $(OUT)/assistant.pt constitution.txt critique.py nanoalign/feedback.py
+	$(CRITIQUE) --prompts $< --out $@
+# Answers are sampled below temperature 1, so that SFT on them sharpens the model, revised or not: the control.
+$(CAI)/unrevised.jsonl: $(WORLD)/prompts.jsonl $(OUT)/assistant.pt constitution.txt critique.py
+	$(CRITIQUE) --prompts $< --rounds 0 --out $@
+
+$(CAI)/sl-cai.pt: $(CAI)/revisions.jsonl
+$(CAI)/unrevised.pt: $(CAI)/unrevised.jsonl
+$(CAI)/sl-cai.pt $(CAI)/unrevised.pt: train_sft.py
+	$(train) train_sft.py --data $(filter %.jsonl,$^) --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
+
+CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
+BY_AI = --annotator ai:$(OUT)/assistant.pt
+$(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
+	$(CAI_COLLECT) --prompts $< --samples 2 --out $@
+$(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
+	$(CAI_COLLECT) --prompts $< --samples 2 --out $@ $(BY_AI)
+$(CAI)/price-$(PRICE):
+	@mkdir -p $(CAI) && rm -f $(CAI)/price-* && touch $@
+$(CAI)/few.jsonl: $(CAI)/human.jsonl $(CAI)/price-$(PRICE)
+	awk 'NR % $(PRICE) == 0' $< > $@
+$(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl $(CAI)/price-$(PRICE)
+	awk 'NR % (2 * $(PRICE)) == 0' $< > $@
+	awk 'NR % 2 == 1' $(CAI)/ai.jsonl >> $@
+
+CAI_STEPS = $$(($(RESPONSES) / 64))
+$(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  seven passes over so few pairs, not fifteen
+$(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
+	$(train) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
+
+# How good people and the AI are as judges, on the same held-out pairs, by the exact judge.
+$(CAI)/judges.txt: $(PROMPTS) $(CAI)/sl-cai.pt constitution.txt collect.py lab/agreement.py
+	$(CAI_COLLECT) --prompts $< --out $(CAI)/held_out.jsonl
+	$(CAI_COLLECT) --resume --out $(CAI)/held_out.jsonl $(BY_AI)
+	$(PY) -m lab.agreement --votes $(CAI)/held_out.votes.jsonl > $@
+
+CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,unrevised sl-cai human ai few mixed)
+$(CAI)/scorecard.json: $(PROMPTS) $(CAI_CHECKPOINTS) $(CAI)/judges.txt evaluate.py
+	$(SCORECARD) --checkpoints $(CAI_CHECKPOINTS) --baseline $(OUT)/assistant.pt --reference $(CAI)/sl-cai.pt --show 0 \
+	  --out $@ > $(CAI)/scorecard.txt
+
+.PHONY: cai
+cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences, measured
+	$(call over-seeds,cai/scorecard.json)
+	@cat $(call of-seeds,cai/judges.txt)
+	@echo "few, mixed and ai cost the same: $(PRICE) AI labels for the price of a person's"
+	$(PY) -m lab.seeds $(call of-seeds,cai/scorecard.json)
+
+# ---------------------------------------------------------------------------------------- reward hacking
+# PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
+
+LAB = $(OUT)/hacking
+RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued
+from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
+run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
+run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
+run-beta-0.1 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.1
+run-beta-0.2 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.2
+run-judge = $(from-sft) --reward judge
+run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
+run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
+run-adversarial = $(from-sft) --reward $(OUT)/rm-adversarial.pt --beta 0
+run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
+run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt
+
+.PHONY: hacking iterate
+hacking: .venv/installed  ## reward hacking and its mitigations, measured
+	$(call over-seeds,hacking/scorecard.json)
+	$(PY) -m lab.hacking report $(call of-seeds,hacking)
+
+.PRECIOUS: $(OUT)/rm.%.pt
+$(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
+	$(RM) --data $< --out $@ --seed $$(($(SEED) + 1000 * $*))
+
+ON_HELD_OUT = --eval-data $(PROMPTS) --eval-prompts 1000 --eval-every 4 --watch "judge, $(OUT)/rm.pt"
+$(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt $(OUT)/rm.2.pt train_ppo.py
+	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
+$(LAB)/adversarial.pt: $(OUT)/rm-adversarial.pt
+
+$(LAB)/best-of-n.jsonl: $(OUT)/rm.pt lab/hacking.py
+	$(PY) -m lab.hacking best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(PROMPTS) --out $@ $(FLAGS)
+
+LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
+$(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl
+	$(SCORECARD) --checkpoints $(LAB_CHECKPOINTS) $(SCORES) --reward $(OUT)/rm.pt --samples 2 --out $@ > $(LAB)/scorecard.txt
+
+iterate: $(LAB)/iterated.pt  ## a second round: collect on the PPO policy, retrain the reward model, continue
+	$(SCORECARD) --checkpoints $(OUT)/sft.pt $(OUT)/ppo.pt $< --out $(LAB)/iterate.json
+
+$(OUT)/pairs2.jsonl: $(WORLD)/prompts.jsonl $(OUT)/ppo.pt collect.py
+	$(PY) collect.py --prompts $< --policy $(OUT)/ppo.pt --out $@ $(FLAGS)
+$(OUT)/rm2.pt: $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl train_rm.py
+	cat $(OUT)/pairs.jsonl $(OUT)/pairs2.jsonl > $(OUT)/pairs12.jsonl
+	$(RM) --data $(OUT)/pairs12.jsonl --out $@
+$(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
+	$(PPO) --init $< --reference $(OUT)/sft.pt --reward $(OUT)/rm2.pt $(ON_HELD_OUT) --out $@
+
+# ---------------------------------------------------------------------------------------------- red team
+# Attack the policies; attack the reward model, retrain it on what fooled it, and attack it again.
+
+RED = $(OUT)/red-team
+ATTACK = $(PY) -m lab.red_team --prompts-searched $(WORLD)/prompts.jsonl --prompts $(PROMPTS) --max-new-tokens 48 \
+  $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 4)
+ATTACKS = lab/red_team.py lab/attacks.py
+GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+
+.PHONY: red-team
+red-team: .venv/installed  ## attack policies and the reward model; retrain it on what fooled it
+	$(call over-seeds,$(patsubst %,red-team/%.txt,policies before after))
+	@cat $(foreach name,policies before after,$(call of-seeds,red-team/$(name).txt))
+	$(PY) -m lab.red_team_table $(call of-seeds,red-team)
+
+$(RED)/policies.txt: $(addprefix $(OUT)/,sft.pt dpo.pt ppo.pt) $(RED)/attacker.pt $(ATTACKS)
+	$(ATTACK) --checkpoints $(filter-out $(RED)/%,$(filter %.pt,$^)) --attackers $(RED)/attacker.pt --samples 16 \
+	  --out $(@:.txt=.json) > $@
+
+# Its text stands before the request: harm pays where the SFT model then helps.
+$(RED)/attacker.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt
+	@mkdir -p $(RED)
+	grep '"kind": "harm"' $< > $(RED)/harm.jsonl
+	$(GRPO) --prompts $(RED)/harm.jsonl --reward "lab/red_team.py:harm($(OUT)/sft.pt)" --beta 0.01 --lr 3e-4 --out $@
+
+$(RED)/before.txt: $(OUT)/rm.pt $(RED)/gap.pt $(ATTACKS)
+	$(ATTACK) --checkpoints $(OUT)/sft.pt --reward $< --attackers $(RED)/gap.pt \
+	  --adversarial-pairs $(RED)/pairs.jsonl --out $(@:.txt=.json) > $@
+$(RED)/after.txt: $(OUT)/rm-adversarial.pt $(RED)/gap-again.pt $(RED)/before.txt
+	$(ATTACK) --checkpoints $(OUT)/sft.pt --reward $< --attackers $(RED)/gap.pt $(RED)/gap-again.pt \
+	  --replay $(RED)/before.json --out $(@:.txt=.json) > $@
+
+# They write what the reward likes and the judge does not.
+GAP = $(GRPO) --prompts $(WORLD)/prompts.jsonl --beta 0.05 --watch "judge, $(OUT)/rm.pt"
+$(RED)/gap.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt
+	$(GAP) --reward "$(OUT)/rm.pt - judge" --out $@
+$(RED)/gap-again.pt: $(OUT)/rm-adversarial.pt
+	$(GAP) --reward "$< - judge" --out $@
+
+$(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
+	cat $< $(RED)/pairs.jsonl > $(RED)/all-pairs.jsonl
+	$(RM) --data $(RED)/all-pairs.jsonl --out $@
+
+# ------------------------------------------------------------------------------------------------ safety
+# Safety against helpfulness: DPO over the share of pairs about harmful requests (share; of people's own pairs it is
+# 0.05) and over β (beta), GRPO over the weight of a reward model of such pairs beside one of all the others (weight).
+
+PARETO = $(OUT)/pareto
+POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.03 0.1 0.5) $(addprefix weight-,0 0.5 0.9)
+.PRECIOUS: $(PARETO)/share-%.jsonl
+
+.PHONY: pareto
+pareto: .venv/installed  ## safety against helpfulness: the Pareto front; PLOT=pareto.png draws it
+	$(call over-seeds,pareto/scorecard.json)
+	$(PY) -m lab.pareto report --folders $(call of-seeds,pareto) $(PLOT:%=--plot %)
+
+$(PARETO)/harmless.jsonl: $(OUT)/pairs.jsonl
+	@mkdir -p $(PARETO)
+	grep '"kind": "harm"' $< > $@
+$(PARETO)/helpful.jsonl: $(OUT)/pairs.jsonl
+	@mkdir -p $(PARETO)
+	grep -v '"kind": "harm"' $< > $@
+$(PARETO)/share-%.jsonl: $(PARETO)/helpful.jsonl $(PARETO)/harmless.jsonl
+	$(PY) -m lab.pareto mix --helpful $< --harmless $(PARETO)/harmless.jsonl --share $* \
+	  --count $$(($(RESPONSES) / 2)) --seed $(SEED) --out $@
+
+$(PARETO)/share-%.pt: $(PARETO)/share-%.jsonl $(OUT)/sft.pt train_dpo.py
+	$(train) train_dpo.py $(from-pairs) --data $< --out $@ --resume $(FLAGS)
+$(PARETO)/beta-%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
+	$(train) train_dpo.py $(from-pairs) --beta $* --out $@ --resume $(FLAGS)
+$(PARETO)/helpful.pt $(PARETO)/harmless.pt: $(PARETO)/%.pt: $(PARETO)/%.jsonl $(OUT)/sft.pt train_rm.py
+	$(RM) --data $< --out $@
+$(PARETO)/weight-%.pt: $(PARETO)/helpful.pt $(PARETO)/harmless.pt train_grpo.py
+	$(train) train_grpo.py $(from-prompts) --out $@ --resume $(FLAGS) \
+	  --reward "$$(awk 'BEGIN { print 1 - $* }')*$(PARETO)/helpful.pt + $(*)*$(PARETO)/harmless.pt"
+
+PARETO_CHECKPOINTS = $(OUT)/sft.pt $(POINTS:%=$(PARETO)/%.pt)
+$(PARETO)/scorecard.json: $(PROMPTS) $(PARETO_CHECKPOINTS) evaluate.py
+	$(SCORECARD) --checkpoints $(PARETO_CHECKPOINTS) $(SCORES) --out $@ > $(PARETO)/scorecard.txt
+
+# ---------------------------------------------------------------------------------------- weak to strong
+# A small model's reward model labels pairs for a larger one (naive; confident: with a loss of its own), beside the
+# larger one on the exact judge's labels of the same pairs (ceiling).
+
+WEAK = $(OUT)/weak-to-strong
+weak-to-strong-weak = train_rm.py --data $(WEAK)/weak.jsonl --init $(WEAK)/sft.pt
+weak-to-strong-naive = train_rm.py --data $(WEAK)/labels.jsonl --init $(OUT)/sft.pt
+weak-to-strong-confident = -m lab.weak_to_strong train --data $(WEAK)/labels.jsonl --init $(OUT)/sft.pt --confidence 0.5
+weak-to-strong-ceiling = train_rm.py --data $(WEAK)/ceiling.jsonl --init $(OUT)/sft.pt
+
+.PHONY: weak-to-strong
+weak-to-strong: .venv/installed  ## a small model's labels supervise a larger one: the gap recovered
+	$(call over-seeds,$(patsubst %,weak-to-strong/%.pt,weak naive confident ceiling))
+	$(PY) -m lab.weak_to_strong report $(call of-seeds,weak-to-strong)
+
+$(WEAK)/base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
+	$(train) train_pretrain.py --data $< --model world-nano --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+$(WEAK)/sft.pt: $(WORLD)/sft.jsonl $(WEAK)/base.pt train_sft.py
+	$(train) train_sft.py --data $< --init $(WEAK)/base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+$(WEAK)/test.jsonl: $(OUT)/pairs.jsonl
+	$(PY) -m lab.weak_to_strong split --pairs $< --out $(WEAK) --seed $(SEED)
+$(WEAK)/labels.jsonl: $(WEAK)/weak.pt $(WEAK)/test.jsonl collect.py
+	cp $(WEAK)/unlabelled.jsonl $(WEAK)/labels.votes.jsonl
+	$(PY) collect.py --annotator rm:$< --resume --out $@ $(FLAGS)
+
+$(WEAK)/weak.pt: $(WEAK)/test.jsonl $(WEAK)/sft.pt
+$(WEAK)/naive.pt $(WEAK)/confident.pt: $(WEAK)/labels.jsonl $(OUT)/sft.pt
+$(WEAK)/ceiling.pt: $(WEAK)/test.jsonl $(OUT)/sft.pt
+$(WEAK)/confident.pt: lab/weak_to_strong.py
+$(patsubst %,$(WEAK)/%.pt,weak naive confident ceiling): $(WEAK)/%.pt: train_rm.py
+	$(train) $(weak-to-strong-$*) --eval-data $(WEAK)/test.jsonl --out $@ --resume $(FLAGS) $(RM_FLAGS_$(SIZE))
+
+# ------------------------------------------------------------------------------------------------- speed
+# Beside torch, transformers and trl; `python -m lab.bench.X --help` has the long forms. HH=hh.jsonl: pair rows for
+# the training steps, which are left out without.
+
+HH = $(wildcard hh_harmless.jsonl)
+SHORT = out/bench/short.jsonl
+.PHONY: bench
+bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.jsonl adds the training steps)
+	@rm -f $(SHORT)
+	$(PY) -m lab.bench.logprobs --short --device $(DEVICE) --out $(SHORT)
+	$(PY) -m lab.bench.generate --short --device $(DEVICE) --out $(SHORT)
+	$(PY) -m lab.bench.scaling --short --device $(DEVICE) --out $(SHORT)
+	$(if $(HH),$(PY) -m lab.bench.train --short --data $(HH) --device $(DEVICE) --out $(SHORT),@echo "no HH=pairs.jsonl: training steps are left out")
+	@$(PY) -m lab.bench.timing $(SHORT)
