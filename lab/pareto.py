@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from lab import pyplot, run_command
+from lab.plot import write
 from lab.scoreboard import print_time, table
 from lab.seeds import scorecards
 from nanoalign import UserError
@@ -144,11 +145,7 @@ def plot(names: list[str], means: np.ndarray, error: np.ndarray, path: str) -> N
     axes[1].invert_xaxis()
     axes[1].invert_yaxis()
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    print(f"wrote {path}")
+    write(figure, path)
 
 
 if __name__ == "__main__":

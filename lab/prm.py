@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lab import run_command
+from lab.plot import plot_curves
 from lab.seeds import over_seeds
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
@@ -67,8 +68,6 @@ def curves(config: Curves) -> None:
         cells = [over_seeds([s[name, n] for s in seeds]) if (name, n) in shared else "–" for n in sizes]
         print(f"| {name} | {' | '.join(cells)} |")
     if config.plot:
-        from best_of_n import plot
-
         spread = len(seeds) ** 0.5
         values = {key: [seed[key] for seed in seeds] for key in shared}
         table = {
@@ -76,7 +75,7 @@ def curves(config: Curves) -> None:
                    for n in sizes if (name, n) in values}
             for name in names
         }  # fmt: skip
-        plot(table, config.plot)
+        plot_curves(table, config.plot)
 
 
 @torch.no_grad()

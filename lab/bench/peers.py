@@ -29,7 +29,7 @@ from nanoalign.training import pick_device
 GRPO = {"kind": "dapo", "clip_high": 0.2, "kl": "k3", "beta": 0.04, "epochs": 1}  # trl's defaults, and a KL
 OURS = {  # flags in which the scripts' defaults are not trl's
     "sft": {"adam_eps": 1e-8}, "dpo": {}, "kto": {}, "orpo": {"adam_eps": 1e-8}, "rm": {"centering": 0.0},
-    "grpo": {**GRPO, "reward": "length", "watch": "", "eval_prompts": 1},
+    "grpo": {**GRPO, "reward": "length", "eval_prompts": 1},
 }  # fmt: skip
 KINDS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "rm": "Reward", "grpo": "GRPO"}
 TRL = {  # the same in trl's names
@@ -143,14 +143,15 @@ def run_script(stage: str, given: dict, folder: str) -> dict:
     }  # fmt: skip
     if stage == "grpo":
         flags["batch_size"] = flags["minibatch"] = given["batch_size"] * given["group_size"]
-        rollouts = script.rollouts
+        rollout = script.rollout
 
         def sampled(policy, tokenizer, prompts, **options):
-            for indices, rollout in rollouts(policy, tokenizer, prompts, **options):
-                answers.append([(prompts[i].tolist(), r) for i, r in zip(indices, rollout.responses())])
-                yield indices, rollout
+            drawn = rollout(policy, tokenizer, prompts, **options)
+            asked = [prompt.tolist() for prompt in prompts]
+            answers.append(list(zip(asked, drawn.responses())))
+            return drawn
 
-        script.rollouts = sampled
+        script.rollout = sampled
 
     def drawn(order, step):
         batches.append(draw(order, step).tolist())
