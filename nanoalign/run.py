@@ -126,8 +126,7 @@ class Run:
     def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[list[np.ndarray]]:
         """The iteration's responses of `lengths` (B,) tokens, by index, shuffled, --epochs times: those of an
         optimiser step in pieces that --micro-batch and --micro-tokens allow, rows alike in length together.
-        Groups of more than one stay whole in a step, and in order in a piece.
-        """
+        Groups of more than one stay whole in a step, and in order in a piece."""
         config = self.config
         for epoch in range(config.epochs):
             rng = np.random.default_rng((config.seed, self.step, epoch))
@@ -164,18 +163,16 @@ class Run:
 
     def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor) -> None:
         """Check of the first minibatch, log_ratio (N,) of its tokens: the policy that updates is the one that
-        sampled. Before the first step that is the reference, too: kl (B,) of its responses is 0.
-        """
+        sampled. Before the first step that is the reference, too: kl (B,) of its responses is 0."""
         approxkl, off = 0.5 * log_ratio.square().mean().item(), log_ratio.exp().sub(1).abs().max().item()
         distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
         moment = "first minibatch" if self.step else "step-0 check"
         print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {distance:.1e}")
-        # the mean over tokens: in bf16 a single one may differ by a few per cent between batch shapes
-        tolerance = 1e-3 if self.device.type == "cuda" else 1e-6
+        tolerance = (
+            1e-3 if self.device.type == "cuda" else 1e-6
+        )  # of the mean: a token in bf16 may be far off
         if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
-            raise UserError(
-                "the ratio must start at 1, the KL at 0: log-probs come from two different paths."
-            )
+            raise UserError("the ratio must start at 1 and KL at 0: log-probs come from two different paths.")
 
     def update(self) -> None:
         """Set the learning rate, clip the gradient, one AdamW step, zero the gradient."""

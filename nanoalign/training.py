@@ -38,9 +38,7 @@ def check(config) -> None:
     if not 0 <= (smoothing := getattr(config, "label_smoothing", 0.0)) < 0.5:
         raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {smoothing}.")
     if hasattr(config, "minibatch") and (config.temperature <= 0 or config.steps < 1):
-        raise UserError(
-            "--temperature must be above 0, as a greedy policy has no gradient; --steps at least 1."
-        )
+        raise UserError("--temperature must be above 0 (greed has no gradient), --steps at least 1.")
     for name in ("batch_size", "minibatch", "eval_prompts", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -77,9 +75,7 @@ def prepare(config, *models: GPT | None) -> None:
             compile_hidden(model)
 
 
-def make_optimizer(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps: float = 1e-8
-):
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps=1e-8):
     """AdamW; weight decay on matrices only, not on norms, biases and scalars. Fused on a GPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -1,20 +1,43 @@
-"""What an on-policy run shows of itself: answers to held-out prompts, and warnings of known sicknesses."""
+"""What on-policy runs share: their flags, and what they show of themselves on held-out prompts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nanoalign.generate import rollouts
+from nanoalign.generate import Rollout, rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
+from nanoalign.run import Flags
 
 
-def watched_rewards(reward: str, watch: str, tokenizer, device) -> dict:
-    """The reward that is maximised, as "score", and those that are only looked at, by their names."""
-    rewards = {"score": make_reward(reward, tokenizer, device)}
-    for name in filter(None, watch.split(", ")):
-        rewards[Path(name).stem] = make_reward(name, tokenizer, device)
-    return rewards
+@dataclass(kw_only=True)
+class OnPolicy(Flags):
+    """The flags of a run that learns from its own samples."""
+
+    steps: int = 25  # iterations: rollout, then epochs over it
+    batch_size: int = 128  # responses per iteration
+    epochs: int = 2  # passes over each iteration's responses
+    minibatch: int = 64  # responses per optimiser step
+    missing_eos_score: float = -1.0  # the score of a response without an end token
+    max_new_tokens: int = 48  # length limit of a response
+    temperature: float = 1.0  # of sampling, and of every log-prob
+    top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
+    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
+    warmup: int = 5
+    log_every: int = 1
+    eval_every: int = 5
+    eval_prompts: int = 128  # how many held-out prompts to answer then
+    save_every: int = 10
+    watch: str = ""  # other rewards to report on held-out samples: "judge, out/demo/rm.pt"
+    doctor: str = "lab/doctor.py:diagnose_rows"  # who warns of known sicknesses; empty: nobody
+
+    @property
+    def sampling(self) -> dict:
+        """What `rollout` is to know."""
+        names = "max_new_tokens", "temperature", "top_k", "top_p"
+        return {name: getattr(self, name) for name in names}
 
 
 @torch.no_grad()
@@ -23,44 +46,71 @@ def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: di
     the texts; their scores by the first reward. sampling: as for `generate.rollouts`."""
     columns, texts, scores = {}, [""] * len(rows), [0.0] * len(rows)
     temperature = sampling.get("temperature", 1.0)
-    for indices, rollout in rollouts(policy, tokenizer, prompts, **sampling):
-        batch = [rows[i] for i in indices]
-        parts = {name: total(reward(batch, rollout)) for name, reward in rewards.items()}
+    for indices, drawn in rollouts(policy, tokenizer, prompts, **sampling):
+        ids, mask, batch = drawn.ids, drawn.mask, [rows[i] for i in indices]
+        parts = {name: total(reward(batch, drawn)) for name, reward in rewards.items()}
         first = next(iter(parts.values())).tolist()
-        ref_logp = token_logprobs(ref, rollout.ids, rollout.mask, temperature)
-        parts["kl"] = (token_logprobs(policy, rollout.ids, rollout.mask, temperature) - ref_logp).sum(-1)
-        parts["ended"], parts["length"] = rollout.ended.float(), rollout.mask.sum(-1).float()
+        ref_logp = token_logprobs(ref, ids, mask, temperature)
+        parts["kl"] = (token_logprobs(policy, ids, mask, temperature) - ref_logp).sum(-1)
+        parts["ended"], parts["length"] = drawn.ended.float(), mask.sum(-1).float()
         for name, values in parts.items():
             columns.setdefault(name, []).append(values)
-        for i, response, score in zip(indices, rollout.responses(), first):
+        for i, response, score in zip(indices, drawn.responses(), first):
             texts[i], scores[i] = tokenizer.decode_response(response), score
-    return {name: torch.cat(parts).mean().item() for name, parts in columns.items()}, texts, scores
+    means = {name: torch.cat(parts).mean().item() for name, parts in columns.items()}
+    return means, texts, scores
 
 
 class Watch:
     """Looks at the policy's answers to the same held-out prompts, and remembers.
 
-    models: policy, reference and tokenizer. held_out: prompt rows and their ids. history: a row of means per
-    look; a resumed run goes on with it. doctor: names a function(metrics) → [(sickness, cause, remedy)…].
+    models: policy, reference and tokenizer. held_out: prompt rows and their ids. --watch names rewards beside
+    the one that is maximised; --doctor a function(metrics) → [(sickness, cause, remedy)…].
     """
 
-    def __init__(self, run, models: tuple, held_out: tuple, rewards: dict, doctor: str = "", **sampling):
-        self.run, self.models, self.asked = run, models, (*held_out, rewards)
-        self.sampling, self.seen, self.warned = sampling, [], set()
-        self.diagnose = load_function(doctor) if doctor else None
-        self.history = run.keep["history"] = run.state.get("history", [])
+    def __init__(self, config: OnPolicy, models: tuple, held_out: tuple, reward, autocast):
+        policy, _, tokenizer = models
+        rewards = {"score": reward}
+        for name in filter(None, config.watch.split(", ")):
+            rewards[Path(name).stem] = make_reward(name, tokenizer, policy.embed.weight.device)
+        self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
+        self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
+        self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()
+        self.autocast, self.seen, self.warned = autocast, [], set()
+
+    def begin(self, run) -> None:
+        """Go on with what a stopped run has seen, or look for the first time."""
+        self.run, self.history = run, run.state.get("history", [])
+        run.keep["history"] = self.history
+        if run.first == 0:
+            self.look()
 
     def look(self) -> None:
         """Answer, score, print, note in the metrics."""
-        means, texts, scores = measure(*self.models, *self.asked, **self.sampling)
+        with self.autocast:
+            means, texts, scores = measure(*self.asked, **self.sampling)
         self.history.append({"step": self.run.done, **means})
-        self.run.show(means, self.asked[0][:4], texts[:4], scores[:4])
+        self.run.show(means, self.rows[:4], texts[:4], scores[:4])
+
+    def describe(self, drawn: Rollout, score: Tensor, kl: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+        """What is logged of an iteration's responses: score (B,) or (B, T), KL (B,), entropy (B, T)."""
+        length = drawn.mask.sum(-1).float()
+        at_limit = length >= self.sampling["max_new_tokens"]
+        return {
+            "score": total(score).mean(),
+            "kl": kl.mean(),
+            "kl_error": kl.std(correction=0) / len(kl) ** 0.5,
+            "entropy": entropy.sum() / drawn.mask.sum(),
+            "ended": drawn.ended.float().mean(),
+            "length": length.mean(),
+            "at_limit": at_limit.float().mean(),
+        }
 
     def warn(self, row: dict) -> None:
         """Name each sickness that the run shows up to this iteration, once a run."""
         self.seen.append(row)
         looks = [{f"eval_{name}": value for name, value in look.items()} for look in self.history]
-        for name, cause, remedy in self.diagnose([*self.seen, *looks]) if self.diagnose else ():
+        for name, cause, remedy in self.diagnose([*self.seen, *looks]):
             if name not in self.warned:
                 print(f"  warning: {name}: {cause}; {remedy}.")
                 self.warned.add(name)
