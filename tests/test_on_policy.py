@@ -93,9 +93,10 @@ def test_grpo_compares_the_answers_to_one_prompt(job, tmp_path, monkeypatch):
         return rollout.mask.sum(-1).float()
 
     script, config = job(
-        "grpo", steps=3, eval_prompts=1, prompts=write_lines(tmp_path / "asked.jsonl", asked)
+        "grpo", steps=3, eval_prompts=1, watch="", prompts=write_lines(tmp_path / "asked.jsonl", asked)
     )
-    monkeypatch.setattr(script, "watched_rewards", lambda *args: {"score": reward})
+    reward.files = reward.models = []
+    monkeypatch.setattr(script, "make_reward", lambda *args: reward)
     script.main(config)
     assert len(shown) == 3
     for batch in shown:

@@ -5,7 +5,7 @@ preparation, padding and gradient accumulation included; the gradient is read of
 Where a peer means something else by a name, the test says what, and shows the exact relation.
 """
 
-import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -242,16 +242,16 @@ def by_tokens(lengths: list[int]) -> torch.Tensor:
 def preference_share(policy, ref, rows, weight=EQUALLY, sft=EQUALLY, **config):
     """The part of some pairs in the loss of train_dpo.py, where rows weigh 1/N. ref None: no reference."""
     config = train_dpo.Config(**config)
+    plain = replace(config, sft_weight=0.0)  # that part has weights of its own
 
     def share(at):
         batch = picked(pairs_of(rows), at)
-        logps = train_dpo.pair_logprobs(policy, batch, TOKENIZER, CPU)
+        logps, tokens = train_dpo.pair_logprobs(policy, batch, TOKENIZER, CPU)
         ref_logps = torch.zeros_like(logps)
         if ref:
-            ref_logps = train_dpo.pair_logprobs(ref, batch, TOKENIZER, CPU).detach()
-        tokens = train_dpo.response_tokens(batch, CPU)
-        loss, _, _ = train_dpo.preference_loss(config, logps, ref_logps, tokens)
-        return (weight[at] * loss).sum() - config.sft_weight * (sft[at] * logps[0] / tokens[0]).sum()
+            ref_logps = train_dpo.pair_logprobs(ref, batch, TOKENIZER, CPU)[0].detach()
+        found = train_dpo.preference_loss(plain, logps, ref_logps, tokens, torch.ones(len(batch)))
+        return (weight[at] * found["loss"]).sum() - config.sft_weight * (sft[at] * logps[0] / tokens[0]).sum()
 
     return share
 
@@ -330,7 +330,7 @@ def test_kto_loss_and_weight_gradients_equal_trls(pair, tmp_path, micro):
     data = table(rows, "prompt", "completion").add_column("label", up)
     trainer = make_trainer("KTO", theirs, data, tmp_path, micro, N // micro, given=given, **options)
     batch = examples(rows)
-    rest = TOKENIZER, SimpleNamespace(micro_batch=0, micro_tokens=0), CONTEXT, CPU, contextlib.nullcontext()
+    rest = TOKENIZER, SimpleNamespace(micro_batch=0, micro_tokens=0), CONTEXT, CPU
     parts = [batch[i : i + micro][::-1] for i in range(0, N, micro)]
     point = [train_kto.reference_point(ours, our_ref, part, *rest) for part in parts]
     assert min(point) > 0.1
