@@ -87,7 +87,7 @@ def mismatched(prompts: list, responses: list) -> list[tuple]:
 def sequence_logprobs(model, batch: list, tokenizer, device) -> Tensor:
     """Examples → summed response log-probs (B,)."""
     ids, mask = collate(batch, tokenizer.pad)
-    return token_logprobs(model, ids.to(device, non_blocking=True), mask).sum(-1)
+    return token_logprobs(model, ids.to(device, non_blocking=True), mask).sum(-1)  # 0 where not scored
 
 
 def sequence_log_ratios(policy, ref, batch: list, tokenizer, device) -> tuple[Tensor, Tensor]:
