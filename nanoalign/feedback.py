@@ -1,11 +1,20 @@
-"""AI feedback: how a model is asked to criticise, to revise and to judge, and the constitution it is given.
+"""AI feedback: a model is asked to criticise, to revise and to judge, by the principles of a constitution.
 
-These are the only places where the three requests are worded: critique.py and collect.py ask in these words,
-and the world's demonstrations (nanoalign/world/feedback.py) teach them. They are short, for the world's
-models have a context of 128 tokens. An answer is quoted inside the user's turn, so that an SFT run on
-demonstrations learns the critique and the revision, and not the answer that had to be revised.
+critique.py and collect.py ask in these words, and the world's demonstrations (nanoalign/world/feedback.py)
+teach them. They are short, for the world's models have a context of 128 tokens. An answer is quoted inside
+the user's turn, so that an SFT run on demonstrations learns the critique and the revision, and not the answer
+that had to be revised.
+
+A chat model as a judge answers "A or B?" by a principle drawn for every pair, in both orders (RL-CAI: Bai et
+al. 2022, §4.1; RLAIF: Lee et al. 2023):
+
+    ℓ(a, b) = log π("A" | x, a, b, principle) − log π("B" | …)        P(a ≻ b) = σ((ℓ(a, b) − ℓ(b, a)) / 2)
+
+Log-odds are averaged where Lee et al. average probabilities: what the model adds to the logit of "A" cancels,
+and leaves no trace in how sure the label is.
 """
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError
+from nanoalign.checkpoint import load_policy
 from nanoalign.cli import Progress
 from nanoalign.data import collate
 from nanoalign.logprobs import next_token_logits
@@ -78,12 +88,52 @@ def choice_logprobs(
     order = [i for i in np.argsort([len(p) for p in prompts]) if len(prompts[i]) < model.config.context]
     progress, parts = Progress("judge", len(order)), []
     for start in range(0, len(order), batch_size):
-        batch = [prompts[i] for i in order[start : start + batch_size]]
-        ids, _ = collate([(p, np.ones(len(p), dtype=bool)) for p in batch], tokenizer.pad)
-        last = torch.tensor([len(p) - 1 for p in batch])
-        hidden = model.hidden(ids.to(device))[torch.arange(len(batch), device=device), last.to(device)]
+        rows = order[start : start + batch_size]
+        batch = [(prompts[i], np.ones(len(prompts[i]), dtype=bool)) for i in rows]
+        ids, mask = collate(batch, tokenizer.pad)
+        last = (mask.sum(-1) - 1).to(device)
+        hidden = model.hidden(ids.to(device))[torch.arange(len(rows), device=device), last]  # (B, D)
         parts.append(next_token_logits(model, hidden).log_softmax(-1)[:, [a, b]])
-        progress.advance(len(batch))
+        progress.advance(len(rows))
     if parts:
         found[order] = torch.cat(parts).float().cpu()
     return found
+
+
+def vote(comparison: dict, log_odds: float) -> float | None:
+    """Log-odds that the first is better → P(first is better). An unfinished response loses to a finished
+    one; None for NaN."""
+    if log_odds != log_odds:
+        return None
+    first, second = comparison["ended"]
+    if first != second:
+        return float(first)
+    return torch.tensor(log_odds, dtype=torch.float64).sigmoid().item()
+
+
+def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], seed: int) -> list:
+    """A chat model's P(first is better) = σ((ℓ(a, b) − ℓ(b, a)) / 2) for each comparison; None if the request
+    is too long. Prints the judge's position bias before and after averaging."""
+    model, tokenizer, _ = load_policy(path, device, chat=True)
+    rng, asked = random.Random(f"principles-{seed}"), []
+    for c in comparisons:
+        (a, b), principle = c["responses"], rng.choice(principles)
+        asked.append(ask_for_judgement(c["prompt"], a, b, principle))
+        asked.append(ask_for_judgement(c["prompt"], b, a, principle))
+    logp = choice_logprobs(model, tokenizer, asked).double()
+    logp = logp.view(-1, 2, 2)  # (pair, order, "A" or "B")
+    odds = logp[..., 0] - logp[..., 1]  # log-odds of what is shown first, (pair, order)
+    averaged = (odds[:, 0] - odds[:, 1]) / 2  # of a
+    known = ~averaged.isnan()
+    if not known.any():
+        raise UserError(f"{path} judges no pair: it is broken, or every request is longer than it reads.")
+    after, n = averaged[known], int(known.sum())
+    error = after.std(correction=0) / n**0.5
+    torn = (odds[known].sign().prod(1) > 0).double().mean()
+    said = logp[known].exp().sum(-1).mean()
+    print(f'collect: the judge says "A" or "B" with probability {said:.1%}')
+    print(
+        f"collect: log-odds of preferring what comes first: {odds[known].mean():+.2f} in one order, "
+        f"{after.mean():+.2f} ± {error:.2f} over both; the order alone decides {torn:.1%} of {n:,} pairs"
+    )
+    return list(map(vote, comparisons, averaged.tolist()))

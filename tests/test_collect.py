@@ -1,14 +1,7 @@
-"""Votes become labels; a reward model's votes are its probabilities; no vote of a person is ever lost."""
+"""Votes become labels; a reward model's votes are its probabilities, an AI's have no position bias."""
 
-import io
-import json
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +9,12 @@ import pytest
 import torch
 
 import collect
-from nanoalign import UserError, feedback, human, rewards
+from nanoalign import UserError, feedback, rewards
 from nanoalign.checkpoint import save
-from nanoalign.comparisons import calibration, report
-from nanoalign.feedback import ask_for_judgement, choice_logprobs
+from nanoalign.feedback import ai_votes, ask_for_judgement, choice_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
-from nanoalign.world.judge import judge
-from nanoalign.world.people import against_judge
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = get_tokenizer("world")
@@ -56,7 +46,7 @@ def by(comparisons, name):
 def decided(*votes, **flags):
     """The one pair made of a comparison with these votes: chosen, probability; None: it is left out."""
     named = [(f"a{i}", p) for i, p in enumerate(votes)]
-    pairs = collect.decide(compared(1, named), collect.Config(**flags))
+    pairs = collect.decide(compared(1, named), **flags)
     return (pairs[0]["chosen"].split()[0], pairs[0].get("probability", 1)) if pairs else None
 
 
@@ -78,46 +68,6 @@ def test_low_agreement_is_left_out_and_hard_labels_have_no_ties():
     assert decided(1.0, 1.0, 0.0, min_agreement=0.6) == ("good", 0.6667)
     assert decided(1.0, 0.0, min_agreement=0.51) is None and decided(1.0, 0.0, soft=False) is None
     assert decided(0.0, 1.0, 0.0, soft=False) == ("bad", 1)
-
-
-def test_the_report_names_agreement_and_kappas_of_overlapping_votes(capsys):
-    rows = compared(40)
-    for i, c in enumerate(rows):  # the crosstable 20, 5, 10, 15 has kappa 0.4
-        first = i < 20, i < 10 or 20 <= i < 24
-        c["votes"] = [{"annotator": name, "p": float(p)} for name, p in zip(("ann", "bob"), first)]
-    rows[0]["votes"].append({"annotator": "cy", "p": None})
-    report(rows)
-    out = capsys.readouterr().out
-    observed, chance = 26 / 40, 0.5 * 14 / 40 + 0.5 * 26 / 40
-    assert f"ann and bob agree on 65.0% of 40, Cohen's κ {(observed - chance) / (1 - chance):.2f}" in out
-    assert "40 comparisons with several votes: two votes agree on 65.0%" in out
-    assert re.search(r"^cy +0 +0 +– +–$", out, re.M) and "cy agree" not in out
-
-
-def test_two_ties_agree_and_a_tie_and_a_winner_do_not(capsys):
-    report(compared(2, [("ann", 0.5), ("bob", 0.5)]) + compared(2, [("ann", 0.5), ("bob", 1.0)]))
-    out = capsys.readouterr().out
-    assert "4 comparisons with several votes: two votes agree on 50.0%" in out
-    assert re.search(r"^ann +4 +4 +– +–$", out, re.M)  # too few votes to say what sways somebody
-    assert re.search(r"^bob +4 +2 +– +–$", out, re.M)
-
-
-def test_the_report_finds_an_annotator_who_likes_what_is_long_and_one_who_likes_what_comes_first(capsys):
-    rng, rows = np.random.default_rng(0), compared(3000)
-    for c in rows:
-        c["responses"] = ["word " * n for n in rng.integers(1, 30, 2)]
-        tens = (len(c["responses"][0].split()) - len(c["responses"][1].split())) / 10
-        swapped = bool(rng.random() < 0.5)
-        for name, x in (("long", 0.7 * tens), ("first", -0.9 if swapped else 0.9)):
-            p = float(rng.random() < 1 / (1 + np.exp(-x)))
-            c["votes"].append({"annotator": name, "p": p, "swapped": swapped})
-    report(rows)
-    out = capsys.readouterr().out
-    first, long = (
-        [float(x) for x in re.search(rf"^{name} .*?([+-]\S+) ± \S+ +([+-]\S+) ± ", out, re.M).groups()]
-        for name in ("first", "long")
-    )
-    assert first == pytest.approx([0.9, 0.0], abs=0.12) and long == pytest.approx([0.0, 0.7], abs=0.12)
 
 
 # ------------------------------------------------------------------------------------- a reward model
@@ -164,9 +114,7 @@ def test_a_prompt_too_long_for_the_reward_model_is_skipped(rm):
         collect.rm_votes(rm[1], rows[1:], torch.device("cpu"))
 
 
-def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_pairs(
-    rm, tmp_path, monkeypatch, capsys
-):
+def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_pairs(rm, tmp_path, capsys):
     torch.manual_seed(0)
     policy, out = str(tmp_path / "sft.pt"), str(tmp_path / "mine.jsonl")
     save(policy, GPT(SMALL), stage="sft", tokenizer=TOKENIZER, config=collect.Config(), step=1)
@@ -181,14 +129,118 @@ def test_a_policy_is_sampled_and_a_reward_model_then_a_person_vote_on_the_same_p
     assert len(pairs) == 9 and all(0.5 <= pair["probability"] <= 1 for pair in pairs)
     assert pairs[0]["meta"] == {"kind": "mine", "annotators": [config.annotator]}
 
-    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n" * 9))
-    collect.main(collect.Config(out=out, annotator="human", resume=True))
-    assert "9 comparisons with several votes" in capsys.readouterr().out
+    record = out.replace(".jsonl", ".votes.jsonl")
+    voted = read_rows(record, "compared")
+    for c in voted:
+        c["votes"].insert(0, {"annotator": "human", "p": 1.0, "swapped": True})
+        del c["votes"][1:]
+    write_rows(record, voted)
+    collect.main(collect.Config(out=out, annotator=config.annotator, resume=True))
     both = read_rows(out, "pairs")
     assert [pair["prompt"] for pair in both] == [pair["prompt"] for pair in pairs]
-    assert both[0]["meta"]["annotators"] == [config.annotator, "human"]
+    assert both[0]["meta"]["annotators"] == ["human", config.annotator]
     collect.main(collect.Config(out=out, annotator=config.annotator, resume=True))  # has voted on all
     assert read_rows(out, "pairs") == both
+
+
+def test_a_persons_vote_given_while_a_model_votes_is_not_lost(rm, tmp_path, monkeypatch):
+    out, record = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine.votes.jsonl")
+    write_rows(record, compared(3))
+    original = collect.rm_votes
+
+    def meanwhile(*args):
+        write_rows(record, compared(3, [("human", 0.5)]))
+        return original(*args)
+
+    monkeypatch.setattr(collect, "rm_votes", meanwhile)
+    with pytest.raises(UserError, match="changed by another run"):
+        collect.main(collect.Config(out=out, annotator=f"rm:{rm[1]}", resume=True))
+    assert by(read_rows(record, "compared"), "human") == [0.5] * 3 and not Path(out).exists()
+
+
+def test_where_no_vote_decides_nothing_is_written(rm, tmp_path):
+    out, record = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine.votes.jsonl")
+    write_rows(record, compared(3, [("human:ann", 0.5)]))
+    with pytest.raises(UserError, match="no pair to write"):
+        collect.main(collect.Config(out=out, annotator=f"rm:{rm[1]}", resume=True, min_agreement=1.0))
+    assert not Path(out).exists()
+
+
+# ------------------------------------------------------------------------------------- a function
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """mine(annotator, …) → run on three prompts by a policy of random words; the path of the pairs."""
+    torch.manual_seed(0)
+    policy, prompts = str(tmp_path / "sft.pt"), str(tmp_path / "p.jsonl")
+    save(policy, GPT(SMALL), stage="sft", tokenizer=TOKENIZER, config=collect.Config(), step=1)
+    write_rows(prompts, [{"prompt": f"Hi {i}", "meta": {"kind": "mine"}} for i in range(3)])
+
+    def mine(annotator, **flags):
+        out = str(tmp_path / "mine.jsonl")
+        flags = {"samples": 3, "max_new_tokens": 4, **flags}
+        collect.main(collect.Config(policy, prompts, out, annotator, **flags))
+        return out
+
+    return mine
+
+
+def function(tmp_path, body):
+    """An annotator of that body, in a file; its name."""
+    (tmp_path / "own.py").write_text(f"def own(rows, drawn, pairs, flags):\n{body}\n")
+    return f"{tmp_path}/own.py:own"
+
+
+def test_the_annotator_of_the_docstring_votes_for_what_is_shorter(mine, tmp_path):
+    example = collect.__doc__[collect.__doc__.index("    def shorter") :].split("\n\n")[0]
+    (tmp_path / "own.py").write_text(textwrap.dedent(example))
+    out = mine(f"{tmp_path}/own.py:shorter")
+    compared = read_rows(out.replace(".jsonl", ".votes.jsonl"), "compared")
+    assert len(compared) == 9 and {v["annotator"] for c in compared for v in c["votes"]} == {"shorter"}
+    for pair in read_rows(out, "pairs"):
+        assert len(pair["chosen"]) <= len(pair["rejected"]) and pair["meta"]["kind"] == "mine"
+    assert not (tmp_path / "mine.thumbs.jsonl").exists()
+    assert len(read_rows(mine(f"{tmp_path}/own.py:shorter", rank=False), "pairs")) == 3
+
+
+def test_a_functions_thumbs_are_written_and_what_it_refuses_is_refused_before_sampling(
+    mine, tmp_path, monkeypatch
+):
+    thumb = '{"prompt": rows[0]["prompt"], "completion": "x", "label": True, "meta": {}}'
+    vote = 'c["votes"].append({"annotator": "own", "p": 1})'
+    body = "    compared = [c for r, t in zip(rows, drawn) for *_, c in pairs(r, t)]\n"
+    body += f"    for c in compared: {vote}\n    return compared, [{thumb}]"
+    mine(function(tmp_path, body))
+    (row,) = read_rows(str(tmp_path / "mine.thumbs.jsonl"), "labelled")
+    assert row["label"] is True and row["completion"] == "x"
+
+    monkeypatch.setattr(collect, "respond", None)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="not these"):
+        mine(
+            function(tmp_path / "a", "    from nanoalign import UserError\n    raise UserError('not these')")
+        )
+    with pytest.raises(UserError, match=r"own\.py:own failed: ZeroDivisionError"):
+        mine(function(tmp_path / "b", "    1 / 0"))
+
+
+def test_a_function_whose_votes_are_none_is_one_sentence(mine, tmp_path):
+    body = "    found = [c for r, t in zip(rows, drawn) for *_, c in pairs(r, t)]\n"
+    body += "    for c in found: c['votes'].append({'annotator': 'own', 'p': 2})\n    return found, []"
+    with pytest.raises(UserError, match=r"own\.py:own failed: RowError: field .votes."):
+        mine(function(tmp_path, body))
+
+
+def test_for_a_person_the_comparisons_are_written_and_the_command_to_go_on_is_printed(mine, tmp_path, capsys):
+    out = mine("human")
+    record = out.replace(".jsonl", ".votes.jsonl")
+    rows = read_rows(record, "compared")
+    assert len(rows) == 9 and not any(c["votes"] for c in rows) and not Path(out).exists()
+    said = capsys.readouterr().out
+    assert f"9 pairs wait in {record}" in said
+    assert f"\npython -m lab.annotate --votes {record} --out {out}\n" in said
 
 
 # ------------------------------------------------------------------------------------- an AI
@@ -239,7 +291,7 @@ def babble(count):
 
 def test_an_ais_vote_is_the_softmax_over_the_two_answers_averaged_over_both_orders(ai):
     (model, path), rows = ai(), babble(30)
-    votes = collect.ai_votes(path, rows, torch.device("cpu"), ["Be kind."], seed=0)
+    votes = ai_votes(path, rows, torch.device("cpu"), ["Be kind."], seed=0)
     for c, p in zip(rows, votes):
         odds = (log_odds(model, c, "Be kind.", (0, 1)) - log_odds(model, c, "Be kind.", (1, 0))) / 2
         assert p == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-5)
@@ -248,11 +300,11 @@ def test_an_ais_vote_is_the_softmax_over_the_two_answers_averaged_over_both_orde
 
 def test_averaging_both_orders_removes_a_planted_position_bias_exactly(ai, capsys):
     rows, none = babble(40), ai()
-    fair = collect.ai_votes(none[1], rows, torch.device("cpu"), PRINCIPLES, seed=0)
+    fair = ai_votes(none[1], rows, torch.device("cpu"), PRINCIPLES, seed=0)
     one_order = float(re.search(r"first: ([+-][\d.]+) in one order", capsys.readouterr().out)[1])
     for bias in (3.0, -3.0):
         model, path = ai(bias)
-        biased = collect.ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
+        biased = ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
         assert biased == pytest.approx(fair, abs=1e-5)
         out = capsys.readouterr().out
         before, after, error, torn = map(
@@ -297,7 +349,7 @@ def test_judging_shows_how_far_it_is(ai, rm, monkeypatch):
 
     for module in (feedback, rewards):
         monkeypatch.setattr(module, "Progress", Line)
-    collect.ai_votes(ai()[1], compared(150), torch.device("cpu"), PRINCIPLES, seed=0)
+    ai_votes(ai()[1], compared(150), torch.device("cpu"), PRINCIPLES, seed=0)
     collect.rm_votes(rm[1], compared(150), torch.device("cpu"))
     assert shown == [["judge", 300, 300]] * 2
 
@@ -309,9 +361,9 @@ def test_a_principle_is_drawn_for_every_pair_and_both_orders_are_asked_by_it(mon
         asked.append([messages[0]["content"] for (*messages,) in requests])
         return torch.zeros(len(requests), 2)
 
-    monkeypatch.setattr(collect, "choice_logprobs", choice_logprobs)
+    monkeypatch.setattr(feedback, "choice_logprobs", choice_logprobs)
     for seed in (0, 0, 1):
-        collect.ai_votes(path, compared(60), torch.device("cpu"), PRINCIPLES, seed)
+        ai_votes(path, compared(60), torch.device("cpu"), PRINCIPLES, seed)
     drawn = [[re.search(r"B\? (.*)\n", text)[1] for text in texts] for texts in asked]
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0][::2] == drawn[0][1::2]
     assert all(10 < drawn[0][::2].count(principle) < 30 for principle in PRINCIPLES)
@@ -322,10 +374,10 @@ def test_an_unfinished_response_loses_to_a_finished_one_and_a_request_too_long_i
     path, rows = ai()[1], compared(4)
     rows[0]["ended"], rows[1]["ended"] = [False, True], [True, False]
     rows[2]["responses"][1] = "word " * 100
-    votes = collect.ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
+    votes = ai_votes(path, rows, torch.device("cpu"), PRINCIPLES, seed=0)
     assert votes[:3] == [0, 1, None] and 0 < votes[3] < 1
     with pytest.raises(UserError, match="judges no pair"):
-        collect.ai_votes(path, rows[2:3], torch.device("cpu"), PRINCIPLES, seed=0)
+        ai_votes(path, rows[2:3], torch.device("cpu"), PRINCIPLES, seed=0)
 
 
 def test_a_judge_that_fails_loses_no_response(ai, tmp_path):
@@ -357,217 +409,3 @@ def test_an_ai_labels_the_pairs_of_any_prompts_softly_and_its_votes_stand_beside
     before = Path(out).read_bytes()
     collect.main(collect.Config(out=out, resume=True, **flags))  # it has voted on all
     assert Path(out).read_bytes() == before and "exact judge" not in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------- the labels' noise
-
-
-def test_sureness_is_compared_with_the_share_that_is_right():
-    rng = np.random.default_rng(0)
-    p = rng.random(200_000)
-    first = rng.random(200_000) < p
-    bins = calibration(p, first)
-    assert sum(count for *_, count in bins) == 200_000 and len(bins) == 5
-    for k, (sure, share, _) in enumerate(bins):
-        assert sure == pytest.approx(0.55 + 0.1 * k, abs=0.002) and share == pytest.approx(sure, abs=0.01)
-    assert calibration(np.array([1.0, 0.0, 0.95]), np.array([True, True, False])) == [
-        (pytest.approx((1 + 1 + 0.95) / 3), pytest.approx(1 / 3), 3)
-    ]
-    assert calibration(np.array([0.5, 0.5]), np.array([True, False])) == [(0.5, 0.5, 2)]
-
-
-def test_labels_are_held_against_the_exact_judge_where_it_prefers_one(capsys):
-    meta = {"kind": "fact", "relation": "capital", "subject": "France"}
-    rows = compared(10, [("ai:x", 0.8)])
-    for i, c in enumerate(rows):
-        c["prompt"][0]["content"], c["meta"] = "What is the capital of France?", dict(meta)
-        c["responses"] = ["Paris.", "Rome."] if i < 7 else ["Rome.", "Paris."]
-    rows[7]["meta"] |= {"kind": "belief", "claimed": "Rome"}
-    rows[8]["responses"], rows[8]["ended"] = ["Paris.", "Paris."], [False, True]  # the second is better
-    rows[9]["responses"] = ["Rome.", "Berlin."]  # equally bad: says nothing
-    assert judge(rows[8], "Paris.", False).utility < 1 == judge(rows[8], "Paris.").utility
-    rows[0]["votes"] = [{"annotator": "ai:x", "p": 0.65}, {"annotator": "human", "p": 0.0}]
-    rows[1]["votes"] = [{"annotator": "ai:x", "p": 0.5}]
-    rows[2]["votes"] = [{"annotator": "ai:x", "p": None}]
-    against_judge(rows, "ai:x")
-    out = capsys.readouterr().out
-    # of 8: right 0, 3 to 6; half right 1; wrong 7 and 8
-    assert "ai:x: by the exact judge 68.8% of 8 labels are right (belief 0%, fact 79%)" in out
-    assert "0.50 → 0.50 (1)  0.65 → 1.00 (1)  0.80 → 0.67 (6)   expected calibration error 0.144" in out
-    against_judge(rows, "ai:y")
-    assert capsys.readouterr().out == ""
-
-
-# ------------------------------------------------------------------------------------- a person
-
-
-@pytest.fixture
-def type_keys(monkeypatch):
-    """type_keys(rows, keys, …) → annotate them with these lines as input; every saved state."""
-
-    def type_keys(rows, keys, name="human", seed=0):
-        states = []
-        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{key}\n" for key in keys.split())))
-        human.annotate(rows, name, lambda: states.append(json.loads(json.dumps(rows))), seed)
-        return states
-
-    return type_keys
-
-
-def test_a_key_says_which_of_the_shown_sides_is_better_and_the_order_is_recorded(type_keys, capsys):
-    rows = compared(100)
-    type_keys(rows, "1 2 " * 50)
-    shown = re.findall(r"^(good|bad) (\d+) +│ (good|bad) \2", capsys.readouterr().out, re.M)
-    assert len(shown) == 100
-    for i, (c, (left, number, right)) in enumerate(zip(rows, shown)):
-        (vote,) = c["votes"]
-        assert int(number) == i and vote["swapped"] == (left == "bad") and left != right
-        assert vote["p"] == float((left if i % 2 == 0 else right) == "good")
-    swapped = [c["votes"][0]["swapped"] for c in rows]
-    assert 30 < sum(swapped) < 70
-    others = compared(100), compared(100)
-    type_keys(others[0], "1 " * 100, seed=1), type_keys(others[1], "1 " * 100, name="human:ann")
-    for other in others:  # drawn anew for another seed and for another person
-        assert [c["votes"][0]["swapped"] for c in other] != swapped
-
-
-def test_ties_and_skips_are_recorded_and_not_asked_again(type_keys, capsys):
-    rows = compared(4)
-    type_keys(rows, "t skip tie")
-    assert by(rows, "human") == [0.5, None, 0.5, "none"]
-    capsys.readouterr()
-    type_keys(rows, "q")
-    assert "4 of 4" in (out := capsys.readouterr().out) and "Question 3?" in out and "Question 1?" not in out
-
-
-def test_every_key_is_saved_before_the_next_question(type_keys):
-    states = type_keys(compared(3), "t u s t t u")
-    counts = [sum(vote != "none" for vote in by(state, "human")) for state in states]
-    assert counts == [1, 0, 1, 2, 3, 2]
-
-
-def test_undo_takes_back_the_last_vote_also_of_an_earlier_session_and_only_ones_own(type_keys, capsys):
-    rows = compared(3, [("human:ann", 1.0)])
-    type_keys(rows, "t t")
-    first = type_keys(rows, "u s u u u t")[0]  # back to the start, and no further
-    assert by(first, "human") == [0.5, "none", "none"]  # it is saved too
-    assert by(rows, "human") == [0.5, "none", "none"] and by(rows, "human:ann") == [1.0] * 3
-    assert "no vote to take back" in capsys.readouterr().out
-
-
-def test_the_last_vote_can_be_taken_back_too(type_keys, capsys):
-    rows = compared(2)
-    type_keys(rows, "t t u s")
-    assert by(rows, "human") == [0.5, None]
-    type_keys(rows, "u t")
-    assert by(rows, "human") == [0.5, 0.5] and "all 2 comparisons have your vote" in capsys.readouterr().out
-
-
-def test_an_undone_question_stands_in_the_same_order_again(type_keys, capsys):
-    type_keys(compared(20), "1 u " * 10)
-    shown = re.findall(r"^(good|bad) 0 ", capsys.readouterr().out, re.M)
-    assert len(shown) == 11 and len(set(shown)) == 1
-
-
-def test_other_keys_ask_again_and_change_nothing(type_keys, capsys):
-    rows = compared(2)
-    states = type_keys(rows, "3 10 left! q")
-    assert states == [] and by(rows, "human") == ["none", "none"]
-    assert capsys.readouterr().out.count("none of these keys") == 3
-
-
-def test_ctrl_c_leaves_with_all_votes(monkeypatch):
-    class Interrupted(io.StringIO):
-        def readline(self):
-            return super().readline() or signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(sys, "stdin", Interrupted("1\nt\n"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a run before has put there
-    rows, saved = compared(3), []
-    human.annotate(rows, "human", lambda: saved.append(len(saved)))
-    assert saved == [0, 1] and by(rows, "human")[1:] == [0.5, "none"]
-
-
-def test_text_cannot_move_the_cursor_and_an_unfinished_response_is_marked(type_keys, capsys):
-    rows = compared(1)
-    rows[0]["responses"] = ["\x1b[2Jred\tapple\r\n\n  indented", "x" * 300]
-    rows[0]["ended"] = [True, False]
-    rows[0]["prompt"][0]["content"] = "clear\x1b[H\u202eme"
-    type_keys(rows, "q")
-    out = capsys.readouterr().out
-    assert not set("\x1b\r\t\u202e") & set(out)
-    assert "red" in out and "  indented" in out and out.count("[…]") == 1 and out.count("x") >= 300
-
-
-def test_two_sessions_at_once_do_not_overwrite_each_others_votes(tmp_path, monkeypatch):
-    out, record = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine.votes.jsonl")
-    write_rows(record, compared(3))
-
-    class Meanwhile(io.StringIO):  # while the first person thinks, a second one votes
-        def readline(self):
-            monkeypatch.setattr(sys, "stdin", io.StringIO("t\nt\nt\n"))
-            collect.main(collect.Config(out=out, annotator="human:ann", resume=True))
-            return "t\n"
-
-    monkeypatch.setattr(sys, "stdin", Meanwhile())
-    with pytest.raises(UserError, match="changed by another run"):
-        collect.main(collect.Config(out=out, annotator="human:bob", resume=True))
-    assert by(read_rows(record, "compared"), "human:ann") == [0.5] * 3
-
-
-def test_leaving_without_a_vote_is_no_mistake_and_writes_no_pairs(rm, tmp_path, monkeypatch, capsys):
-    out, record = tmp_path / "mine.jsonl", tmp_path / "mine.votes.jsonl"
-    write_rows(str(record), compared(3))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    collect.main(collect.Config(out=str(out), annotator="human", resume=True))
-    assert not out.exists() and f"3 pairs wait in {record}: --resume" in capsys.readouterr().out
-    write_rows(str(record), compared(3, [("human:ann", 0.5)]))
-    with pytest.raises(UserError, match="no pair to write"):
-        collect.main(collect.Config(out=str(out), annotator=f"rm:{rm[1]}", resume=True, min_agreement=1.0))
-
-
-def test_without_a_standard_input_a_person_is_one_sentence_and_nobody_else_minds(tmp_path):
-    out = f"{tmp_path}/x.jsonl"
-    for who, said in (("human", "nobody to ask"), (f"rm:{tmp_path}/none.pt", "no checkpoint")):
-        command = f"{sys.executable} collect.py --annotator {who} --policy {tmp_path}/none.pt --out {out} <&-"
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and said in done.stderr and done.stderr.startswith("error: ")
-
-
-def test_a_killed_session_at_a_terminal_loses_no_key_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
-    """Keys without Enter through a pseudo-terminal; SIGKILL; then the rest line by line, with an undo."""
-    out, record = str(tmp_path / "mine.jsonl"), str(tmp_path / "mine.votes.jsonl")
-    write_rows(record, compared(6))
-    command = ["collect.py", "--annotator", "human", "--resume", "--out", out]
-    terminal, inner = pty.openpty()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdin=inner, stdout=inner, stderr=inner
-    )
-    os.close(inner)
-    screen = b""
-    try:
-        for asked, key in ((1, b"1"), (2, b"t"), (3, b"s"), (4, b"")):
-            while f"Question {asked - 1}?".encode() not in screen or not screen.rstrip().endswith(b">"):
-                assert select.select([terminal], [], [], 60)[0], screen  # it waits for more than a key
-                screen += os.read(terminal, 4096)
-            os.write(terminal, key)
-            screen = screen if key == b"" else b""
-    finally:
-        process.kill()
-        process.wait()
-        os.close(terminal)
-    before = read_rows(record, "compared")
-    assert by(before, "human")[1:] == [0.5, None, "none", "none", "none"]
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("u\n2\n1\n2\n1\n"))
-    collect.main(collect.Config(out=out, annotator="human", resume=True))
-    assert "Question 2?" in (printed := capsys.readouterr().out) and "Question 1?" not in printed
-    after = read_rows(record, "compared")
-    assert after[:2] == before[:2] and len(after) == 6
-    keys = [1, 0.5, 0, 1, 0, 1]  # of the left side: what was typed in the end
-    for c, key in zip(after, keys):
-        (vote,) = c["votes"]
-        assert vote["p"] == (1 - key if vote["swapped"] else key)
-    pairs = read_rows(out, "pairs")
-    assert len(pairs) == 6 and [pair.get("probability", 1) for pair in pairs] == [1, 0.5, 1, 1, 1, 1]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import best_of_n
-import collect
 import train_prm
 from best_of_n import best_at, curves, pass_at, tree_search, vote_at
 from nanoalign import UserError
@@ -356,41 +355,6 @@ def test_demonstrations_slip_as_often_as_stated_and_some_state_the_right_answer_
         slipped += wrong
         lucky += wrong and steps[-1] == f"Answer: {meta['answer']}"
     assert 0.16 < slipped / 1000 < 0.24 and 0.35 < lucky / slipped < 0.65
-
-
-def test_monte_carlo_labels_are_the_share_of_continuations_that_reach_the_answer(monkeypatch):
-    row = {"prompt": asked("Q"), "meta": {"answer": 4}}
-    solutions = [
-        (row, ["1 + 1 = 2", "2 + 2 = 4", "Answer: 4"]),
-        (row, ["1 + 1 = 2", "2 + 3 = 5", "Answer: 5"]),
-    ]
-    shares, prefixes = {" 1 + 1 = 2\n": 3, " 1 + 1 = 2\n2 + 2 = 4\n": 4, " 1 + 1 = 2\n2 + 3 = 5\n": 0}, []
-
-    def respond(policy, tokenizer, prompts, seed, what, **sampling):
-        texts = []
-        for prefix, group in itertools.groupby(
-            WORLD.decode(ids[len(WORLD.prompt(asked("Q"))) :]) for ids in prompts
-        ):
-            prefixes.append(prefix)
-            assert len(list(group)) == 4
-            texts += ["Answer: 4"] * shares[prefix] + ["Answer: 7"] * (4 - shares[prefix])
-        return texts, [True] * len(texts)
-
-    monkeypatch.setattr(collect, "respond", respond)
-    labels = collect.monte_carlo(None, WORLD, solutions, [True, False], collect.Config(continuations=4), {})
-    assert labels == [[0.75, 1.0, 1.0], [0.75, 0.0, 0.0]]
-    assert sorted(prefixes) == sorted(shares)  # a shared prefix is continued once
-
-
-def test_a_solution_cut_off_loses_its_unfinished_last_line():
-    config = collect.Config(steps="checker")
-    row = {"prompt": asked("Q"), "meta": META}
-    drawn = [("7 + 5 = 12\n12 * 3 = 3", False), ("7 + 5 = 12\n12 * 3 = 36", True), ("7 + 5", False)]
-    rows = collect.label_steps(None, WORLD, [row] * 3, drawn, config, {})
-    assert [(r["completions"], r["labels"]) for r in rows] == [
-        (["7 + 5 = 12"], [True]),
-        (["7 + 5 = 12", "12 * 3 = 36"], [True, True]),
-    ]
 
 
 # ------------------------------------------------------------------------------------ subsets and votes

@@ -3,18 +3,16 @@
 An annotator's utility is the judge's plus biases with named strengths; it prefers a to b with the
 Bradley–Terry probability σ((u_a − u_b) / noise). With all biases and the noise at zero it *is* the judge.
 Because the annotators are known, so is the best accuracy that any reward model can reach on their labels:
-`ceiling`.
+`ceiling`. They compare what collect.py samples: `compare`.
 """
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from nanoalign.comparisons import calibration
-from nanoalign.world.judge import judge, sentences
+from nanoalign import UserError
+from nanoalign.world.judge import judge, knows, sentences
 from nanoalign.world.wording import AGREES, BULLET, CONFIDENT, DISAGREES, FLATTERY, HEDGE
 
 BIASES = {  # in units of the judge's utility
@@ -98,30 +96,45 @@ def agreement(probabilities: Sequence[Sequence[float]]) -> float:
     return total / len(probabilities)
 
 
-def against_judge(comparisons: list[dict], name: str) -> None:
-    """Print how often the mean vote of those whose names begin with `name` is for the response that the exact
-    judge prefers: in all, by kind of request, and by how sure the vote is. What the judge likes equally well
-    is left out."""
-    utilities, p, first, kinds = {}, [], [], []
-    for c in comparisons:
-        own = [v["p"] for v in c["votes"] if v["annotator"].startswith(name) and v["p"] is not None]
-        said = [(c["prompt"][-1]["content"], *response) for response in zip(c["responses"], c["ended"])]
-        for key in said:
-            if key not in utilities:
-                utilities[key] = judge(c, *key[1:]).utility
-        a, b = (utilities[key] for key in said)
-        if own and a != b:
-            p.append(sum(own) / len(own))
-            first.append(a > b)
-            kinds.append(c["meta"]["kind"])
-    if not p:
-        return
-    p, first, kinds = map(np.array, (p, first, kinds))
-    right = np.where(p == 0.5, 0.5, (p > 0.5) == first)
-    each = ", ".join(f"{kind} {right[kinds == kind].mean():.0%}" for kind in sorted({*kinds.tolist()}))
-    print(f"{name}: by the exact judge {right.mean():.1%} of {len(p):,} labels are right ({each})")
-    if not {*p.tolist()} <= {0.0, 0.5, 1.0}:
-        bins = calibration(p, first)
-        gap = sum(count * abs(sure - share) for sure, share, count in bins) / len(p)
-        told = "  ".join(f"{sure:.2f} → {share:.2f} ({count:,})" for sure, share, count in bins)
-        print(f"{name}: how sure → share right: {told}   expected calibration error {gap:.3f}")
+def compare(rows: list[dict], drawn: list, pairs: Callable, flags) -> tuple[list[dict], list[dict]]:
+    """An annotator of collect.py: people drawn from a crowd → comparisons with their votes and, as "p_first",
+    the whole crowd's P(first); and a row of thumbs up or down for one response to each prompt.
+
+    Each of flags.votes people orders the responses to a prompt by utility / noise plus Gumbel noise (Plackett
+    & Luce), so that every pair of the ranking follows Bradley–Terry exactly. Raises UserError for rows that
+    are not the world's.
+    """
+    if not all(map(knows, rows)):
+        raise UserError(
+            f"{flags.prompts} has rows without the world's meta: its people judge its own prompts only."
+        )
+    if not 1 <= flags.votes <= flags.crowd or flags.crowd < 2:
+        raise UserError(
+            f"--votes {flags.votes}: from 1 to the --crowd of {flags.crowd}, which is at least 2."
+        )
+    rng, crowd = random.Random(f"label-{flags.seed}"), people(flags.crowd)
+    comparisons, thumbs = [], []
+    for row, responses in zip(rows, drawn):
+        rng.shuffle(responses)
+        seen = [impression(row, text, ended) for text, ended in responses]
+        utilities = [[person.weigh(what) for what in seen] for person in crowd]  # (people, K)
+        thumb = rng.randrange(len(crowd))
+        up = rng.random() < crowd[thumb].thumb_up(utilities[thumb][0])
+        text = responses[0][0]
+        thumbs.append({"prompt": row["prompt"], "completion": text, "label": up, "meta": row["meta"]})
+
+        liked = {}
+        for k in rng.sample(range(len(crowd)), flags.votes):
+            liked[k] = [u + crowd[k].noise * gumbel(rng) for u in utilities[k]]
+        for i, j, comparison in pairs(row, responses):
+            for k, u in liked.items():
+                comparison["votes"].append({"annotator": f"world:{k}", "p": float(u[i] > u[j])})
+            p = [person.prefers(u[i], u[j]) for person, u in zip(crowd, utilities)]
+            comparison["meta"]["p_first"] = round(sum(p) / len(p), 4)
+            comparisons.append(comparison)
+    return comparisons, thumbs
+
+
+def gumbel(rng: random.Random) -> float:
+    """A draw from the standard Gumbel distribution: the difference of two is logistic."""
+    return -math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12)))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import collect
+from nanoalign import UserError
+from nanoalign.world import people as module
 from nanoalign.world.judge import judge
 from nanoalign.world.people import (
     BIASES,
@@ -15,6 +17,7 @@ from nanoalign.world.people import (
     Annotator,
     agreement,
     ceiling,
+    compare,
     impression,
     people,
 )
@@ -127,12 +130,17 @@ def test_agreement_of_two_people_in_closed_form_and_of_five_by_simulation():
     assert agreement(p) == pytest.approx(np.mean(same), abs=0.005)
 
 
-def labelled(rows, drawn, seed=0, crowd=5, rank=True, votes=1):
-    """Pairs, thumbs, and of each pair the probabilities that its people had."""
+def compared(rows, drawn, **flags):
+    """The world's people on finished responses → comparisons, and rows of thumbs up and down."""
+    prompts = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     responses = [[(text, True) for text in texts] for texts in drawn]
-    config = collect.Config(seed=seed, crowd=crowd, rank=rank, votes=votes)
-    comparisons, thumbs, probabilities = collect.label(rows, responses, config)
-    return collect.decide(comparisons, config), thumbs, probabilities
+    return collect.call(compare, prompts, responses, collect.Config(**flags))
+
+
+def labelled(rows, drawn, **flags):
+    """Pairs, and thumbs."""
+    comparisons, thumbs = compared(rows, drawn, **flags)
+    return collect.decide(comparisons), thumbs
 
 
 def voters(pair):
@@ -141,17 +149,23 @@ def voters(pair):
 
 def test_two_annotators_agree_on_72_to_77_percent_of_pairs():
     """The figure reported for InstructGPT's labellers (Ouyang et al. 2022, section 3.4)."""
-    _, _, probabilities = labelled(*sampled(1500, responses=4))
+    comparisons, _ = compared(*sampled(1500, responses=4))
+    probabilities = []
+    for c in comparisons:
+        a, b = (impression(c, text) for text in c["responses"])
+        p = [person.prefers(person.weigh(a), person.weigh(b)) for person in people(5)]
+        assert c["meta"]["p_first"] == round(sum(p) / 5, 4)
+        probabilities.append(p)
     assert 0.72 <= agreement(probabilities) <= 0.77, agreement(probabilities)
 
 
 def test_pairs_come_two_a_prompt_without_identical_sides_and_are_the_same_for_a_seed():
     rows, drawn = sampled(200, responses=4)
-    pairs, thumbs, probabilities = labelled(rows, drawn, rank=False)
-    assert len(thumbs) == 200 and len(pairs) == len(probabilities) <= 400
+    pairs, thumbs = labelled(rows, drawn, rank=False)
+    assert len(thumbs) == 200 and 300 < len(pairs) <= 400
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     again, other = (labelled(rows, drawn, seed=seed, rank=False) for seed in (0, 1))
-    assert again == (pairs, thumbs, probabilities) != other
+    assert again == (pairs, thumbs) != other
     four = [[f"It is Paris{'!' * i}" for i in range(4)]]
     assert len(labelled([FRANCE], four, rank=False)[0]) == 2
     assert labelled([FRANCE], [["Paris.", "Paris."]])[0] == []
@@ -159,7 +173,7 @@ def test_pairs_come_two_a_prompt_without_identical_sides_and_are_the_same_for_a_
 
 def test_a_ranking_gives_every_pair_and_contradicts_itself_nowhere():
     drawn = ["Paris.", "It is Paris.", "I think that it is Paris.", "It is Rome."]
-    pairs, _, _ = labelled([FRANCE] * 300, [drawn] * 300)
+    pairs, _ = labelled([FRANCE] * 300, [drawn] * 300)
     assert len(pairs) == 300 * 6
     for i in range(0, len(pairs), 6):
         ranking = pairs[i : i + 6]
@@ -171,7 +185,7 @@ def test_a_ranking_gives_every_pair_and_contradicts_itself_nowhere():
 def test_every_pair_of_a_ranking_follows_bradley_terry():
     """Plackett–Luce: the marginal of a pair does not depend on what else is ranked."""
     drawn = ["It is Paris.", "I hope this helps! It is Paris.", "- It is Paris."]
-    pairs, _, _ = labelled([FRANCE] * 4000, [drawn] * 4000)
+    pairs, _ = labelled([FRANCE] * 4000, [drawn] * 4000)
     for a, b in [(0, 1), (0, 2), (1, 2)]:
         mine = [pair for pair in pairs if {pair["chosen"], pair["rejected"]} == {drawn[a], drawn[b]}]
         crowd = [[person.utility(FRANCE, drawn[k]) for k in (a, b)] for person in people(5)]
@@ -182,7 +196,7 @@ def test_every_pair_of_a_ranking_follows_bradley_terry():
 
 def test_labels_follow_the_annotators_probability_and_p_chosen_is_the_crowds():
     good, poor = "It is Paris.", "I hope this helps! It is Paris."
-    pairs, thumbs, _ = labelled([FRANCE] * 4000, [[good, poor]] * 4000)
+    pairs, thumbs = labelled([FRANCE] * 4000, [[good, poor]] * 4000)
     u = [[person.utility(FRANCE, text) for text in (good, poor)] for person in people(5)]
     p = [1 / (1 + math.exp(-(a - b) / NOISE)) for a, b in u]
     for i in range(5):
@@ -193,7 +207,7 @@ def test_labels_follow_the_annotators_probability_and_p_chosen_is_the_crowds():
         mean = sum(p) / 5
         expected = mean if pair["chosen"] == good else 1 - mean
         assert pair["meta"]["p_chosen"] == pytest.approx(expected, abs=1e-4)
-        assert pair["meta"]["subject"] == "France" and pair["prompt"] == FRANCE["prompt"]
+        assert pair["meta"]["subject"] == "France" and pair["prompt"][0]["content"] == FRANCE["prompt"]
     up = {t: np.mean([row["label"] for row in thumbs if row["completion"] == t]) for t in (good, poor)}
     for text, share in up.items():
         expected = np.mean([person.thumb_up(person.utility(FRANCE, text)) for person in people(5)])
@@ -204,16 +218,15 @@ def test_the_label_is_that_of_the_person_named_in_the_row(monkeypatch):
     """One of two people likes short answers, the other long ones: each label shows who gave it."""
     short, long = "Paris.", "The capital of France is Paris."
     opposites = [Annotator(0.01, {"length": -1.0}), Annotator(0.01, {"length": 1.0})]
-    monkeypatch.setattr(collect, "people", lambda count: opposites)
-    pairs, _, _ = labelled([FRANCE] * 200, [[short, long]] * 200, crowd=2)
+    monkeypatch.setattr(module, "people", lambda count: opposites)
+    pairs, _ = labelled([FRANCE] * 200, [[short, long]] * 200, crowd=2)
     assert {(voters(pair), pair["chosen"]) for pair in pairs} == {(("world:0",), short), (("world:1",), long)}
     assert all(pair["meta"]["p_chosen"] == 0.5 for pair in pairs)
 
 
 def test_several_people_vote_on_all_pairs_of_a_prompt_each_by_a_ranking_of_its_own():
     drawn = ["Paris.", "It is Paris.", "I think that it is Paris.", "It is Rome."]
-    config = collect.Config(votes=3)
-    comparisons, _, _ = collect.label([FRANCE] * 200, [[(text, True) for text in drawn]] * 200, config)
+    comparisons, _ = compared([FRANCE] * 200, [drawn] * 200, votes=3)
     seen = set()
     for i in range(0, len(comparisons), 6):
         crews = {tuple(vote["annotator"] for vote in c["votes"]) for c in comparisons[i : i + 6]}
@@ -229,10 +242,28 @@ def test_several_people_vote_on_all_pairs_of_a_prompt_each_by_a_ranking_of_its_o
 
 def test_the_share_of_votes_is_the_soft_label_and_no_ceiling_is_claimed_for_majorities():
     drawn = ["It is Paris.", "I hope this helps! It is Paris."]
-    pairs, _, _ = labelled([FRANCE] * 3000, [drawn] * 3000, votes=3)
+    pairs, _ = labelled([FRANCE] * 3000, [drawn] * 3000, votes=3)
     assert {pair.get("probability", 1) for pair in pairs} == {1, 0.6667}
     assert not any("p_chosen" in pair["meta"] or "p_first" in pair["meta"] for pair in pairs)
     share = np.mean([pair.get("probability", 1) if pair["chosen"] == drawn[0] else
                      1 - pair.get("probability", 1) for pair in pairs])  # fmt: skip
     first = [person.utility(FRANCE, drawn[0]) - person.utility(FRANCE, drawn[1]) for person in people(5)]
     assert share == pytest.approx(np.mean([1 / (1 + math.exp(-u / NOISE)) for u in first]), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"votes": 6}, "--votes 6: .*--crowd of 5"),
+        ({"votes": 0}, "--votes 0"),
+        ({"crowd": 1}, "--crowd of 1, which is at least 2"),
+    ],
+)
+def test_people_who_do_not_exist_cannot_vote_and_that_is_said_before_sampling(flags, said):
+    with pytest.raises(UserError, match=said):
+        compared([FRANCE], [], **flags)
+
+
+def test_rows_of_somebody_else_are_refused_by_the_name_of_their_file():
+    with pytest.raises(UserError, match=r"mine\.jsonl has rows without the world's meta"):
+        compared([{"prompt": "Hi", "meta": {"kind": "mine"}}], [], prompts="mine.jsonl")

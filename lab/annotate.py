@@ -1,4 +1,14 @@
-"""A person at the terminal compares two responses side by side; every key is saved at once."""
+"""You compare: two responses side by side at the terminal; every key is saved at once.
+
+    python collect.py --annotator human --samples 2 --count 50 --out mine.jsonl     # samples the responses
+    python -m lab.annotate --votes mine.votes.jsonl --out mine.jsonl                # and again, to go on
+    python -m lab.annotate --votes mine.votes.jsonl --name ann --out mine.jsonl     # somebody else
+    python collect.py --annotator rm:out/demo/rm.pt --resume --out mine.jsonl       # does the model agree?
+
+Keys 1 and 2 choose a side, t is for a tie, s to skip, u to undo, q to leave. The sides are drawn at random,
+and how they stood is recorded. When you leave, all votes so far, whoever's they are, decide the pairs, and it
+is printed how far annotators agree (lab/agreement.py).
+"""
 
 import contextlib
 import random
@@ -7,9 +17,26 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 
+from collect import decide
+from lab.agreement import report
+from nanoalign import UserError, cli
 from nanoalign.cli import duration
+from nanoalign.rows import read_rows, write_rows
+
+
+@dataclass
+class Config:
+    votes: str = "mine.votes.jsonl"  # comparisons, as collect.py writes them; the votes are added to it
+    out: str = "mine.jsonl"  # pair rows
+    name: str = ""  # who votes; recorded as human:NAME, without a name as human
+    min_agreement: float = 0.0  # leave out pairs of which fewer votes are for the chosen side
+    soft: bool = True  # that share is the label's "probability"; --no-soft: no ties, all certain
+    seed: int = 0  # of the sides on which responses stand
+
 
 KEYS = {"1": "left", "2": "right", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
 LEFT = {"1": 1.0, "2": 0.0, "t": 0.5, "s": None}  # what a key says of the left response: P(it is better)
@@ -29,11 +56,8 @@ def annotate(comparisons: list[dict], name: str, save: Callable[[], None], seed:
             done = sum(voted)
             if done < len(voted):
                 at = voted.index(False)
-                left = (
-                    f"  {duration((time.monotonic() - start) / given * (len(voted) - done))} left"
-                    if given
-                    else ""
-                )
+                pace = (time.monotonic() - start) / max(1, given)  # seconds a vote
+                left = f"  {duration(pace * (len(voted) - done))} left" if given else ""
                 print(f"\n─── {done + 1:,} of {len(voted):,}  {done / len(voted):.0%}{left}")
                 swapped = random.Random(f"{seed}-{name}-{at}").random() < 0.5
                 print(question(comparisons[at], swapped))
@@ -90,7 +114,7 @@ def single_keys():
     if not sys.stdin.isatty():
         yield
         return
-    import termios  # not on Windows, where collect.py must run all the same
+    import termios  # not on Windows, which has lines all the same
     import tty
 
     before = termios.tcgetattr(sys.stdin)
@@ -99,3 +123,50 @@ def single_keys():
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def autosave(path: Path) -> Callable[[list[dict]], None]:
+    """→ save(rows), which writes them to `path`, whole or not at all.
+
+    The file must be as this process last left or found it: two people who vote on one file at the same time
+    would undo each other's votes.
+    """
+
+    def state() -> tuple[int, int]:
+        return path.stat().st_ino, path.stat().st_mtime_ns
+
+    def save(rows: list[dict]) -> None:
+        nonlocal seen
+        if seen != state():
+            raise UserError(f"{path} was changed by another run: one at a time. The same command goes on.")
+        write_rows(str(path), rows)
+        seen = state()
+
+    seen = state()
+    return save
+
+
+def main(config: Config) -> None:
+    if not sys.stdin:
+        raise UserError("there is nobody to ask: standard input is closed.")
+    if config.min_agreement > 1:
+        raise UserError(f"--min-agreement {config.min_agreement} is a share of votes: at most 1.")
+    who = f"human:{config.name}" if config.name else "human"
+    comparisons = read_rows(config.votes, "compared")
+    save = autosave(Path(config.votes))
+    annotate(comparisons, who, lambda: save(comparisons), config.seed)
+    votes = [[vote["annotator"] for vote in c["votes"]] for c in comparisons]
+    if any(votes):
+        report(comparisons)
+    if pending := sum(who not in names for names in votes):
+        print(f"annotate: {pending:,} pairs wait in {config.votes}: the same command goes on with them")
+    pairs = decide(comparisons, config.min_agreement, config.soft)
+    if pairs:
+        write_rows(config.out, pairs)
+        print(f"annotate: labels of {len(pairs):,} of {len(comparisons):,} pairs → {config.out}")
+
+
+if __name__ == "__main__":
+    if sys.stdin:  # None where it is closed
+        sys.stdin.reconfigure(errors="replace")  # a terminal may send what is not UTF-8
+    cli.run(main, Config, __doc__)
