@@ -180,19 +180,24 @@ def test_more_rounds_go_on_from_fewer(revise):
         assert a["response"] == b["response"] and a["rounds"] == b["rounds"][:1] and len(b["rounds"]) == 3
 
 
-def test_the_judge_says_what_each_round_was_worth_of_the_worlds_prompts_only(scripted, tmp_path, capsys):
+def test_a_watched_reward_says_what_each_round_was_worth(scripted, tmp_path, capsys):
     meta = {"kind": "fact", "relation": "capital", "subject": "France"}
     question = {"prompt": "What is the capital of France?", "meta": meta}
     write_rows(str(tmp_path / "world.jsonl"), [question] * 2)
     replies = [["Rome.", None], ["No.", "No."], ["Paris.", "Paris."]]
-    scripted(replies, rounds=1, prompts="world.jsonl")
+    scripted(replies, rounds=1, prompts="world.jsonl", watch="judge")
     out = capsys.readouterr().out
     cut = judge(question, "cut sho", False).utility
-    assert f"2 first answers; the judge's utility {(-1 + cut) / 2:+.3f}" in out
-    assert "round 1: 2 changed, 0 without a whole revision; the judge's utility +1.000" in out
+    assert f"2 first answers; judge {(-1 + cut) / 2:+.3f}" in out
+    assert "round 1: 2 changed, 0 without a whole revision; judge +1.000" in out
+    scripted([["a"] * 8, ["c"] * 8, ["a"] * 7 + [None]], rounds=1, watch="2*length")
+    out = capsys.readouterr().out
+    assert "round 1: 0 changed, 1 without a whole revision; 2*length +4.000\n" in out  # "a" and the end
     scripted([["a"] * 8, ["c"] * 8, ["a"] * 7 + [None]], rounds=1)
     out = capsys.readouterr().out
-    assert "round 1: 0 changed, 1 without a whole revision\n" in out and "utility" not in out
+    assert "round 1: 0 changed, 1 without a whole revision\n" in out
+    with pytest.raises(UserError, match="the world's judge"):
+        scripted([["a"] * 8], watch="judge")
 
 
 # ------------------------------------------------------------------------------------- the constitution
