@@ -62,7 +62,7 @@ def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> 
 def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
-    plain = checkpoint["stage"] == "base"
+    plain = not checkpoint["chat"]
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn, interactive = list(opening), 0, sys.stdin.isatty()
     limit = policy.config.context - min(config.max_new_tokens, policy.config.context // 2)
@@ -86,12 +86,8 @@ def main(config: Config) -> None:
             messages.pop()
             continue
         print(f"{'model: ' if interactive else ''}", end="")
-        messages.append(
-            {
-                "role": "assistant",
-                "content": say(policy, tokenizer, ids, config, config.seed + turn, device, autocast),
-            }
-        )
+        answer = say(policy, tokenizer, ids, config, config.seed + turn, device, autocast)
+        messages.append({"role": "assistant", "content": answer})
         turn += 1
 
 
