@@ -17,7 +17,6 @@ import torch
 
 from lab import run_command
 from lab.plot import plot_curves
-from lab.plot import plot_curves
 from lab.seeds import over_seeds
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
