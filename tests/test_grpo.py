@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,22 +15,22 @@ import train_grpo
 from nanoalign import UserError
 from nanoalign.checkpoint import load, save
 from nanoalign.data import BatchOrder
-from nanoalign.generate import rollouts
-from nanoalign.logprobs import masked_sum
+from nanoalign.generate import rollout
+from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import write_rows
+from nanoalign.run import Run
 from nanoalign.tokenizer import get_tokenizer
 from train_grpo import (
     KINDS,
     Config,
     check_flags,
-    check_start,
     group_advantages,
     group_logprobs,
     kl_estimate,
+    losses,
     policy_loss,
     token_weights,
-    update_stats,
 )
 
 TOKENIZER = get_tokenizer("world")
@@ -198,12 +199,11 @@ def test_what_lies_outside_the_mask_never_changes_loss_ratio_gradient_or_metrics
         logp, old = (torch.randn(MASK.shape).masked_fill(~MASK, fill) for _ in range(2))
         logp.requires_grad_()
         weight, a = token_weights(MASK, kind, 9), torch.randn(4)
-        values, ratio = policy_loss(logp, old, a, MASK, kind, 0.2, 0.28)
-        loss = masked_sum(values * weight, MASK).sum()
-        loss.backward()
+        ratio = policy_loss(logp, old, a, MASK, kind, 0.2, 0.28)[1]
         config = Config(kind=kind, clip_high=0.28)
-        stats = update_stats(logp, old, a[:, None], MASK, ratio, loss * 0, loss, weight, config)
-        return [loss, ratio, logp.grad, stats]
+        found = losses(logp, old, old + 1, a[:, None], weight, weight, MASK, config)
+        found["loss"].backward()
+        return [ratio, logp.grad, *found.values()]
 
     for a, b in zip(everything(-7.0), everything(junk)):
         assert torch.equal(a, b)
@@ -212,15 +212,21 @@ def test_what_lies_outside_the_mask_never_changes_loss_ratio_gradient_or_metrics
 def test_metrics_are_weighed_like_the_loss(double):
     logp = torch.tensor([[0.0, math.log(1.5), math.log(0.5)], [0.0, math.log(1.5), 9.0]])
     mask = torch.tensor([[False, True, True], [False, True, False]])
-    a, zero, weight = torch.tensor([1.0, -1.0]), torch.zeros(2, 3), token_weights(mask, "grpo", 9)
-    _, ratio = policy_loss(logp, zero, a, mask, "grpo", 0.2, 0.2)
-    stats = update_stats(
-        logp, zero, a[:, None], mask, ratio, torch.tensor(0.3), torch.tensor(0.7), weight, check()
-    )
+    a, zero, weight = torch.tensor([[1.0], [-1.0]]), torch.zeros(2, 3), token_weights(mask, "grpo", 9)
     squares = [math.log(1.5) ** 2 / 2, math.log(0.5) ** 2 / 2, math.log(1.5) ** 2 / 2]
-    approxkl = (squares[0] + squares[1]) / 4 + squares[2] / 2
-    # of the three tokens only the first is clipped: the others move the way their advantage does not
-    assert stats.tolist() == pytest.approx([approxkl, 0.25, (1.5 + 0.5) / 4 + 1.5 / 2, 0.3, 0.7])
+    squares = (squares[0] + squares[1]) / 4 + squares[2] / 2
+    loss = (-1.2 - 0.5) / 4 + 1.5 / 2
+    for kl, price in (("reward", 0.0), ("k2", squares)):
+        found = losses(logp, zero, zero, a, weight, weight, mask, check(kl=kl, beta=0.3))
+        assert found["approxkl"].item() == pytest.approx(squares)
+        # of the three tokens only the first is clipped: the others move the way their advantage does not
+        assert found["clip_fraction"].item() == pytest.approx(0.25)
+        assert found["ratio"].item() == pytest.approx((1.5 + 0.5) / 4 + 1.5 / 2)
+        assert found["kl_loss"].item() == pytest.approx(price)
+        assert found["loss"].item() == pytest.approx(loss + 0.3 * price)
+    tenfold = losses(logp, zero, zero, a, 10 * weight, weight, mask, check())  # the loss alone is weighed
+    assert tenfold["loss"].item() == pytest.approx(10 * loss)
+    assert tenfold["approxkl"].item() == pytest.approx(squares)
 
 
 # --------------------------------------------------------------------- against an enumerated expectation
@@ -340,22 +346,50 @@ def test_each_kind_has_its_papers_clip_and_takes_kl_off_the_reward(kind, high):
         ({"batch_size": 60}, "--batch-size 60 and --minibatch 64 must be multiples"),
         ({"minibatch": 4}, "must be multiples of --group-size 8"),
         ({"temperature": 0.0}, "--temperature"),
-        ({"epochs": 0}, "at least 1"),
+        ({"steps": 0}, "--steps at least 1"),
+        ({"epochs": 0}, "--epochs must be positive"),
+        ({"minibatch": 0}, "--minibatch must be at least 1"),
+        ({"eval_prompts": 0}, "--eval-prompts must be at least 1"),
+        ({"reward": "prm-steps:x.pt"}, "python -m lab.train_grpo_steps"),
     ],
 )
 def test_flags_that_do_not_go_together_are_a_sentence(flags, names):
+    """Before anything is loaded: there are no such files."""
     with pytest.raises(UserError, match=names):
-        check(**flags)
+        train_grpo.main(Config(init="no.pt", out="no/file.pt", **flags))
 
 
 def test_the_check_of_the_first_minibatch_stops_a_ratio_off_1_a_kl_off_0_and_nan():
-    ratio, kl, cpu = torch.zeros(5), torch.zeros(3), torch.device("cpu")
-    check_start(ratio, kl, 0, Config(), cpu)
-    check_start(ratio, kl + 1, 0, Config(reference="other.pt"), cpu)  # another reference may be far away
-    check_start(ratio, kl + 1, 7, Config(), cpu)  # and so is a resumed policy
+    ratio, kl = torch.zeros(5), torch.zeros(3)
+
+    def start(ratio, kl, step=0, **flags):
+        run = SimpleNamespace(step=step, config=Config(**flags), device=torch.device("cpu"))
+        Run.must_be_on_policy(run, ratio, kl)
+
+    start(ratio, kl)
+    start(ratio, kl + 1, reference="other.pt")  # another reference may be far away
+    start(ratio, kl + 1, step=7)  # and so is a resumed policy
     for off, far in [(0.01, 0.0), (-0.01, 0.0), (0.0, 0.01), (0.0, -0.01), (math.nan, 0.0), (0.0, math.nan)]:
         with pytest.raises(UserError, match="two different paths"):
-            check_start(ratio + off, kl + far, 0, Config(), cpu)
+            start(ratio + off, kl + far)
+
+
+@pytest.mark.parametrize("group, limits", [(1, (0, 0)), (4, (0, 0)), (1, (5, 0)), (4, (5, 0)), (4, (0, 40))])
+def test_minibatches_show_each_response_once_an_epoch_and_groups_whole(group, limits):
+    lengths, seen = np.random.default_rng(0).integers(3, 30, 24), []
+    config = Config(minibatch=8, epochs=2, micro_batch=limits[0], micro_tokens=limits[1])
+    steps = [*Run.minibatches(SimpleNamespace(config=config, step=3), lengths, group)]
+    assert len(steps) == 6
+    for pieces in steps:
+        rows = np.concatenate(pieces)
+        seen += rows.tolist()
+        assert len(rows) == 8 and len({*(rows // group)}) == 8 // group
+        for piece in pieces:
+            assert len(piece) <= (limits[0] or 8)
+            assert len(piece) == 1 or not limits[1] or len(piece) * lengths[piece].max() <= limits[1]
+            due = np.sort(piece) if group > 1 else piece[np.argsort(lengths[piece], kind="stable")]
+            assert (lengths[piece] == lengths[due]).all() and (group == 1 or (piece == due).all())
+    assert sorted(seen[:24]) == sorted(seen[24:]) == [*range(24)] and seen[:24] != seen[24:]
 
 
 # ------------------------------------------------------------------------------------------ whole iterations
@@ -376,22 +410,17 @@ def talker(seed=0):
     return model
 
 
-def test_a_group_stays_together_when_rollouts_are_sorted_by_length():
+def test_a_group_stays_together_though_prompts_of_one_length_are_sampled_together():
     prompts = [TOKENIZER.prompt(row["prompt"]) for row in ROWS]
     lengths = [len(prompt) for prompt in prompts]
     assert len(set(lengths)) > 3 and len(set(lengths)) < len(lengths) and lengths != sorted(lengths)
     asked = [prompt for prompt in prompts for _ in range(4)]
-    [(indices, rollout)] = rollouts(talker(), TOKENIZER, asked, 6, seed=0, batch_size=28)
-    assert sorted(indices) == list(range(28))
-    seen = []
+    drawn = rollout(talker(), TOKENIZER, asked, 6, seed=0)
     for start in range(0, 28, 4):
-        [number] = {i // 4 for i in indices[start : start + 4]}  # of one prompt
-        seen.append(number)
-        for ids, mask in zip(rollout.ids[start : start + 4], rollout.mask[start : start + 4]):
+        for ids, mask in zip(drawn.ids[start : start + 4], drawn.mask[start : start + 4]):
             first = mask.nonzero()[0].item()
-            assert ids[:first].tolist() == prompts[number].tolist()
-        assert len({tuple(r) for r in rollout.responses()[start : start + 4]}) > 1
-    assert sorted(seen) == list(range(7))
+            assert ids[:first].tolist() == prompts[start // 4].tolist()
+        assert len({tuple(r) for r in drawn.responses()[start : start + 4]}) > 1
 
 
 @pytest.mark.parametrize("picked", [range(28), (0, 1, 2, 5, 11, 12, 14), (3,)])
@@ -399,24 +428,24 @@ def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor
     """Of whole groups, and of what a micro-batch cuts out of them."""
     asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS for _ in range(4)]
     model, rows = talker(), torch.tensor(picked)
-    [(_, rollout)] = rollouts(model, TOKENIZER, asked, 20, seed=0, temperature=0.7, batch_size=28)
-    ids, mask, group = rollout.ids[rows], rollout.mask[rows], np.array(picked) // 4
+    drawn = rollout(model, TOKENIZER, asked, 20, seed=0, temperature=0.7)
+    ids, mask, group = drawn.ids[rows], drawn.mask[rows], np.array(picked) // 4
     read, results = [], []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
-    for share in (False, True):
-        config = Config(share_prompts=share, temperature=0.7)
-        found = group_logprobs(model, ids, mask, group, config, entropy=True)
+    plain = token_logprobs(model, ids, mask, 0.7, entropy=True)
+    shared = group_logprobs(model, ids, mask, group, Config(temperature=0.7), entropy=True)
+    for found in (plain, shared):
         weighed = sum((torch.arange(1.0, 1 + x.numel()).view(x.shape) * x).sum() for x in found)
         results.append((*found, *torch.autograd.grad(weighed, list(model.parameters()))))
     for plain, shared in zip(*results):
         torch.testing.assert_close(shared, plain)
-    torch.testing.assert_close(results[1][0], rollout.logp[rows].double(), rtol=1e-5, atol=1e-5)  # of fp32
+    torch.testing.assert_close(results[1][0], drawn.logp[rows].double(), rtol=1e-5, atol=1e-5)  # of fp32
     whole = [mask[group == g].sum() + int(mask[group == g][0].int().argmax()) for g in sorted({*group})]
     assert read == [ids.shape, (len(whole), max(whole))]
 
 
 class LongestFirst(BatchOrder):
-    """Prompts in another order than that in which rollouts come back."""
+    """Prompts in another order than that in which they are sampled."""
 
     def __getitem__(self, step):
         return super().__getitem__(step)[::-1]
@@ -434,7 +463,8 @@ def trained(tmp_path, monkeypatch):
             return torch.tensor([float(reward(row, r)) for row, r in zip(rows, rollout.responses())])
 
         monkeypatch.setattr(train_grpo, "BatchOrder", LongestFirst)
-        monkeypatch.setattr(train_grpo, "watched_rewards", lambda *_: {"score": checked})
+        checked.files = checked.models = []
+        monkeypatch.setattr(train_grpo, "make_reward", lambda *_: checked)
         start, other, data, out = (str(tmp_path / n) for n in ("sft.pt", "ref.pt", "rows.jsonl", "grpo.pt"))
         for path, seed in ((start, 0), (other, 1)):
             save(path, talker(seed), stage="sft", tokenizer=TOKENIZER, config=Config(), step=0)
@@ -461,31 +491,30 @@ def test_micro_batches_change_nothing(double, trained, kind):
     flags = {"kind": kind, "kl": "reward" if kind == "rloo" else "k3", "other_reference": True, "epochs": 1}
     [whole], weights = trained(by_content, **flags)
     assert whole["grad_norm"] > 1e-2 and whole["equal_groups"] < 0.5
-    for micro_batch in (1, 5):
-        [pieces], same = trained(by_content, micro_batch=micro_batch, **flags)
+    for limits in ({"micro_batch": 1}, {"micro_batch": 5}, {"micro_tokens": 90}):
+        [pieces], same = trained(by_content, **limits, **flags)
         for name in ("loss", "grad_norm", "approxkl", "clip_fraction", "ratio", "kl_loss", "entropy"):
             assert pieces[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-9), name
         assert all(torch.allclose(weights[name], same[name], atol=1e-6) for name in weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_each_prompt_once_changes_nothing(double, trained, kind):
+def test_reading_each_prompt_once_changes_nothing(double, trained, kind, monkeypatch):
     flags = {"kind": kind, "other_reference": True, "micro_batch": 5, "epochs": 2}
-    ([plain], weights), ([shared], same) = (
-        trained(by_content, share_prompts=s, **flags) for s in (False, True)
-    )
+    [shared], same = trained(by_content, **flags)
+    monkeypatch.setattr(train_grpo, "packed_hidden", lambda model, ids, *_: model.hidden(ids))
+    [plain], weights = trained(by_content, **flags)
     for name in ("loss", "grad_norm", "approxkl", "clip_fraction", "ratio", "kl", "entropy", "ratio_error"):
         assert shared[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-9), name
     assert all(torch.allclose(weights[name], same[name], atol=1e-6) for name in weights)
 
 
 def test_minibatches_are_whole_groups(trained, monkeypatch):
-    read, packed = [], GPT.packed_hidden
-    monkeypatch.setattr(GPT, "packed_hidden", lambda *a: read.append(a[-1]) or packed(*a))
+    read, packed = [], train_grpo.packed_hidden
+    monkeypatch.setattr(train_grpo, "packed_hidden", lambda *a: read.append(a[-1]) or packed(*a))
     trained(by_content, epochs=3)
-    assert (
-        read == [[4] * 6] * 2 + [[4] * 3] * 6
-    )  # to score all of them, policy and reference; two a minibatch
+    # all of them are scored, by policy and reference; there are two minibatches an epoch
+    assert read == [[4] * 6] * 2 + [[4] * 3] * 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
