@@ -369,5 +369,5 @@ def test_without_a_working_compiler_it_runs_eager_and_says_so_once(
     results, wanted = ((*x, *gradients(x, leaves)) for x in (outputs, expected))
     for ours, theirs in zip(results, wanted):
         assert_close(ours, theirs, torch.float64, N * D)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "eager" in printed
+    printed = [line for line in capsys.readouterr().out.splitlines() if "at a time" not in line]
+    assert len(printed) == 1 and "eager" in printed[0]
