@@ -22,7 +22,6 @@ from nanoalign.rows import RowError, check_calculator, parse_steps, read_rows, w
 from nanoalign.steps import aggregate, step_ends, step_example, step_probabilities
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.world.steps import check_steps, problem, solution
-from train_grpo import group_advantages, step_advantages
 from train_prm import UNLABELLED, auc, batch_of, calibration_error, first_error, step_examples, step_loss
 
 WORLD = get_tokenizer("world")
@@ -439,35 +438,6 @@ def test_search_keeps_problems_apart_and_counts_a_beam_that_ends_early():
 
     found = tree_search(["x", "y"], expand, lambda nodes: [float(len(n)) for n in nodes], 1, 1, 9, False)
     assert [[node for _, node in solutions] for solutions in found] == [["xaa"], ["ya"]]
-
-
-# -------------------------------------------------------------------------------------------- as a reward
-
-
-def test_step_advantages_are_those_of_a_loop_over_groups_steps_and_tokens():
-    torch.manual_seed(0)
-    ends = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 1]]).bool()
-    rewards = torch.rand(4, 5).masked_fill(~ends, 0)
-    for kind in ("grpo", "dr_grpo", "dapo"):
-        found = step_advantages(rewards, ends, 2, kind)
-        for g in (0, 2):
-            values = [rewards[b, t].item() for b in (g, g + 1) for t in range(5) if ends[b, t]]
-            mean = np.mean(values)
-            scale = 1.0 if kind == "dr_grpo" else np.std(values, ddof=1) + 1e-4
-            for b in (g, g + 1):
-                for t in range(5):
-                    due = sum((rewards[b, s].item() - mean) / scale for s in range(t, 5) if ends[b, s])
-                    assert found[b, t].item() == pytest.approx(due, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
-def test_one_step_a_response_makes_process_and_outcome_advantages_equal(kind):
-    scores = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.0, 1.0])
-    mask = torch.arange(5) < torch.tensor([2, 5, 3, 1, 4, 5])[:, None]
-    dense = on_last_token(scores, mask)
-    found = step_advantages(dense, on_last_token(torch.ones(6), mask) > 0, 3, kind)
-    due = group_advantages(scores, 3, kind)
-    torch.testing.assert_close(found.masked_fill(~mask, 0), (due[:, None] * mask), atol=1e-6, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ the scripts
