@@ -88,3 +88,18 @@ def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
     print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
     for name, cells in lines:
         print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """The chance that a positive (N,) scores above a negative, ties half (Mann & Whitney 1947), or NaN."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # of equal scores the mean rank
+    P, N = int(positive.sum()), int((~positive).sum())
+    return float((ranks[positive].sum() - P * (P + 1) / 2) / (P * N)) if P and N else float("nan")
+
+
+def calibration_error(p: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
+    """Probabilities and labels (N,) → the expected calibration error (Guo et al. 2017, eq. 3)."""
+    index = np.digitize(p, np.linspace(0, 1, bins + 1)[1:-1])
+    gaps = np.abs(np.bincount(index, p, bins) - np.bincount(index, labels, bins))
+    return float(gaps.sum() / len(p))
