@@ -1,25 +1,22 @@
 """A reward model: a GPT with a scalar head that scores the preferred of two responses higher.
 
-    L = −p log σ(Δ) − (1−p) log σ(−Δ) + c (r_w + r_l)²,     Δ = r_w − r_l − m
-                                                      (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)
+    L = −p log σ(Δ) − (1−p) log σ(−Δ) + c (r_w + r_l)²    (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1)
 
-m is a row's "margin" (Llama 2, eq. 2); p its "probability", a soft label, 1 where there is none, and with
---label-smoothing ε, the share of flipped labels, (1−ε) p + ε (1−p) in its place; c keeps scores near zero
-(Eisenstein et al. 2023). r is read at the last token of the response, its end token. All pairs of a prompt
-share a batch: each response goes through the model once, and a prompt counts once however many pairs it has
-(InstructGPT).
+Δ = r_w − r_l − m. m is a row's "margin" (Llama 2, eq. 2); p its "probability", a soft label, 1 where there is
+none; with --label-smoothing ε, the share of flipped labels, (1−ε) p + ε (1−p) takes its place; c keeps scores
+near zero (Eisenstein et al. 2023). r is read at the end token. All pairs of a prompt share a batch: each
+response goes through the model once, and a prompt counts once however many pairs it has (InstructGPT).
 
     python train_rm.py                                              # the built-in world
-    python train_rm.py --seed 1000 --out out/demo/rm.1.pt           # a member of an ensemble: another seed
+    python train_rm.py --seed 1000 --out out/demo/rm.1.pt           # a member of an ensemble
     python train_rm.py --data hh.jsonl --init out/sft.pt --out out/rm.pt --lr 1e-5
-    python -m lab.reward_report                                     # what it has learnt to like
 
 After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the first 2,000 training
 responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
 A healthy run: held-out accuracy starts near one half and rises towards the ceiling (the labels are noisy:
 nobody can exceed it). The demo's model gets from 50 to about 60 % under a ceiling of 76 %: it learns manners
-and styles, and few facts (docs/results.md).
+and styles, and few facts (docs/results.md). `python -m lab.reward_report` says what else it likes.
 """
 
 import math
@@ -44,15 +41,13 @@ from nanoalign.training import make_optimizer, prepare, setup
 @dataclass(kw_only=True)
 class Config(Flags):
     init: str = "out/demo/sft.pt"  # the checkpoint whose trunk the reward model starts from
-    data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen and rejected, or HH transcripts
+    data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen, rejected; or HH transcripts
     out: str = "out/demo/rm.pt"  # the checkpoint to write; metrics go beside it
     label_smoothing: float = 0.0  # ε: the share of labels thought to be flipped
     centering: float = 0.01  # c: how strongly a pair's scores are pulled to sum to zero
     max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
     batch_size: int = 16  # prompts per optimiser step, each with all of its pairs
-    micro_batch: int = 0  # prompts per forward pass; 0: the whole batch at once
     lr: float = 1e-3
-    seed: int = 0  # of the head and of the data order
 
 
 def bradley_terry_loss(
@@ -81,7 +76,7 @@ class Prompt(NamedTuple):
 
 def by_prompt(pairs: list[tuple[Example, Example]], rows: list[dict]) -> list[Prompt]:
     """Pairs of examples → one `Prompt` for each prompt, in which every response appears once."""
-    prompts: dict[bytes, tuple[dict, list, list]] = {}
+    prompts = {}
     for pair, row in zip(pairs, rows):
         ids, mask = pair[0]
         responses, indices, kept = prompts.setdefault(ids[~mask].tobytes(), ({}, [], []))
@@ -95,59 +90,55 @@ def by_prompt(pairs: list[tuple[Example, Example]], rows: list[dict]) -> list[Pr
     ]
 
 
-def pair_scores(model: ScalarGPT, batch: list[Prompt], tokenizer, device) -> tuple[Tensor, Tensor, Tensor]:
+def pair_scores(model, batch: list[Prompt], tokenizer, device) -> tuple[Tensor, ...]:
     """→ scores of the chosen and of the rejected response of every pair, and the pair's weight, (P,) each.
 
-    The weights of a prompt's pairs sum to 1. A prompt goes through the model once, followed by all of its
-    responses; a score is read at a response's last token.
+    The weights of a prompt's pairs sum to 1. A prompt is read once, followed by all of its responses.
     """
     sizes = [len(prompt.responses) for prompt in batch]
-    ids, mask = collate([response for prompt in batch for response in prompt.responses], tokenizer.pad)
+    ids, mask = collate([example for p in batch for example in p.responses], tokenizer.pad)
     ids = ids.to(device, non_blocking=True)
     scores = response_scores(model, ids, mask, packed_hidden(model.gpt, ids, mask, sizes))
-    first = np.cumsum([0, *sizes])
-    indices = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
-    weights = [np.full(len(p.rows), 1 / len(p.rows), dtype=np.float32) for p in batch]
-    chosen, rejected = torch.from_numpy(np.concatenate(indices, axis=1)).to(device, non_blocking=True)
-    weight = torch.from_numpy(np.concatenate(weights)).to(device, non_blocking=True)
-    return scores[chosen], scores[rejected], weight
+    first = np.cumsum([0, *sizes])  # of each prompt's responses
+    sides = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
+    sides = torch.from_numpy(np.concatenate(sides, axis=1))  # (2, P)
+    chosen, rejected = sides.to(device, non_blocking=True)
+    weight = torch.tensor([1 / len(p.rows) for p in batch for _ in p.rows])
+    return scores[chosen], scores[rejected], weight.to(device, non_blocking=True)
 
 
-def labels(prompts: list[Prompt], field: str, otherwise: float) -> Tensor:
-    """That field of every pair's row (P,), in the order of the prompts' pairs."""
-    return torch.tensor([row.get(field, otherwise) for prompt in prompts for row in prompt.rows])
+def labels(prompts: list[Prompt], device="cpu") -> tuple[Tensor, Tensor]:
+    """The margin and the probability of every pair, (P,) each, prompt by prompt."""
+    rows = [row for prompt in prompts for row in prompt.rows]
+    margin = torch.tensor([row.get("margin", 0.0) for row in rows])
+    probability = torch.tensor([row.get("probability", 1.0) for row in rows])
+    return margin.to(device, non_blocking=True), probability.to(device, non_blocking=True)
 
 
 def accuracy(margins: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
-    """Margins r_w − r_l (P,) → share of positive ones (zero counts half), and its standard error.
-
-    prompts (P,): the number of each pair's prompt. A prompt's pairs are not independent: the error is
-    clustered by prompt.
-    """
+    """Margins r_w − r_l (P,) → share of positive ones (zero counts half), and its standard error, which
+    is clustered by prompt: pairs of one are not independent. prompts (P,): the number of each pair's."""
     hits = 0.5 * (1 + np.sign(margins))
     residuals = np.bincount(prompts, hits - hits.mean())
-    if len(residuals) < 2:
-        return float(hits.mean()), math.nan
-    correction = len(residuals) / (len(residuals) - 1)
-    return float(hits.mean()), math.sqrt((residuals**2).sum() * correction) / len(hits)
+    correction = len(residuals) / (len(residuals) - 1) if len(residuals) > 1 else math.nan
+    error = math.sqrt((residuals**2).sum() * correction) / len(hits)
+    return float(hits.mean()), error
 
 
 @torch.no_grad()
-def evaluate(model: ScalarGPT, prompts: list[Prompt], tokenizer, device) -> tuple[dict, np.ndarray]:
+def evaluate(model, prompts: list[Prompt], tokenizer, device) -> tuple[dict, np.ndarray]:
     """Held-out accuracy, its error and loss, and r_w − r_l of every pair (P,), prompt by prompt."""
-    margins = []
-    for start in range(0, len(prompts), 64):
-        chosen, rejected, _ = pair_scores(model, prompts[start : start + 64], tokenizer, device)
-        margins.append((chosen - rejected).cpu().double())
-    margins = torch.cat(margins)
-    number = np.repeat(np.arange(len(prompts)), [len(prompt.rows) for prompt in prompts])
+    pieces = [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
+    scores = [pair_scores(model, piece, tokenizer, device) for piece in pieces]
+    margins = torch.cat([chosen - rejected for chosen, rejected, _ in scores]).cpu().double()
+    number = np.repeat(range(len(prompts)), [len(p.rows) for p in prompts])
     right, error = accuracy(margins.numpy(), number)
-    probability = labels(prompts, "probability", 1.0)
-    loss = bradley_terry_loss(margins, 0 * margins, probability=probability).mean().item()
+    _, p = labels(prompts)
+    loss = bradley_terry_loss(margins, 0 * margins, probability=p).mean().item()
     return {"accuracy": right, "accuracy_error": error, "loss": loss}, margins.numpy()
 
 
-def check_start(responses: list[Example], max_length: int, end: int, result: dict[str, float]) -> None:
+def check_start(responses: list, max_length: int, end: int, result: dict) -> None:
     """Step-0 checks: scores are read at end tokens, and a random head is right by chance alone."""
     ended = sum(ids[-1] == end and mask[-1] for ids, mask in responses)
     cut = sum(len(ids) == max_length for ids, _ in responses)
@@ -161,7 +152,7 @@ def check_start(responses: list[Example], max_length: int, end: int, result: dic
 
 
 @torch.no_grad()
-def normalise(model: ScalarGPT, responses: list[Example], tokenizer, device) -> dict[str, float]:
+def normalise(model, responses: list, tokenizer, device) -> dict[str, float]:
     """Shift and scale the head so that scores of these responses have mean 0 and standard deviation 1.
 
     → {"mean", "std"} of the scores as trained: std · (r_a − r_b) is the log-odds that a is preferred.
@@ -189,18 +180,15 @@ def main(config: Config) -> None:
     max_length = min(config.max_length, model.config.context)
     prompts = by_prompt(*pair_examples(rows, tokenizer, max_length))
     eval_prompts = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
-    responses = [example for prompt in prompts for example in prompt.responses]
+    responses = [example for p in prompts for example in p.responses]
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
-    lengths = [max(len(ids) for ids, _ in prompt.responses) for prompt in prompts]
-    order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds of prompts in each batch
-    tokens = order.lengths * [len(prompt.responses) for prompt in prompts]
-    pairs = [(prompt.responses, prompt.chosen, prompt.rejected) for prompt in prompts]
-    soft = labels(prompts, "margin", 0.0), labels(prompts, "probability", 1.0)
-    made_from = model.gpt.embed.weight, pairs, soft
-    run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, ("reward",), chat=False)
-
+    lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
+    order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
+    tokens = order.lengths * [len(p.responses) for p in prompts]
+    made_from, models = (model.gpt.embed.weight, prompts), ("reward",)
+    run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:
             result, _ = evaluate(model, eval_prompts, tokenizer, device)
@@ -209,21 +197,20 @@ def main(config: Config) -> None:
         for batch, _ in run.pieces(prompts, tokens):
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)
-            margin = labels(batch, "margin", 0.0).to(device, non_blocking=True)
-            p = labels(batch, "probability", 1.0).to(device, non_blocking=True)
-            smoothing, centering = config.label_smoothing, config.centering
-            loss = bradley_terry_loss(chosen, rejected, margin, smoothing, centering, p)
+            m, p = labels(batch, device)
+            smoothing, c = config.label_smoothing, config.centering
+            loss = bradley_terry_loss(chosen, rejected, m, smoothing, c, p)
             ((weight * loss).sum() / len(order[step])).backward()
-            right = 0.5 * (1 + (chosen - rejected).sign())
+            margin, score = chosen - rejected, 0.5 * (chosen + rejected)
+            right = 0.5 * (1 + margin.sign())
             run.add(loss=weight * loss, accuracy=weight * right)
-            run.add(margin=weight * (chosen - rejected), score=weight * 0.5 * (chosen + rejected))
-            run.metrics.tokens += sum(len(ids) for prompt in batch for ids, _ in prompt.responses)
+            run.add(margin=weight * margin, score=weight * score)
+            run.metrics.tokens += sum(len(ids) for one in batch for ids, _ in one.responses)
         run.update()
         run.log()
         if run.looks:
             with autocast:
-                result, _ = evaluate(model, eval_prompts, tokenizer, device)
-            run.show(result)
+                run.show(evaluate(model, eval_prompts, tokenizer, device)[0])
     with autocast:
         normalisation = normalise(model, responses[:2000], tokenizer, device)
     run.finish(normalisation=normalisation)
