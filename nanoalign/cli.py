@@ -94,22 +94,6 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def pyplot(path: str):
-    """matplotlib's pyplot, or a sentence that says what is missing. Ask before the long work, not after."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install -e '.[plot]'.") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if Path(path).suffix[1:] not in kinds:
-        raise UserError(f"--plot {path}: expected a name that ends in .png, or in one of {', '.join(kinds)}.")
-    return pyplot
-
-
 def run(main, config_class, description: str = "") -> None:
     """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1."""
     config = parse(config_class, description)
