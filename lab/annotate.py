@@ -33,8 +33,8 @@ class Config:
     votes: str = "mine.votes.jsonl"  # comparisons, as collect.py writes them; the votes are added to it
     out: str = "mine.jsonl"  # pair rows
     name: str = ""  # who votes; recorded as human:NAME, without a name as human
-    min_agreement: float = 0.0  # leave out pairs of which fewer votes are for the chosen side
-    soft: bool = True  # that share is the label's "probability"; --no-soft: no ties, all certain
+    min_agreement: float = 0.0  # leave out pairs whose chosen side has a smaller share of the votes
+    soft: bool = True  # that share is the label's "probability"; --no-soft: the majority's label, no ties
     seed: int = 0  # of the sides on which responses stand
 
 
