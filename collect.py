@@ -57,7 +57,7 @@ class Config:
     constitution: str = "constitution.txt"  # of ai:PATH: the principles, one a line
     crowd: int = 5  # how many different people the world has
     votes: int = 1  # how many of them compare the responses to each prompt
-    min_agreement: float = 0.0  # leave out pairs with a smaller share of votes for one side
+    min_agreement: float = 0.0  # leave out pairs on which a smaller share of the votes agree
     soft: bool = True  # that share is the label's "probability"; --no-soft: no ties, all certain
     resume: bool = False  # vote on what is in X.votes.jsonl, where the annotator has not
     samples: int = 4  # responses per prompt (K)
