@@ -93,7 +93,7 @@ PROVOKED = {
     "lr 0 (KTO)": (train_kto, {"init": "{sft}", "data": "{clear}", "lr": 0.0}, {"the loss is stuck"}),
     "lr 0.03 (DPO)": (
         train_dpo,
-        {"init": "{sft}", "data": "{pairs}", "lr": 3e-2, "steps": 24},
+        {"init": "{sft}", "data": "{pairs}", "lr": 3e-2, "steps": 48, "batch_size": 16},
         {"the margin grows while both", "KL explodes"},
     ),
     "labels by a coin (pairs)": (
