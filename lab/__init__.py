@@ -33,6 +33,8 @@ def pyplot(path: str):
 
 def run_on_paths(main) -> None:
     """`python -m lab.NAME PATH…`: main(paths); a user's mistake is one sentence on stderr and status 1."""
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(sys.modules["__main__"].__doc__))
     try:
         main(sys.argv[1:])
     except UserError as error:

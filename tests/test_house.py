@@ -24,7 +24,7 @@ BUDGETS = {
     "nanoalign/compiler.py": 23, "nanoalign/data.py": 224, "nanoalign/generate.py": 266,
     "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 94, "nanoalign/model.py": 315,
     "nanoalign/packing.py": 69, "nanoalign/rewards.py": 323, "nanoalign/rows.py": 444,
-    "nanoalign/run.py": 255, "nanoalign/statistics.py": 90, "nanoalign/steps.py": 64,
+    "nanoalign/run.py": 255, "nanoalign/statistics.py": 105, "nanoalign/steps.py": 64,
     "nanoalign/tokenizer.py": 123, "nanoalign/training.py": 140, "nanoalign/watch.py": 123,
     "Makefile": 130, "README.md": 110, "speedrun.sh": 50,
 }  # fmt: skip
