@@ -1,4 +1,4 @@
-"""The reward model: its loss by closed forms, its batches against pairs one by one, its report."""
+"""The reward model: its loss by closed forms, its batches against pairs one by one, its accuracy."""
 
 import math
 
@@ -7,25 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train_rm
 from nanoalign.data import pair_examples
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import response_scores
 from nanoalign.rows import parse_pair
 from nanoalign.tokenizer import get_tokenizer
-from train_rm import (
-    accuracy,
-    bradley_terry_loss,
-    by_prompt,
-    calibration,
-    evaluate,
-    normalise,
-    pair_scores,
-)
+from train_rm import accuracy, bradley_terry_loss, by_prompt, evaluate, normalise, pair_scores
 
 TOKENIZER = get_tokenizer("world")
 SMALL = GPTConfig(vocab_size=TOKENIZER.vocab_size, context=64, layers=2, width=16, heads=2)
-CPU, PLAIN = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -121,68 +112,14 @@ def test_the_soft_loss_is_the_mean_hard_loss_over_labels_drawn_from_it(double):
     assert soft.item() == pytest.approx(hard.mean().item(), abs=0.005)
 
 
-SURE = [(d, p, a) for d in (-3.0, -0.2, 0.7, 40.0) for p in (0.0, 0.4, 1.0) for a in (0.0, 0.3, 1.0)]
-
-
-@pytest.mark.parametrize("gap, p, alpha", SURE)
-def test_the_confidence_loss_mixes_the_labels_loss_with_that_of_the_models_own_guess(double, gap, p, alpha):
-    """By hand, and so is its gradient: the guess is a constant."""
-
-    def softplus(x):  # -log sigma(-x)
-        return max(x, 0) + math.log1p(math.exp(-abs(x)))
-
-    smoothed, guess = 0.9 * p + 0.1 * (1 - p), float(gap > 0)
-    towards = [q * softplus(-gap) + (1 - q) * softplus(gap) for q in (smoothed, guess)]
-    loss, up, down = with_gradients(
-        torch.tensor([gap + 1]), torch.ones(1), 0.0, 0.1, 0.0, torch.tensor([p]), confidence=alpha
-    )
-    assert loss.item() == pytest.approx((1 - alpha) * towards[0] + alpha * towards[1], rel=1e-12)
-    pull = 1 / (1 + math.exp(-gap)) - (1 - alpha) * smoothed - alpha * guess
-    assert up.item() == -down.item() == pytest.approx(pull, abs=1e-12)
-
-
-def test_without_confidence_the_loss_is_the_plain_one_and_with_nothing_else_the_label_does_not_matter(double):
-    chosen, rejected = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    p = torch.linspace(0, 1, 50)
-    plain = bradley_terry_loss(chosen, rejected, probability=p)
-    assert torch.equal(plain, bradley_terry_loss(chosen, rejected, probability=p, confidence=0.0))
-    near = bradley_terry_loss(chosen, rejected, probability=p, confidence=1e-9)
-    torch.testing.assert_close(near, plain, rtol=0, atol=1e-8)
-    alone = [bradley_terry_loss(chosen, rejected, probability=q, confidence=1.0) for q in (p, 1 - p, 1.0)]
-    assert all(torch.equal(alone[0], other) for other in alone)
-    torch.testing.assert_close(alone[0], (1 + (-(chosen - rejected).abs()).exp()).log())
-
-
-def test_the_confidence_loss_does_not_care_which_side_is_called_first(double):
-    """So hardened labels are balanced at the threshold 1/2; a tie takes no side."""
-    chosen, rejected = torch.tensor([1.0, -2.0, 0.5, 3.0]), torch.tensor([0.0, 1.0, 0.5, 3.0])
-    p = torch.tensor([0.3, 0.9, 0.5, 0.8])
-    loss, first, second = with_gradients(chosen, rejected, probability=p, confidence=0.6)
-    swapped = with_gradients(rejected, chosen, probability=1 - p, confidence=0.6)
-    torch.testing.assert_close(swapped, (loss, second, first))
-    assert first[2] == 0 and first[3].item() == pytest.approx(-0.4 * 0.3)
-
-
-def test_confidence_is_warmed_up_over_the_first_fifth_of_the_steps(sft, pairs, tmp_path, monkeypatch):
-    given = []
-
-    def spy(*arguments, **options):
-        given.extend(arguments[6:])  # held-out losses have none
-        return bradley_terry_loss(*arguments, **options)
-
-    monkeypatch.setattr(train_rm, "bradley_terry_loss", spy)
-    train_rm.main(train_rm.Config(sft, pairs, out=f"{tmp_path}/rm.pt", batch_size=8, confidence=0.6))
-    assert len(given) == 15 and given == pytest.approx([0.0, 0.2, 0.4] + 12 * [0.6])
-
-
 def test_the_held_out_loss_uses_soft_labels(model):
     pair = {"prompt": "A capital?", "chosen": "Paris.", "rejected": "Rome."}
     losses = []
     for p in (1.0, 0.5):
         rows = [parse_pair({**pair, "probability": p})]
         prompts = by_prompt(*pair_examples(rows, TOKENIZER, 64))
-        result, (difference,) = evaluate(model, prompts, TOKENIZER, CPU, PLAIN)
-        losses.append(result["eval_loss"])
+        result, (difference,) = evaluate(model, prompts, TOKENIZER, CPU)
+        losses.append(result["loss"])
     wrong = losses[0] + difference  # -log sigma(-d) = d - log sigma(d)
     assert abs(difference) > 1e-4 and losses[1] == pytest.approx((losses[0] + wrong) / 2, rel=1e-9)
 
@@ -259,13 +196,13 @@ def test_normalised_scores_have_mean_0_and_std_1_and_keep_their_order(model, pro
         return torch.stack([model(torch.from_numpy(ids)[None])[0, -1] for ids, _ in responses]).detach()
 
     before = scores()
-    stored = normalise(model, responses, TOKENIZER, CPU, PLAIN)
+    stored = normalise(model, responses, TOKENIZER, CPU)
     after = scores()
     assert after.mean().item() == pytest.approx(0, abs=1e-6) and after.std().item() == pytest.approx(1)
     torch.testing.assert_close(after * stored["std"] + stored["mean"], before)
 
 
-# ---------------------------------------------------------------------------------------------- the report
+# -------------------------------------------------------------------------------------------- the accuracy
 
 
 def test_accuracy_counts_ties_half_and_its_error_is_over_prompts():
@@ -275,28 +212,3 @@ def test_accuracy_counts_ties_half_and_its_error_is_over_prompts():
     assert error == pytest.approx(np.std([1, 1, 0, 0.5], ddof=1) / 2)
     tripled = accuracy(np.repeat(differences, 3), np.repeat(prompts, 3))
     assert tripled == (pytest.approx(right), pytest.approx(error))  # copies of a pair are no new evidence
-
-
-def test_a_calibrated_model_has_no_calibration_error_and_an_overconfident_one_has():
-    rng = np.random.default_rng(0)
-    p = rng.uniform(0.5, 1, 200_000)
-    difference = np.log(p / (1 - p)) * np.where(rng.random(len(p)) < p, 1, -1)  # right with probability p
-    error, table = calibration(difference)
-    assert error < 0.005
-    assert sum(count for count, _, _ in table) == len(p)
-    for low, (_, sure, right) in zip((0.5, 0.6, 0.7, 0.8, 0.9), table):
-        assert low <= sure <= low + 0.1 and right == pytest.approx(sure, abs=0.01)
-    sharp, _ = calibration(3 * difference)
-    confident = 1 / (1 + ((1 - p) / p) ** 3)
-    assert sharp == pytest.approx((confident - p).mean(), abs=0.01)
-
-
-@pytest.mark.parametrize("meta", [{}, {"kind": "mine"}, {"kind": "fact"}])
-def test_the_probe_of_rows_that_are_not_the_worlds_says_what_the_model_likes_and_nothing_of_people(
-    model, meta
-):
-    row = {**parse_pair({"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}), "meta": meta}
-    changes = train_rm.probe(model, [row], TOKENIZER, train_rm.Config(), CPU)
-    assert set(changes) == set(train_rm.STYLES)
-    for own, *others in changes.values():
-        assert math.isfinite(own) and all(map(math.isnan, others))
