@@ -57,14 +57,9 @@ def fast(stage: str, on_cpu: bool) -> dict:
 
 def from_gpt2(theirs: dict) -> dict:
     """A state dict of transformers' GPT-2 → the same weights under the names of nanoalign's GPT."""
-    names = {
-        "ln_1": "attention_norm",
-        "attn.c_attn": "attention.qkv",
-        "attn.c_proj": "attention.out",
-        "ln_2": "mlp_norm",
-        "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down",
-    }
+    names = {"ln_1": "attention_norm", "ln_2": "mlp_norm"}
+    names |= {"attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out"}
+    names |= {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}
     ours = {"embed.weight": theirs["wte.weight"], "position.weight": theirs["wpe.weight"]}
     ours |= {f"norm.{kind}": theirs[f"ln_f.{kind}"] for kind in ("weight", "bias")}
     for name, value in theirs.items():
