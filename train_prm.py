@@ -1,11 +1,10 @@
 """A process reward model: a GPT with a scalar head that says of each step of a solution whether it is right.
 
-    L = −1/S Σ_s [ y_s log σ(z_s) + (1 − y_s) log(1 − σ(z_s)) ]           (Lightman et al. 2023, §2.6)
+    L = −1/S Σ_s [ y_s log σ(z_s) + (1 − y_s) log(1 − σ(z_s)) ]     (Uesato et al. 2022; Lightman et al. 2023)
 
 over the S labelled steps of an optimiser step. z_s is the model's output at the token that ends step s, with
-no shift: the model has read the whole step by then. Unlabelled steps take part in nothing but the context.
-y_s may be a probability: Math-Shepherd's labels are the share of continuations from s that reach the right
-answer (Wang et al. 2024, eq. 4).
+no shift: it has read the whole step by then. Unlabelled steps are context only. y_s may be a probability: the
+share of continuations from s that reach the right answer (Math-Shepherd: Wang et al. 2024, eq. 4).
 
 With --lm-weight w the model also stays a language model (the joint objective of Cobbe et al. 2021, §4.2): w
 times the mean −log p of the tokens of steps labelled right is added, read through the embedding.
@@ -15,12 +14,11 @@ times the mean −log p of the tokens of steps labelled right is added, read thr
     python train_prm.py --data out/demo/steps.rollouts.jsonl --out out/demo/prm-rollouts.pt   # Math-Shepherd
     python train_prm.py --data prm800k_steps.jsonl --neutral ignore --init out/sft.pt --out out/prm.pt
 
---outcome is the same network on the same solutions with a single label each: at the last step, whether the
-final answer is right. `python -m lab.convert_steps` makes rows of steps of other formats.
+--outcome: one label a solution, at its end: is the final answer right? Other formats: lab/convert_steps.py.
 
 A healthy run: held-out AUC starts near 0.5, with a random head, and rises. Watch `exact` and `f1`, the first
 errors that it finds, more than `accuracy`: a model that has learnt which steps are hard, not yet which are
-wrong, calls most steps right, as they are, and best of n by it gets worse as n grows (docs/prm.md).
+wrong, calls most steps right, and best of n by it gets worse as n grows (docs/prm.md).
 """
 
 import math
@@ -50,7 +48,7 @@ class Config(Flags):
     out: str = "out/demo/prm.pt"  # the checkpoint to write; metrics go beside it
     outcome: bool = False  # one label a solution, at its end: whether the final answer is right
     neutral: str = "good"  # PRM800K's rating 0: good (it counts as right) or ignore
-    max_length: int = 128  # tokens of prompt and steps; steps that end beyond are cut off, and counted
+    max_length: int = 128  # tokens of prompt and steps; what ends beyond is cut off
     lm_weight: float = 0.3  # of the language-modelling loss on steps that are right; 0: none
     lr: float = 1e-3
 
@@ -58,10 +56,10 @@ class Config(Flags):
 def step_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits (B, T), labels (B, T) in [0, 1], or −100 where there is none → binary cross-entropy in nats, the
     mean over the labelled steps, a scalar (Lightman et al. 2023, §2.6). No label at all gives 0."""
-    logits, labels = logits.float(), labels.float()
-    labelled = labels != UNLABELLED
-    loss = F.binary_cross_entropy_with_logits(logits, labels.masked_fill(~labelled, 0.0), reduction="none")
-    return loss.masked_fill(~labelled, 0.0).sum() / labelled.sum().clamp(min=1)
+    none = labels == UNLABELLED
+    labels = labels.float().masked_fill(none, 0.0)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+    return loss.masked_fill(none, 0.0).sum() / (~none).sum().clamp(min=1)
 
 
 def labels_of(row: dict, outcome: bool, neutral: str) -> list[float]:
@@ -73,7 +71,7 @@ def labels_of(row: dict, outcome: bool, neutral: str) -> list[float]:
     return [UNLABELLED if i in ignored else label for i, label in enumerate(labels)]
 
 
-def step_examples(rows: list[dict], tokenizer, max_length: int, outcome: bool, neutral: str) -> list:
+def step_examples(rows: list, tokenizer, max_length: int, outcome: bool, neutral: str) -> list:
     """Rows of steps → (ids (T,), labels (T,) fp32, which tokens are text of right steps (T,) bool)."""
     if outcome and any("label" not in row for row in rows):
         raise UserError('--outcome needs rows with a "label": whether the final answer is right.')
@@ -81,21 +79,24 @@ def step_examples(rows: list[dict], tokenizer, max_length: int, outcome: bool, n
     for row in rows:
         labels = np.array(labels_of(row, outcome, neutral), dtype=np.float32)
         prompt = tokenizer.prompt(row["prompt"])
-        ids, ends = step_example(prompt, row["completions"], tokenizer, max_length) or ((), np.zeros(0, bool))
+        example = step_example(prompt, row["completions"], tokenizer, max_length)
+        ids, ends = example or (prompt, prompt < 0)  # no step is whole
         kept = int(ends.sum())
         cut += 0 < kept < len(labels)
         if (labels[:kept] == UNLABELLED).all():
             continue
-        at, imitated = np.full(len(ids), UNLABELLED, dtype=np.float32), np.zeros(len(ids), dtype=bool)
+        at, imitated = np.full(len(ids), UNLABELLED, np.float32), np.zeros(len(ids), bool)
         at[ends], start = labels[:kept], len(prompt)
-        for end, value in zip(np.flatnonzero(ends), [row["label"]] * kept if outcome else labels):
+        right = [row["label"]] * kept if outcome else labels
+        for end, value in zip(np.flatnonzero(ends), right):
             imitated[start:end] = value >= 0.5
             start = end + 1
         examples.append((ids, at, imitated))
     line = f"data: {len(examples):,} solutions with a labelled step, {cut:,} cut off at {max_length} tokens"
     print(f"{line}, {len(rows) - len(examples):,} dropped: no labelled step")
     if not examples:
-        raise UserError(f"no step of the {len(rows):,} rows is labelled within --max-length {max_length}.")
+        where = f"of the {len(rows):,} rows is labelled within --max-length {max_length}"
+        raise UserError(f"no step {where}: there is nothing to learn.")
     return examples
 
 
@@ -109,8 +110,8 @@ def batch_of(examples: list, tokenizer, device) -> tuple[Tensor, Tensor, Tensor]
 def first_error(p: list[np.ndarray], labels: list[np.ndarray], threshold: float = 0.5) -> dict:
     """Per solution the probabilities and labels of its labelled steps → how well its first error is found.
 
-    A step is named if p < threshold. exact: the share of solutions with an error whose first one is named;
-    clean: of those without in which none is; f1: their harmonic mean (Zheng et al. 2024, ProcessBench).
+    exact: the share of solutions with an error in which it is the first step of p < threshold; clean: of
+    those without in which there is none; f1: their harmonic mean (Zheng et al. 2024, ProcessBench).
     """
     found, clean = [], []
     for probabilities, truth in zip(p, labels):
@@ -123,23 +124,23 @@ def first_error(p: list[np.ndarray], labels: list[np.ndarray], threshold: float 
 
 @torch.no_grad()
 def evaluate(model: ScalarGPT, examples: list, tokenizer, device) -> dict[str, float]:
-    """Held-out loss in nats, AUC, accuracy, calibration, and how well first errors are found. A soft label
-    counts as right from one half."""
+    """Held-out loss in nats, AUC, accuracy, calibration, first errors; a label is right from one half."""
     p, labels = [], []
     for start in range(0, len(examples), 128):
         ids, at, _ = batch_of(examples[start : start + 128], tokenizer, device)
-        right = model(ids).float().sigmoid()
-        p += [row[y != UNLABELLED].cpu().numpy() for row, y in zip(right, at)]
+        found = model(ids).float().sigmoid()
+        p += [row[y != UNLABELLED].cpu().numpy() for row, y in zip(found, at)]
         labels += [y[y != UNLABELLED].cpu().numpy() for y in at]
-    flat, truth = np.concatenate(p).astype(np.float64), np.concatenate(labels).astype(np.float64)
+    flat, truth = (np.concatenate(x).astype(np.float64) for x in (p, labels))
+    right = truth >= 0.5
     sure = flat.clip(1e-7, 1 - 1e-7)
     loss = -(truth * np.log(sure) + (1 - truth) * np.log(1 - sure)).mean()
     return {
         "loss": float(loss),
-        "auc": auc(flat, truth >= 0.5),
-        "accuracy": float(((flat >= 0.5) == (truth >= 0.5)).mean()),
+        "auc": auc(flat, right),
+        "accuracy": float(((flat >= 0.5) == right).mean()),
         "ece": calibration_error(flat, truth),
-        "right": float((truth >= 0.5).mean()),
+        "right": float(right.mean()),
         **first_error(p, labels),
     }
 
@@ -158,11 +159,9 @@ def main(config: Config) -> None:
     with torch.no_grad():  # the trunk knows what a line break means, and nothing yet of <|step|>
         model.gpt.embed.weight[tokenizer.step] = model.gpt.embed.weight[tokenizer.newlines[0]]
 
-    split = read_split(config, config.data, "steps")
     max_length = min(config.max_length, model.config.context)
-    how = max_length, config.outcome, config.neutral
-    examples, eval_examples = (step_examples(rows, tokenizer, *how) for rows in split)
-
+    how, split = (config.outcome, config.neutral), read_split(config, config.data, "steps")
+    examples, eval_examples = (step_examples(rows, tokenizer, max_length, *how) for rows in split)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
@@ -171,17 +170,15 @@ def main(config: Config) -> None:
     if run.first == 0:
         with autocast:
             chance = evaluate(model, eval_examples, tokenizer, device)["auc"]
-        print(
-            f"step-0 check: held-out AUC {chance:.3f} with a random head: chance is 0.5 (nan: one kind only)"
-        )
+        print(f"step-0 check: AUC {chance:.3f} with a random head (nan: all right, or all wrong)")
 
     for step in run:
         rows, run.count = [examples[i] for i in order[step]], 1
-        labelled = sum(int((labels != UNLABELLED).sum()) for _, labels, _ in rows)  # of the whole step
-        written = max(1, sum(int(imitated.sum()) for *_, imitated in rows))
+        labelled = sum((at != UNLABELLED).sum() for _, at, _ in rows)  # of the whole step
+        written = max(1, sum(imitated.sum() for *_, imitated in rows))
         for batch, _ in run.pieces(examples):
             ids, labels, imitated = batch_of(batch, tokenizer, device)
-            share = sum(int((at != UNLABELLED).sum()) for _, at, _ in batch) / labelled
+            share = sum((at != UNLABELLED).sum() for _, at, _ in batch) / labelled
             with autocast:
                 hidden = model.gpt.hidden(ids)
                 loss = step_loss(model.score(hidden), labels) * share
@@ -195,8 +192,8 @@ def main(config: Config) -> None:
         run.log()
         if run.looks:
             with autocast:
-                run.show(result := evaluate(model, eval_examples, tokenizer, device))
-    run.finish(kind="outcome" if config.outcome else "process", held_out=result)
+                run.show(evaluate(model, eval_examples, tokenizer, device))
+    run.finish(kind="outcome" if config.outcome else "process")
 
 
 if __name__ == "__main__":
