@@ -160,6 +160,16 @@ def steps_file(world):
     return path
 
 
+@pytest.fixture(scope="session")
+def prm(world, sft, steps_file):
+    """A process reward model of them."""
+    from train_prm import Config, main
+
+    path = str(world / "prm.pt")
+    main(Config(init=sft, data=steps_file, out=path, batch_size=16, epochs=2))
+    return path
+
+
 STAGES = {  # which files a stage reads, by the fixtures that make them, and its other flags
     "pretrain": ({}, {"model": "world-tiny", "context": 32, "epochs": 0.75}),
     "sft": ({"init": "base"}, {"epochs": 2}),

@@ -1,0 +1,115 @@
+"""Best of n and step search: estimators by enumerating subsets, search by enumerating trees."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import best_of_n
+from best_of_n import best_at, curves, pass_at, tree_search, vote_at
+from nanoalign import UserError
+
+# ------------------------------------------------------------------------------------ subsets and votes
+
+
+def subsets_of(N, n):
+    return [list(s) for s in itertools.combinations(range(N), n)]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_estimators_are_the_mean_over_all_subsets(n):
+    rng = np.random.default_rng(n)
+    for _ in range(5):
+        right, scores = rng.random(7) < 0.4, rng.integers(0, 4, 7) / 3
+        answers, weights = np.where(right, 1.0, rng.integers(2, 4, 7)), rng.integers(1, 3, 7).astype(float)
+        answers[rng.random(7) < 0.2] = math.nan
+        right &= ~np.isnan(answers)
+        best, passed, voted = [], [], []
+        for s in subsets_of(7, n):
+            top = [i for i in s if scores[i] == scores[s].max()]
+            best.append(np.mean(right[top]))
+            passed.append(right[s].any())
+            sums = {}
+            for i in s:
+                if not math.isnan(answers[i]):
+                    sums[answers[i]] = sums.get(answers[i], 0) + weights[i]
+            winners = [a for a in sums if sums[a] == max(sums.values())]
+            voted.append(np.mean([a == 1.0 for a in winners]) if winners and right.any() else 0.0)
+        chosen = np.array([[i in s for i in range(7)] for s in subsets_of(7, n)])
+        assert best_at(right, scores, n) == pytest.approx(np.mean(best))
+        assert pass_at(right, n) == pytest.approx(np.mean(passed))
+        assert vote_at(right, answers, weights, chosen) == pytest.approx(np.mean(voted))
+
+
+def test_the_table_draws_subsets_without_bias_and_errors_are_over_problems():
+    rng = np.random.default_rng(0)
+    right = rng.random((40, 8)) < 0.5
+    answers = np.where(right, 1.0, 2.0)
+    table = curves(right, answers, {"prm-min": right.astype(float)}, 4000, 0)
+    assert list(table["mean"]) == [1, 2, 4, 8]
+    for n, chosen in [(n, np.array([[i in s for i in range(8)] for s in subsets_of(8, n)])) for n in (2, 4)]:
+        exact = np.mean([vote_at(r, a, np.ones(8), chosen) for r, a in zip(right, answers)])
+        assert table["majority"][n][0] == pytest.approx(exact, abs=0.01)
+    assert table["prm-min"] == table["pass"]  # a perfect model finds one wherever there is one
+    assert table["mean"][4] == (pytest.approx(right.mean()), pytest.approx(right.mean(1).std() / 40**0.5))
+
+
+# --------------------------------------------------------------------------------------------------- search
+
+
+@pytest.mark.parametrize("diverse", [False, True])
+@pytest.mark.parametrize("width, expansions", [(1, 2), (2, 2), (3, 4)])
+def test_search_with_a_perfect_model_finds_a_right_solution_wherever_the_tree_has_one(
+    diverse, width, expansions
+):
+    """Trees of depth 4 whose leaves are right or wrong at random; a perfect model knows whether a right leaf
+    lies below a node."""
+    found = exists = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        leaves = {leaf: rng.random() < 0.1 for leaf in itertools.product(range(expansions), repeat=4)}
+
+        def below(node, leaves=leaves):
+            return float(any(right for leaf, right in leaves.items() if leaf[: len(node)] == node))
+
+        def expand(nodes):
+            return [((*node, k), len(node) == 3) for node in nodes for k in range(expansions)]
+
+        def score(nodes):
+            return list(map(below, nodes))
+
+        [solutions] = tree_search([()], expand, score, width, expansions, 6, diverse)
+        exists += any(leaves.values())
+        found += leaves[solutions[0][1]]
+        assert len(solutions) == width
+    assert 0 < exists < 61 and found == exists
+
+
+def test_search_keeps_problems_apart_and_counts_a_beam_that_ends_early():
+    def expand(nodes):
+        return [(node + "a", len(node) >= 2 or node[0] == "y") for node in nodes] + []
+
+    found = tree_search(["x", "y"], expand, lambda nodes: [float(len(n)) for n in nodes], 1, 1, 9, False)
+    assert [[node for _, node in solutions] for solutions in found] == [["xaa"], ["ya"]]
+
+
+# ------------------------------------------------------------------------------------------------ the script
+
+
+def test_best_of_n_writes_its_table_and_searches(world, sft, prm, tmp_path, capsys):
+    config = best_of_n.Config(
+        policy=sft, prm=prm, orm=prm, problems=f"{world}/problems_held_out.jsonl", count=4, samples=4,
+        subsets=5, max_new_tokens=32, show=2, depth=3, width=2, expansions=2, out=str(tmp_path / "x.csv"),
+    )  # fmt: skip
+    best_of_n.main(replace(config, search=("beam", "dvts")))
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("beam, 2 × 2", "dvts, 2 × 2", "majority", "answer)"))
+    lines = (tmp_path / "x.csv").read_text().splitlines()
+    assert lines[0] == "selector,n,right,error" and len(lines) == 1 + 3 * 9 + 2
+    with pytest.raises(UserError, match="--search sideways"):
+        best_of_n.main(replace(config, search=("sideways",)))
+    with pytest.raises(UserError, match="expected 'prm'"):
+        best_of_n.main(replace(config, prm=sft))
