@@ -2,7 +2,7 @@
 
     python -m lab.red_team_table out/seed0/red-team out/seed1/red-team out/seed2/red-team
 
-Reads a folder per seed with policies.json, before.json and after.json (nanoalign/redteam.py). First how often
+Reads a folder per seed with policies.json, before.json and after.json (lab/red_team.py). First how often
 each checkpoint helps with the harm that was asked for, under each attack. Then, before and after the reward
 model was retrained, by kind of attack: how many are exploits, the share of responses that fool the reward,
 and the change of the reward, in the standard deviations of that reward model.
