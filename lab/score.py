@@ -18,7 +18,7 @@ from nanoalign.training import setup
 class Config:
     model: str = "out/demo/rm.pt"  # the reward model
     data: str = ""  # chat rows that end with an assistant's message
-    seed: int = 0
+    seed: int = 0  # of what may be drawn; a score needs none
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 

@@ -35,26 +35,16 @@ def double():
 
 
 @pytest.fixture(scope="session")
-def start():
-    """start(script, *arguments) → a running subprocess with pipes."""
-
-    def start(*command, **options):
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-        )  # fmt: skip
-
-    return start
-
-
-@pytest.fixture(scope="session")
-def run(start):
+def run():
     """run(script, *arguments, input=…) → (exit status, stdout, stderr)."""
+    surroundings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
-    def run(*command, input=None):
-        process = start(*command)
-        out, err = process.communicate(input, timeout=600)
-        return process.returncode, out, err
+    def run(*command, input=""):
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=ROOT, env=surroundings, input=input,
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
 
     return run
 

@@ -3,7 +3,6 @@
 import importlib
 import os
 import signal
-import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -57,30 +56,37 @@ def test_a_stopped_run_resumes_bit_for_bit(whole, step, action, left_at, job, mo
     assert not partial_path(config.out).exists()
 
 
-def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(job, start):
-    script, whole = job("pretrain", epochs=4, eval_every=1000)
+SIGNALLED = """
+import os, sys
+import train_pretrain
+from nanoalign import cli, run
+from runs import interrupt
+from pytest import MonkeyPatch
+
+number = int(sys.argv.pop(1))
+interrupt(MonkeyPatch(), 6, lambda: os.kill(os.getpid(), number))
+cli.run(train_pretrain.main, train_pretrain.Config)
+"""
+
+
+@pytest.mark.parametrize(
+    "number, status, left_at",
+    [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 6), (signal.SIGHUP, 129, 6), (signal.SIGKILL, -9, 4)],
+)
+def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(number, status, left_at, job, run):
+    """It is signalled in the middle of its sixth step: no clock decides how far it has come."""
+    script, whole = job("pretrain")
     script.main(whole)
-    for number, status in [
-        (signal.SIGTERM, 143),
-        (signal.SIGINT, 130),
-        (signal.SIGHUP, 129),
-        (signal.SIGKILL, -9),
-    ]:
-        _, config = job("pretrain", epochs=4, eval_every=1000, resume=True)
-        settings = {k: v for k, v in asdict(config).items() if not isinstance(v, bool) and v != ""}
-        process = start(
-            "train_pretrain.py", "--resume", *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())
-        )
-        while process.poll() is None and not partial_path(config.out).exists():
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == status and "Traceback" not in errors
-        if number != signal.SIGKILL:
-            assert "saved in" in errors and "--resume" in errors
-        assert not Path(config.out).exists()
-        script.main(config)
-        same_run(whole, config)
+    _, config = job("pretrain", resume=True)
+    flags = {k: v for k, v in asdict(config).items() if not isinstance(v, bool) and v != ""}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    code, _, errors = run("-c", SIGNALLED, int(number), "--resume", *flags)
+    assert code == status and "Traceback" not in errors
+    if number != signal.SIGKILL:
+        assert "saved in" in errors and "--resume" in errors
+    assert load(partial_path(config.out))["step"] == left_at and not Path(config.out).exists()
+    script.main(config)
+    same_run(whole, config)
 
 
 @pytest.mark.parametrize("stage", STAGES)
