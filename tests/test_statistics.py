@@ -108,3 +108,17 @@ def test_the_standard_error_is_over_prompts_not_samples():
     assert (mean, error) == pytest.approx((0.5, math.sqrt(0.5) / math.sqrt(2)))
     assert mean_and_error(np.repeat(values, 100, axis=1)) == pytest.approx((mean, error))
     assert math.isnan(mean_and_error(np.ones((1, 5)))[1])
+
+
+def test_the_standard_error_is_over_prompts():
+    mean, error = mean_and_error(np.array([[1.0, 3.0], [4.0, 4.0], [6.0, 0.0]]))  # means 2, 4, 3
+    assert mean == 3 and error == pytest.approx(1 / math.sqrt(3))  # std of 2, 4, 3 is 1
+    assert math.isnan(mean_and_error(np.array([[1.0, 2.0]]))[1])
+
+
+def test_the_win_rate_counts_all_pairs_of_samples_and_ties_half():
+    policy = np.array([[1.0, 0.0], [2.0, 2.0]])
+    baseline = np.array([[0.0, 0.5], [2.0, 3.0]])
+    rate, error = win_rate(policy, baseline)  # (1 + 1 + ½ + 0)/4 and (½ + 0 + ½ + 0)/4
+    assert rate == pytest.approx((0.625 + 0.25) / 2) and error == pytest.approx((0.625 - 0.25) / 2)
+    assert win_rate(policy, policy)[0] == 0.5
