@@ -8,7 +8,7 @@ import pytest
 
 import collect
 import evaluate
-import nanoalign.logprobs
+import nanoalign.kernels
 import train_dpo
 import train_pretrain
 import train_rm
@@ -58,32 +58,25 @@ def test_gsm8k_rows_are_chat_rows_and_prompts_as_they_are(r50k):
 
 
 def test_shakespeare_and_hh_run_through_every_stage(tmp_path, r50k, monkeypatch):
-    monkeypatch.setattr(nanoalign.logprobs, "LARGE", 10**9)  # compiling is not what is tested
+    monkeypatch.setattr(nanoalign.kernels, "LARGE", 10**9)  # compiling is not what is tested
     with (DATA / "tinyshakespeare.txt").open(encoding="utf-8") as file:
         (tmp_path / "text.txt").write_text(file.read(20_000), encoding="utf-8")
     with HH.open(encoding="utf-8") as file:
         (tmp_path / "hh.jsonl").write_text("".join(itertools.islice(file, 24)), encoding="utf-8")
-    base, sft, dpo = (str(tmp_path / f"{stage}.pt") for stage in ("base", "sft", "dpo"))
+    base, sft, dpo, rm = (str(tmp_path / f"{stage}.pt") for stage in ("base", "sft", "dpo", "rm"))
+    hh, pairs, card = (str(tmp_path / name) for name in ("hh.jsonl", "by_rm.jsonl", "card.json"))
     few = {"batch_size": 4, "warmup": 0, "epochs": 0.5}
 
-    train_pretrain.main(
-        train_pretrain.Config(
-            str(tmp_path / "text.txt"), out=base, model="world-tiny", tokenizer="r50k_base", **few
-        )
-    )
-    train_sft.main(train_sft.Config(base, str(tmp_path / "hh.jsonl"), out=sft, **few))
-    train_dpo.main(train_dpo.Config(sft, str(tmp_path / "hh.jsonl"), out=dpo, **few))
-    rm, pairs, card = (str(tmp_path / name) for name in ("rm.pt", "by_rm.jsonl", "card.json"))
-    train_rm.main(train_rm.Config(sft, str(tmp_path / "hh.jsonl"), out=rm, **few))
-    collect.main(
-        collect.Config(sft, str(HH), pairs, f"rm:{rm}", skip_bad_rows=True, count=20, max_new_tokens=8)
-    )
+    model = {"model": "world-tiny", "tokenizer": "r50k_base"}
+    train_pretrain.main(train_pretrain.Config(data=str(tmp_path / "text.txt"), out=base, **model, **few))
+    train_sft.main(train_sft.Config(init=base, data=hh, out=sft, **few))
+    train_dpo.main(train_dpo.Config(init=sft, data=hh, out=dpo, **few))
+    train_rm.main(train_rm.Config(init=sft, data=hh, out=rm, **few))
+    sampling = {"skip_bad_rows": True, "count": 20, "max_new_tokens": 8}
+    collect.main(collect.Config(policy=sft, prompts=str(HH), out=pairs, annotator=f"rm:{rm}", **sampling))
     assert all(0.5 <= row["probability"] <= 1 for row in read_rows(pairs, "pairs"))
-    evaluate.main(
-        evaluate.Config(
-            (sft, dpo), prompts=str(tmp_path / "hh.jsonl"), reward=rm, out=card, samples=1, max_new_tokens=8
-        )
-    )
+    judged = {"checkpoints": (sft, dpo), "prompts": hh, "reward": rm}
+    evaluate.main(evaluate.Config(**judged, out=card, samples=1, max_new_tokens=8))
     assert 0 < json.loads(Path(card).read_text())["checkpoints"][dpo]["overall"]["win rate"][0] < 1
     for path, stage in ((base, "base"), (sft, "sft"), (dpo, "dpo")):
         content = load(path, (stage,))
