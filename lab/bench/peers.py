@@ -130,7 +130,7 @@ class Enough(Exception):
 def run_script(stage: str, given: dict, folder: str) -> dict:
     """Run main of train_<stage>.py → the clock's result, the batches it drew, the responses it sampled."""
     script, draw, log = importlib.import_module(f"train_{stage}"), BatchOrder.__getitem__, cli.Metrics.log
-    clock, batches, answers = Clock(given), [], []
+    clock, batches, answers = Clock(given), {}, []  # batches: by step, which reads its own more than once
     flags = {
         **given, **OURS[stage], "lr": 1e-4, "warmup": 0, "eval_every": 10**6, "save_every": 10**6,
         "init": f"{folder}/init.pt", "data": f"{folder}/data.jsonl", "prompts": f"{folder}/data.jsonl",
@@ -149,8 +149,9 @@ def run_script(stage: str, given: dict, folder: str) -> dict:
         script.rollout = sampled
 
     def drawn(order, step):
-        batches.append(draw(order, step).tolist())
-        return draw(order, step)
+        indices = draw(order, step)
+        batches[step] = indices.tolist()
+        return indices
 
     def logged(metrics, step, **values):
         values = log(metrics, step, **values)
@@ -165,7 +166,7 @@ def run_script(stage: str, given: dict, folder: str) -> dict:
     with contextlib.suppress(Enough):
         script.main(script.Config(**{name: value for name, value in flags.items() if name in known}))
     sampled = [[(len(prompt), len(response)) for prompt, response in step] for step in answers]
-    return {**clock.result, "batches": batches, "answers": answers, "sampled": sampled}
+    return {**clock.result, "batches": [*batches.values()], "answers": answers, "sampled": sampled}
 
 
 # -------------------------------------------------------------------------------------------------- trl

@@ -1,18 +1,23 @@
 """The benchmarks' arithmetic: ratios, exponents, FLOPs, bytes and memory, each against something counted."""
 
+import dataclasses
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lab.bench import generate, logprobs, scaling, timing, train
 from nanoalign import UserError
+from nanoalign.data import thin
 from nanoalign.model import GPT, GPTConfig
+from nanoalign.rows import read_rows, write_rows
 
 CPU = torch.device("cpu")
 LLAMA = {"vocab_size": 40, "context": 16, "layers": 2, "width": 24, "heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -167,6 +172,27 @@ def test_results_of_several_runs_become_one_table(tmp_path, run, monkeypatch):
     assert all(len(row["seconds"]) == 2 and "time ∝ n^" in row["note"] for row in rows)
     status, printed, _ = run("-m", "lab.bench.timing", out)
     assert status == 0 and printed.count("| case |") == 1 and printed.count("DPO step") == 2
+
+
+@pytest.mark.parametrize("stage", ["dpo", "grpo"])
+def test_a_script_runs_whole_and_its_peer_learns_what_it_drew(stage, tmp_path, sft, pairs, monkeypatch):
+    """One batch a step, however often the script reads it, and of GRPO the answers to its prompts."""
+    monkeypatch.chdir(ROOT)  # where the child finds its module
+    shutil.copy(sft, tmp_path / "init.pt")
+    rows = thin(read_rows(pairs, "pairs"), 12)
+    for name, kept in (("data", rows[2:]), ("eval", rows[:2])):
+        write_rows(f"{tmp_path}/{name}.jsonl", kept)
+    sizes = {"batch_size": 3, "group_size": 2, "max_new_tokens": 8, "max_length": 64}
+    config = train.Config(**sizes, steps=2, warmup=1, device="cpu")
+    given = {**dataclasses.asdict(config), "steps": 3, "log_every": 1}
+    spec = {"stage": stage, "given": given, "folder": str(tmp_path)}
+    found = timing.in_child("lab.bench.peers", spec)
+    assert len(found["losses"]) == len(found["norms"]) == len(found["batches"]) == 3, found
+    assert all(len({*batch}) == 3 for batch in found["batches"])
+    answered = [len({str(prompt) for prompt, _ in step}) for step in found["answers"]]
+    assert answered == ([3, 3, 3] if stage == "grpo" else [])
+    assert [len(step) for step in found["sampled"]] == [6] * len(answered)
+    assert found["seconds"] > 0 and found["mb"] > 0
 
 
 @pytest.mark.parametrize(
