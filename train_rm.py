@@ -14,9 +14,8 @@ response goes through the model once, and a prompt counts once however many pair
 After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the first 2,000 training
 responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
-A healthy run: held-out accuracy starts near one half and rises towards the ceiling (the labels are noisy:
-nobody can exceed it). The demo's model gets from 50 to about 60 % under a ceiling of 76 %: it learns manners
-and styles, and few facts (docs/results.md). `python -m lab.reward_report` says what else it likes.
+A healthy run: held-out accuracy rises from one half towards the ceiling, which noisy labels set. The demo's
+gets to 60 % of a possible 76 %: manners and styles, few facts (docs/results.md, lab/reward_report.py).
 """
 
 import math
@@ -45,7 +44,7 @@ class Config(Flags):
     out: str = "out/demo/rm.pt"  # the checkpoint to write; metrics go beside it
     label_smoothing: float = 0.0  # ε: the share of labels thought to be flipped
     centering: float = 0.01  # c: how strongly a pair's scores are pulled to sum to zero
-    max_length: int = 128  # tokens of prompt and response; longer pairs are truncated, and counted
+    max_length: int = 128  # tokens of prompt and response; longer pairs are truncated
     batch_size: int = 16  # prompts per optimiser step, each with all of its pairs
     lr: float = 1e-3
 
@@ -98,9 +97,10 @@ def pair_scores(model, batch: list[Prompt], tokenizer, device) -> tuple[Tensor, 
     sizes = [len(prompt.responses) for prompt in batch]
     ids, mask = collate([example for p in batch for example in p.responses], tokenizer.pad)
     ids = ids.to(device, non_blocking=True)
-    scores = response_scores(model, ids, mask, packed_hidden(model.gpt, ids, mask, sizes))
-    first = np.cumsum([0, *sizes])  # of each prompt's responses
-    sides = [np.stack((p.chosen, p.rejected)) + start for p, start in zip(batch, first)]
+    hidden = packed_hidden(model.gpt, ids, mask, sizes)
+    scores = response_scores(model, ids, mask, hidden)
+    starts = np.cumsum([0, *sizes])  # of each prompt's responses
+    sides = [np.stack((p.chosen, p.rejected)) + at for p, at in zip(batch, starts)]
     sides = torch.from_numpy(np.concatenate(sides, axis=1))  # (2, P)
     chosen, rejected = sides.to(device, non_blocking=True)
     weight = torch.tensor([1 / len(p.rows) for p in batch for _ in p.rows])
@@ -111,8 +111,8 @@ def labels(prompts: list[Prompt], device="cpu") -> tuple[Tensor, Tensor]:
     """The margin and the probability of every pair, (P,) each, prompt by prompt."""
     rows = [row for prompt in prompts for row in prompt.rows]
     margin = torch.tensor([row.get("margin", 0.0) for row in rows])
-    probability = torch.tensor([row.get("probability", 1.0) for row in rows])
-    return margin.to(device, non_blocking=True), probability.to(device, non_blocking=True)
+    p = torch.tensor([row.get("probability", 1.0) for row in rows])
+    return margin.to(device, non_blocking=True), p.to(device, non_blocking=True)
 
 
 def accuracy(margins: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
@@ -143,7 +143,7 @@ def check_start(responses: list, max_length: int, end: int, result: dict) -> Non
     ended = sum(ids[-1] == end and mask[-1] for ids, mask in responses)
     cut = sum(len(ids) == max_length for ids, _ in responses)
     chance, error = result["accuracy"], result["accuracy_error"]
-    print(f"step-0 check: {ended:,} of {len(responses):,} responses are scored at their end token")
+    print(f"step-0 check: {ended:,} of {len(responses):,} responses scored at their end token")
     print(f"step-0 check: held-out accuracy {chance:.1%} ± {error:.1%} with a random head")
     if abs(chance - 0.5) > max(0.2, 3 * error):
         print("  far from one half: the two sides differ in something trivial, such as their length")
@@ -179,7 +179,7 @@ def main(config: Config) -> None:
     rows, eval_rows = read_split(config, config.data, "pairs")
     max_length = min(config.max_length, model.config.context)
     prompts = by_prompt(*pair_examples(rows, tokenizer, max_length))
-    eval_prompts = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
+    held_out = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
     responses = [example for p in prompts for example in p.responses]
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
@@ -191,7 +191,7 @@ def main(config: Config) -> None:
     run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:
-            result, _ = evaluate(model, eval_prompts, tokenizer, device)
+            result, _ = evaluate(model, held_out, tokenizer, device)
         check_start(responses, max_length, tokenizer.end, result)
     for step in run:
         for batch, _ in run.pieces(prompts, tokens):
@@ -210,10 +210,10 @@ def main(config: Config) -> None:
         run.log()
         if run.looks:
             with autocast:
-                run.show(evaluate(model, eval_prompts, tokenizer, device)[0])
+                run.show(evaluate(model, held_out, tokenizer, device)[0])
     with autocast:
-        normalisation = normalise(model, responses[:2000], tokenizer, device)
-    run.finish(normalisation=normalisation)
+        scale = normalise(model, responses[:2000], tokenizer, device)
+    run.finish(normalisation=scale)
 
 
 if __name__ == "__main__":
