@@ -162,7 +162,7 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     changed = [
         f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {given[name]!r}"
         for name, value in spelled_out(config).items()
-        if before.get(name) != value
+        if before.get(name) != value and content["config"].get(name) != given[name]
     ]
     if content["data"] != data:
         changed.append("the data or the starting checkpoint changed")

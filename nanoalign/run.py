@@ -16,6 +16,7 @@ there bit for bit. It holds no forward pass, no loss and no evaluation.
 """
 
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -84,10 +85,9 @@ class Run:
         self.device = next(model.parameters()).device
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
-        self.done = self.first
+        self.done, self.stop = self.first, CleanStop()
 
     def __iter__(self) -> Iterator[int]:
-        self.stop = CleanStop()
         for step in range(self.first, self.steps):
             self.step, self.done = step, step + 1
             self.sums, self.masks, self.count = {}, {}, 0
@@ -158,7 +158,7 @@ class Run:
         loss = self.means()["loss"].item()
         print(f"step-0 check: loss {loss:.6f}, {what} = {due:.6f}")
         tolerance = 1e-2 if self.device.type == "cuda" else 1e-4  # bf16 or fp32
-        if not abs(loss - due) <= tolerance * max(1, due):
+        if not abs(loss - due) <= tolerance * due:
             raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
 
     def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor) -> None:
@@ -237,13 +237,19 @@ class CleanStop:
 
     def __init__(self):
         self.signal = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), self._receive)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
+            number = getattr(signal, name, None)
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.signal, hangup = number, number == getattr(signal, "SIGHUP", None)
+        signal.signal(number, signal.SIG_IGN if hangup else signal.SIG_DFL)  # a shell hangs up twice
+        for stream in (1, 2):
+            try:
+                os.write(stream, b"")
+            except OSError:  # the terminal is gone, and what is printed must not end the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
 
     def __bool__(self) -> bool:
