@@ -55,7 +55,7 @@ class Config:
     depth: int = 12  # steps of a solution at most, in search
     by: str = "min"  # how search sums up a solution's steps: min, product or last
     show: int = 0  # problems to print, steps coloured by their probability
-    checker: str = ""  # file.py:function(meta, steps) → which follow: marks on --show
+    checker: str = "nanoalign/world/steps.py:check_steps"  # who marks the steps of --show
     max_new_tokens: int = 96  # length limit of a solution
     temperature: float = 1.0  # of sampling
     seed: int = 0  # of samples and subsets

@@ -162,6 +162,8 @@ def evaluate(policy, ref, pairs: list, soft: Tensor, prompts, tokenizer, config:
 def main(config: Config) -> None:
     if config.loss not in LOSSES:
         raise UserError(f"--loss {config.loss} is unknown; choose from {', '.join(LOSSES)}.")
+    if config.max_new_tokens < 1:
+        raise UserError("--max-new-tokens must be at least 1.")
     loss = LOSSES[config.loss]
     config.beta = config.beta or loss.beta
     if already_finished(config):

@@ -81,6 +81,7 @@ MISTAKES = [  # script, flags, what the sentence names
     ("train_dpo", DPO + "--init {base}", ["'base'", "'sft'"]),
     ("train_dpo", DPO + "--loss kto", ["kto", "dpo"]),
     ("train_dpo", DPO + "--label-smoothing 0.5", ["--label-smoothing"]),
+    ("train_dpo", DPO + "--max-new-tokens 0", ["--max-new-tokens"]),
     ("train_dpo", DPO + "--data {world}/sft.jsonl", ["sft.jsonl, line 1", "chosen"]),
     ("train_dpo", DPO + "--batch-size 0", ["--batch-size"]),
     ("train_dpo", DPO + "--loss robust --label-smoothing 0.5", ["--label-smoothing"]),
