@@ -32,6 +32,25 @@ def held_out(path, tmp_path, number=4):
     return str(tmp_path / "held_out.jsonl")
 
 
+def compared(count, votes=()):
+    """Comparisons of "good {i}" and "bad {i}", with the same votes each: (annotator, p)."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"Question {i}?"}],
+            "responses": [f"good {i}", f"bad {i}"],
+            "ended": [True, True],
+            "votes": [{"annotator": name, "p": p} for name, p in votes],
+            "meta": {},
+        }
+        for i in range(count)
+    ]
+
+
+def by(comparisons, name):
+    """That annotator's p of every comparison; "none" where it has not voted."""
+    return [next((v["p"] for v in c["votes"] if v["annotator"] == name), "none") for c in comparisons]
+
+
 def clear_pairs(tmp_path):
     """Pairs that are easily told apart; each chosen side has as many tokens as the next."""
     sides = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import by, compared
 
 import collect
 from nanoalign import UserError, feedback, rewards
@@ -19,25 +20,6 @@ from nanoalign.tokenizer import get_tokenizer
 ROOT = Path(__file__).parents[1]
 TOKENIZER = get_tokenizer("world")
 SMALL = GPTConfig(vocab_size=TOKENIZER.vocab_size, context=64, layers=1, width=16, heads=2)
-
-
-def compared(count, votes=()):
-    """Comparisons of "good {i}" and "bad {i}", with the same votes each: (annotator, p)."""
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"Question {i}?"}],
-            "responses": [f"good {i}", f"bad {i}"],
-            "ended": [True, True],
-            "votes": [{"annotator": name, "p": p} for name, p in votes],
-            "meta": {},
-        }
-        for i in range(count)
-    ]
-
-
-def by(comparisons, name):
-    """That annotator's p of every comparison; "none" where it has not voted."""
-    return [next((v["p"] for v in c["votes"] if v["annotator"] == name), "none") for c in comparisons]
 
 
 # ------------------------------------------------------------------------------------- votes → labels

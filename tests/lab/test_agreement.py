@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from runs import compared
 
 import collect
 from lab import agreement
@@ -22,21 +23,6 @@ from nanoalign.rows import write_rows
 from nanoalign.world import people
 from nanoalign.world.judge import judge
 from nanoalign.world.text import answer, request
-
-
-def compared(count, votes=()):
-    """Comparisons of "good {i}" and "bad {i}", with the same votes each: (annotator, p)."""
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"Question {i}?"}],
-            "responses": [f"good {i}", f"bad {i}"],
-            "ended": [True, True],
-            "votes": [{"annotator": name, "p": p} for name, p in votes],
-            "meta": {},
-        }
-        for i in range(count)
-    ]
-
 
 # -------------------------------------------------------------------------------------------- agreement
 

@@ -12,31 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import by, compared
 
 from lab import annotate
 from nanoalign import UserError
 from nanoalign.rows import read_rows, write_rows
 
 ROOT = Path(__file__).parents[2]
-
-
-def compared(count, votes=()):
-    """Comparisons of "good {i}" and "bad {i}", with the same votes each: (annotator, p)."""
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"Question {i}?"}],
-            "responses": [f"good {i}", f"bad {i}"],
-            "ended": [True, True],
-            "votes": [{"annotator": name, "p": p} for name, p in votes],
-            "meta": {},
-        }
-        for i in range(count)
-    ]
-
-
-def by(comparisons, name):
-    """That annotator's p of every comparison; "none" where it has not voted."""
-    return [next((v["p"] for v in c["votes"] if v["annotator"] == name), "none") for c in comparisons]
 
 
 @pytest.fixture
