@@ -510,8 +510,10 @@ def work(monkeypatch):
 
         def trace(frame, event, arg):
             nonlocal steps
+            if frame.f_code.co_filename != judging.__file__:  # such as re, which compiles a pattern or has it
+                return None
             steps += 1
-            return trace if frame.f_code.co_filename == judging.__file__ else None
+            return trace
 
         before = sys.gettrace()
         sys.settrace(trace)
