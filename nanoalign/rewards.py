@@ -73,7 +73,7 @@ class Term(NamedTuple):
 
 def parse_reward(expression: str) -> list[Term]:
     """A reward expression → its terms. Raises UserError for one that is unknown."""
-    pieces = re.split(r"\s+([+-])\s+", expression.strip())
+    pieces = re.split(r"\s+([+-])\s+(?![^()]*\))", expression.strip())  # but not inside brackets
     signed = zip(["+", *pieces[1::2]], pieces[::2])
     return [parse_term(piece, -1.0 if sign == "-" else 1.0) for sign, piece in signed]
 

@@ -174,6 +174,11 @@ def test_a_function_is_found_from_here_or_from_the_root_and_lists_the_file_it_is
     assert reward_models("own.py:names(rm.pt)") == ["rm.pt"]
 
 
+def test_a_sign_inside_a_functions_brackets_belongs_to_its_text():
+    terms = parse_reward("f.py:g(a - b) - 0.5*rm (1).pt + length")
+    assert terms == [(1, "function", "f.py:g(a - b)"), (-0.5, "rm", "rm (1).pt"), (1, "length", "")]
+
+
 @pytest.mark.parametrize(
     "name, sentence",
     [
