@@ -21,6 +21,7 @@ torch.set_num_threads(1)  # tiny tensors; and a subprocess can then be compared 
 def leave_signals_as_they_were():
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in caught}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
