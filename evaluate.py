@@ -29,6 +29,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from inspect import signature
 from numbers import Real
 from pathlib import Path
@@ -48,6 +49,7 @@ from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
 
 VALUE = (Real, np.bool_, type(None))  # of a check
+always = cache(lambda: load_function("nanoalign/world/verdicts.py:always"))  # beside what the checks say
 
 
 @dataclass
@@ -101,8 +103,7 @@ def measure(row: dict, response: str, ended: bool, checks) -> dict[str, float]:
         isinstance(name, str) and isinstance(x, VALUE) and abs(x or 0) <= 1e300 for name, x in said.items()
     ):
         raise UserError(f"--checks gave {said!r}; expected a dict of names and numbers, bools or None.")
-    always = load_function("nanoalign/world/verdicts.py:always")(response, ended)
-    found = said | always | said
+    found = said | always()(response, ended) | said
     return {name: math.nan if x is None else float(x) for name, x in found.items()}
 
 
