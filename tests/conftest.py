@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,6 +16,16 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # tiny tensors; and a subprocess can then be compared bit for bit
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=0, help="cases of each test in tests/fuzz; 0: a few hundred")
+
+
+@pytest.fixture
+def fuzz(request):
+    """fuzz(count) → so many seeded random.Random's; in a long run as many as --fuzz says."""
+    return lambda count: map(random.Random, range(request.config.getoption("fuzz") or count))
 
 
 @pytest.fixture(autouse=True)
