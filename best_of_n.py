@@ -35,6 +35,7 @@ from nanoalign.data import thin
 from nanoalign.generate import Rollout, rollouts
 from nanoalign.rewards import final_answer, gold_answer, load_function, make_reward
 from nanoalign.rows import read_rows
+from nanoalign.seeds import derived_seed
 from nanoalign.steps import AGGREGATES, aggregate, step_ends
 from nanoalign.training import setup
 
@@ -98,7 +99,7 @@ def vote_at(right, answers, weights, subsets: np.ndarray) -> float:
 
 def curves(right, answers, scores: dict, subsets: int, seed: int) -> dict:
     """right, answers and each of scores (P, N) → {selector: {n: (mean over problems, standard error)}}."""
-    N, rng, table = right.shape[1], np.random.default_rng(seed), {}
+    N, rng, table = right.shape[1], np.random.default_rng(derived_seed(seed, "subsets")), {}
     ones, weights = np.ones(N), scores["prm-min"]
     for n in sorted({*(2**k for k in range(N.bit_length())), N}):
         subset = np.argsort(rng.random((subsets, N)), axis=1) < n  # (subsets, N)
@@ -145,7 +146,7 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         progress.advance(1)
         asked = [node for node in nodes for _ in range(config.expansions)]
         prompts, children = [np.array(ids) for _, ids in asked], [None] * len(asked)
-        limit, seed = config.max_new_tokens, config.seed + 1000 * progress.done
+        limit, seed = config.max_new_tokens, derived_seed(config.seed, "search", progress.done)
         for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **sampling):
             starts = torch.tensor([[asked[i][0]] for i in indices])
             said = (torch.arange(new.ids.shape[1]) >= starts).to(new.ids.device)  # all steps so far

@@ -12,6 +12,7 @@ import torch
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.generate import stream
+from nanoalign.seeds import derived_seed
 from nanoalign.training import setup
 
 
@@ -86,7 +87,9 @@ def main(config: Config) -> None:
             messages.pop()
             continue
         print(f"{'model: ' if interactive else ''}", end="")
-        answer = say(policy, tokenizer, ids, config, config.seed + turn, device, autocast)
+        answer = say(
+            policy, tokenizer, ids, config, derived_seed(config.seed, "turn", turn), device, autocast
+        )
         messages.append({"role": "assistant", "content": answer})
         turn += 1
 

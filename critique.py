@@ -33,6 +33,7 @@ from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitu
 from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
+from nanoalign.seeds import derived_seed
 from nanoalign.training import setup
 
 
@@ -69,7 +70,7 @@ def revise(policy, tokenizer, rows, answers, principles, seed: int, **options):
     asked = [ask_for_critique(row["prompt"], *x) for row, *x in zip(rows, answers, principles)]
     critiques = whole(policy, tokenizer, asked, seed=seed, **options)
     asked = [said and ask_for_revision(a, said) for a, said in zip(asked, critiques)]
-    revisions = whole(policy, tokenizer, asked, seed=seed + 1, **options)
+    revisions = whole(policy, tokenizer, asked, seed=derived_seed(seed, "revision"), **options)
     names = ("principle", "critique", "revision")
     return [dict(zip(names, step)) for step in zip(principles, critiques, revisions)]
 
@@ -105,7 +106,7 @@ def main(config: Config) -> None:
         write_rows(trail, trails)
         for k in range(1, config.rounds + 1):
             drawn = rng.choices(principles, k=len(rows))
-            options["seed"] = config.seed + 2 * k - 1
+            options["seed"] = derived_seed(config.seed, "round", k)
             options["what"] = f"round {k} of {config.rounds}"
             steps = revise(policy, tokenizer, rows, answers, drawn, **options)
             if all(step["critique"] is None for step in steps):

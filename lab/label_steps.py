@@ -20,6 +20,7 @@ from nanoalign.data import prompt_examples
 from nanoalign.generate import respond
 from nanoalign.rewards import final_answer
 from nanoalign.rows import read_rows, write_rows
+from nanoalign.seeds import derived_seed
 from nanoalign.training import setup
 from nanoalign.world.judge import knows
 from nanoalign.world.steps import check_steps
@@ -83,7 +84,8 @@ def monte_carlo(policy, tokenizer, solutions: list, right: list[bool], config: C
         ids += [np.append(tokenizer.prompt(row["prompt"]), prefix)] * M
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")
     options = {name: getattr(config, name) for name in flags}
-    texts, _ = respond(policy, tokenizer, ids, seed=config.seed + 1, what="continue", **options)
+    options |= {"seed": derived_seed(config.seed, "continue"), "what": "continue"}
+    texts, _ = respond(policy, tokenizer, ids, **options)
     gold = [row["meta"]["answer"] for row in asked.values() for _ in range(M)]
     hits = np.array([final_answer(text) == answer for text, answer in zip(texts, gold)])
     share = dict(zip(asked, hits.reshape(-1, M).mean(axis=1).tolist()))

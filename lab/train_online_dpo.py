@@ -38,6 +38,7 @@ from nanoalign.generate import respond, rollouts
 from nanoalign.logprobs import last_scored
 from nanoalign.rewards import Reward, make_reward, total
 from nanoalign.run import Flags, Run, already_finished
+from nanoalign.seeds import derived_seed
 from nanoalign.training import freeze, make_optimizer, prepare, setup
 from train_dpo import LOSSES, evaluate, measure, soft_labels
 
@@ -82,7 +83,8 @@ def online_pairs(
     first, second = scores.view(-1, 2).T
     differ = [a.shape != b.shape or (a != b).any() for (a, _), (b, _) in pairs]
     usable = torch.tensor(differ) & torch.maximum(first, second).isfinite()
-    u = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed))
+    coin = torch.Generator().manual_seed(derived_seed(seed, "labels"))
+    u = torch.rand(len(prompts), generator=coin)
     first_wins = (u < (first - second).sigmoid()).tolist()
     chosen_first = [(a, b) if wins else (b, a) for (a, b), wins in zip(pairs, first_wins)]
     return [pair for pair, good in zip(chosen_first, usable.tolist()) if good]
@@ -160,7 +162,7 @@ def main(config: Config) -> None:
         if step % config.online_every == 0:
             picked = order.asked[step // config.online_every]
             asked = [rows[i] for i in picked], [prompts[i] for i in picked]
-            seed = config.seed + 10_000 * (step // config.online_every + 1)
+            seed = derived_seed(config.seed, "collection", step // config.online_every)
             with autocast:
                 order.take(online_pairs(policy, *asked, reward, tokenizer, config, seed))
             run.keep["fresh"] = kept(order.pairs)

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
 from nanoalign.rows import read_rows
+from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import Tokenizer
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -193,7 +194,7 @@ class BatchOrder:
         return self._batches[index]
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng(derived_seed(self.seed, "order", epoch))
         order = rng.permutation(len(self.lengths))
         pools = np.split(order, range(self.pool, len(order), self.pool))
         pools = [rows[np.argsort(self.lengths[rows], kind="stable")] for rows in pools]

@@ -19,6 +19,7 @@ from nanoalign.cli import Progress
 from nanoalign.compiler import compile_or_eager
 from nanoalign.logprobs import next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
+from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import Tokenizer
 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
@@ -233,7 +234,8 @@ def rollouts(
         ids = pad_sequence(asked, True, tokenizer.pad).to(device)
         lengths = torch.tensor([len(prompt) for prompt in asked], device=device)
         end, pad = tokenizer.end, tokenizer.pad
-        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, of, seed=seed + start, **sampling)
+        own = derived_seed(seed, "batch", start)
+        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, of, seed=own, **sampling)
         if progress:
             progress.advance(len(rows))
 

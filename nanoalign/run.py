@@ -33,6 +33,7 @@ from torch import Tensor
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, partial_path, resume, save_partial
 from nanoalign.data import BatchOrder, micro_batches
+from nanoalign.seeds import derived_seed
 from nanoalign.training import check, learning_rate, optimizer_step
 
 
@@ -110,7 +111,7 @@ class Run:
 
     @property
     def seed(self) -> int:  # of the samples that this step draws
-        return self.config.seed + 10_000 * (self.step + 1)
+        return derived_seed(self.config.seed, "rollout", self.step)
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
         """The step's examples and their indices, in pieces that --micro-batch and --micro-tokens allow.
@@ -129,7 +130,7 @@ class Run:
         Groups of more than one stay whole in a step, and in order in a piece."""
         config = self.config
         for epoch in range(config.epochs):
-            rng = np.random.default_rng((config.seed, self.step, epoch))
+            rng = np.random.default_rng(derived_seed(config.seed, "minibatches", self.step, epoch))
             rows = rng.permutation(np.arange(len(lengths)).reshape(-1, group)).flatten()
             for step in micro_batches(rows, config.minibatch):
                 step = step[np.argsort(step if group > 1 else lengths[step])]

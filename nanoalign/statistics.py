@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from nanoalign.seeds import derived_seed
+
 POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
 
 
@@ -47,7 +49,7 @@ def elo(wins: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple:
         theta = logistic(features, won, won + lost)
         return 1000 + POINTS * (theta - theta.mean(axis=-1, keepdims=True))
 
-    drawn = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=draws)
+    drawn = np.random.default_rng(derived_seed(seed, "elo")).multinomial(N, np.full(N, 1 / N), size=draws)
     resampled = rate(np.einsum("dn,nij->dij", drawn, wins))  # (draws, P)
     return rate(wins.sum(axis=0)), np.quantile(resampled, (0.025, 0.975), axis=0)
 

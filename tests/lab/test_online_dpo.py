@@ -92,7 +92,7 @@ def test_of_two_fresh_samples_the_finished_and_then_the_much_better_one_is_chose
 
 
 def test_otherwise_a_fresh_sample_is_chosen_as_often_as_bradley_and_terry_say(talker):
-    pairs, drawn = fresh(talker, scale=0.6, count=1400)
+    pairs, drawn = fresh(talker, scale=0.6, count=1600)
     wins, due = [], []
     for prompt, (first, second) in drawn.items():
         if first[2] and second[2] and first[0] != second[0]:
