@@ -3,9 +3,11 @@
 Every checkpoint answers the same held-out prompts, several times each. Standard errors are over prompts (one
 prompt's samples are averaged first: they are not independent). A star marks a change from the baseline of
 more than two standard errors, prompt by prompt: one line in twenty has one by chance. The win rate is the
-share of sample pairs in which the utility is above the baseline's, ties half. KL(policy ‖ reference) is per
-response, in nats, on the policy's own samples, at the sampling temperature. Elo ratings are Bradley & Terry's
-maximum likelihood, their mean 1000, their intervals bootstrapped over prompts.
+share of sample pairs in which the utility is above the baseline's, ties half. It takes the two samples for
+independent, and so they are: a checkpoint's random numbers come of --seed and its own weights. Hence neither
+the order of the names nor who else is named changes a figure, and against itself a checkpoint wins half.
+KL(policy ‖ reference) is per response, in nats, on the policy's own samples, at the sampling temperature. Elo
+ratings are Bradley & Terry's maximum likelihood, their mean 1000, their intervals bootstrapped over prompts.
 
     python evaluate.py --checkpoints out/demo/base.pt out/demo/sft.pt out/demo/dpo.pt
     python evaluate.py --checkpoints sft.pt dpo.pt --prompts prompts.jsonl --checks my_checks.py
@@ -44,7 +46,9 @@ from nanoalign.generate import rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rows import read_rows
-from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, print_table, starred
+from nanoalign.run import fingerprint
+from nanoalign.seeds import derived_seed
+from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, print_table
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
 
@@ -107,6 +111,11 @@ def measure(row: dict, response: str, ended: bool, checks) -> dict[str, float]:
     return {name: math.nan if x is None else float(x) for name, x in found.items()}
 
 
+def own_seed(seed: int, policy, chat: bool) -> int:
+    """Of a checkpoint's samples, by what it is: two that shared random numbers would win or lose together."""
+    return derived_seed(seed, "answers", str(chat), fingerprint(*policy.state_dict().values()))
+
+
 @torch.no_grad()
 def answer(path: str, rows: list, checks, ref, config: Config, device) -> tuple:
     """→ texts, {metric: values}, KL terms and rewards of a checkpoint, each (prompts, samples).
@@ -120,7 +129,8 @@ def answer(path: str, rows: list, checks, ref, config: Config, device) -> tuple:
     kl, rewards = np.full((2, len(prompts)), np.nan)
     reward = make_reward(config.reward, tokenizer, device) if config.reward else None
     limit, how = config.max_new_tokens, {"what": Path(path).stem, "temperature": T}
-    for indices, drawn in rollouts(policy, tokenizer, prompts, limit, config.seed, **how):
+    seed = own_seed(config.seed, policy, not plain)
+    for indices, drawn in rollouts(policy, tokenizer, prompts, limit, seed, **how):
         ids, mask, asked = drawn.ids, drawn.mask, [rows[i // K] for i in indices]
         if ref is not None and not plain and T > 0:
             logp, ref_logp = (token_logprobs(m, ids, mask, T) for m in (policy, ref))
@@ -150,6 +160,11 @@ def win_rate(utility: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     a, b = utility[:, :, None], baseline[:, None, :]
     wins = (a > b) + 0.5 * (a == b) + 0 * (a + b)  # NaN where either is
     return mean_and_error(wins.reshape(len(utility), -1))
+
+
+def starred(cell, change):
+    """The cell of a table, marked if the change is more than twice its standard error."""
+    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell and change else cell
 
 
 def print_card(names: list[str], lines: list[str], cards: list, against: str, kl: str) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluate import checks_for, measure
+from evaluate import checks_for, measure, starred
 from lab.attacks import REQUESTS, RESPONSES, ROUNDS, answers, attacked, drawer, search, written
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
@@ -38,7 +38,7 @@ from nanoalign.data import thin
 from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
-from nanoalign.statistics import change, mean_and_error, print_table, starred
+from nanoalign.statistics import change, mean_and_error, print_table
 from nanoalign.training import freeze, setup
 from nanoalign.world.judge import judge, on_topic
 

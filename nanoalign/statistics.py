@@ -72,11 +72,6 @@ def logistic(features: np.ndarray, wins: np.ndarray, trials=1.0) -> np.ndarray:
     return theta
 
 
-def starred(cell, change):
-    """The cell of a table, marked if the change is more than twice its standard error."""
-    return (*cell, "*" if abs(change[0]) > 2 * change[1] else " ") if cell and change else cell
-
-
 def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
     """A cell is (mean, standard error), and a mark if there is one."""
 

@@ -1,17 +1,22 @@
 """The scorecard: the judge's lines and a user's own, standard errors, changes."""
 
+import functools
+import itertools
 import json
 import math
 import sys
 
 import numpy as np
 import pytest
+import torch
+from runs import WORLD as WORLD_TOKENS
 
 import evaluate
 from evaluate import change, mean_and_error, measure, summarise, win_rate
 from nanoalign import UserError
-from nanoalign.checkpoint import load, save
+from nanoalign.checkpoint import load, load_policy, save
 from nanoalign.model import GPT, GPTConfig
+from nanoalign.statistics import POINTS, elo, pairwise_wins
 from nanoalign.world.verdicts import checks as by_judge
 
 NAN = math.nan
@@ -193,6 +198,104 @@ def test_a_reference_of_another_tokenizer_is_an_error(mine, score, r50k, tmp_pat
     monkeypatch.setattr(evaluate, "answer", None)
     with pytest.raises(UserError, match=r"different tokenizers \(r50k_base, world\)"):
         score(mine(), reference=f"{tmp_path}/other.pt")
+
+
+# ------------------------------------------------------------------- win rates against enumerated ones
+
+WORDS = ("a", "c", "is", "of", "the", "b", "I", "d", "to", "in", "you", "that")  # a token each, ids rising
+EQUAL = [1 / 6] * 6
+TOYS = {  # two policies that say one word: {word: its probability}; and what the words are worth
+    "the same words": (
+        dict(zip(WORDS, (0.3, 0.3, 0.4))),
+        dict(zip(WORDS, (0.4, 0.3, 0.3))),
+        dict(zip(WORDS, range(3))),
+    ),
+    "words of their own": (
+        dict(zip(WORDS[:6], EQUAL)),
+        dict(zip(WORDS[6:], EQUAL)),
+        dict(zip(WORDS, (0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 0))),
+    ),
+}
+
+
+def says(path, words):
+    """A checkpoint whose every response is one of these words, by its probability."""
+    model = GPT(GPTConfig(WORLD_TOKENS.vocab_size, context=128, layers=1, width=2, heads=1, tied=False))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embed.weight.fill_(1)
+        model.norm.weight.fill_(1)  # so that the hidden state is (1, 1), whatever was said before
+        model.head.weight.fill_(-50)
+        for word, p in words.items():
+            model.head.weight[WORLD_TOKENS.encode(f" {word}")] = math.log(p) / 2
+    save(path, model, stage="sft", tokenizer=WORLD_TOKENS, config=evaluate.Config(), step=1)
+    return str(path)
+
+
+def enumerated_win_rate(first, second, worth):
+    """Over all pairs of words, by their probabilities."""
+    return sum(
+        p * q * (0.5 + 0.5 * np.sign(worth[a] - worth[b]))
+        for a, p in first.items()
+        for b, q in second.items()
+    )
+
+
+@pytest.fixture
+def utilities(tmp_path, monkeypatch):
+    """utilities(policies, worth, samples, repetitions): what evaluate.py finds of them, again and again, each
+    time with another --seed → (policies, repetitions · prompts, samples)."""
+    monkeypatch.setattr(evaluate, "load_policy", functools.cache(load_policy))
+    number = itertools.count()
+
+    def utilities(policies, worth, samples, repetitions):
+        paths = [says(tmp_path / f"{next(number)}.pt", words) for words in policies]
+        rows = [{"prompt": [{"role": "user", "content": "Hi"}], "meta": {}}] * (24 // samples)
+        judge = lambda prompt, response, meta: {"utility": worth[response]}  # noqa: E731
+        found = [[] for _ in paths]
+        for seed in range(repetitions):
+            config = evaluate.Config(samples=samples, seed=seed, max_new_tokens=1)
+            for path, own in zip(paths, found):
+                _, scores, _, _ = evaluate.answer(path, rows, judge, None, config, torch.device("cpu"))
+                own.append(scores["utility"])
+        return np.array([np.concatenate(own) for own in found])
+
+    return utilities
+
+
+@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("samples", [1, 4])
+def test_win_rates_and_ratings_are_those_of_all_pairs_of_answers_by_their_probabilities(
+    toy, samples, utilities
+):
+    *policies, worth = TOYS[toy]
+    due = enumerated_win_rate(*policies, worth)
+    both = utilities(policies, worth, samples, 200)
+    rate, error = win_rate(*both)
+    assert abs(rate - due) < 3 * error < 0.02
+    assert win_rate(*both[::-1])[0] == pytest.approx(1 - rate)
+    ratings, _ = elo(pairwise_wins(both), draws=2)
+    slope = POINTS / (due * (1 - due))  # points of rating to a share of wins
+    truth = POINTS * math.log(due / (1 - due))
+    assert ratings[0] - ratings[1] == pytest.approx(truth, abs=3.3 * slope * error)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_samples_that_share_random_numbers_would_not_pass(samples, utilities, monkeypatch):
+    """Of words of their own the first policy's is better for one number in six, and for half of all pairs."""
+    *policies, worth = TOYS["words of their own"]
+    monkeypatch.setattr(evaluate, "own_seed", lambda seed, *_: seed)
+    rate, error = win_rate(*utilities(policies, worth, samples, 20))
+    assert enumerated_win_rate(*policies, worth) - rate > 5 * error
+    assert rate == pytest.approx(0.5 - 1 / 3 / samples, abs=3 * error)
+
+
+def test_a_checkpoint_answers_alike_in_whatever_company_and_wins_half_against_itself(utilities):
+    first, second, worth = TOYS["the same words"]
+    one, other, copy = utilities([first, second, first], worth, 4, 3)
+    assert (utilities([second, first], worth, 4, 3) == [other, one]).all() and (one != other).any()
+    assert (copy == one).all() and win_rate(copy, one)[0] == 0.5
 
 
 # -------------------------------------------------------------------------------- means, errors, changes
