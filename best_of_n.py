@@ -30,10 +30,11 @@ import numpy as np
 import torch
 
 from nanoalign import UserError, cli
+from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import thin
 from nanoalign.generate import Rollout, rollouts
-from nanoalign.rewards import final_answer, gold_answer, load_function, make_reward
+from nanoalign.rewards import load_function, make_reward
 from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.steps import AGGREGATES, aggregate, step_ends
@@ -166,8 +167,7 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
     right = []
     for row, solutions in zip(rows, found):
         said = [tokenizer.decode_response(ids[at:]) for _, (at, ids) in solutions]
-        gold = gold_answer(row["meta"]["answer"])
-        right.append([gold] == [final_answer(text) for text in said[:1]])
+        right.append(any(same(final_answer(text), gold_answer(row)) for text in said[:1]))
     cost, each = tokens / len(rows), drawn["tokens"].mean()
     n = min(config.samples, max(1, round(cost / each)))
     equal = zip(drawn["right"], drawn["scores"][f"prm-{by}"])
@@ -182,9 +182,7 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
     """N solutions of each problem → texts, their steps' p, answers, tokens, right, and scores by name, (P, N)
     each. A solution without an end token gets the lowest score."""
     N, shape, scores = config.samples, (len(rows), config.samples), {}
-    gold = [gold_answer(row["meta"].get("answer")) for row in rows]
-    if None in gold:
-        raise UserError(f"{config.problems} has rows without a final answer: GSM8K's, or meta.answer.")
+    gold = [gold_answer(row) for row in rows]
     texts, steps = np.empty((2, *shape), object)
     tokens = np.zeros(shape)
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows for _ in range(N)]
@@ -201,8 +199,10 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
         tokens[at] = new.mask.sum(1).cpu()
         for i, own, end in zip(indices, p.cpu(), ends.cpu()):
             steps.flat[i] = own[end].tolist()
-    answers = np.array([[final_answer(text) for text in own] for own in texts], float)  # None: NaN
-    right = answers == np.array(gold)[:, None]
+    said = [[final_answer(text) for text in own] for own in texts]
+    right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
+    numbers = {None: math.nan}  # equal answers have equal numbers
+    answers = np.array([[numbers.setdefault(a, len(numbers)) for a in own] for own in said], float)
     found = {"texts": texts, "steps": steps, "answers": answers, "tokens": tokens}
     return found | {"scores": scores, "right": right}
 

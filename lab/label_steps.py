@@ -15,10 +15,10 @@ import numpy as np
 
 from collect import sample
 from nanoalign import UserError, cli
+from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.generate import respond
-from nanoalign.rewards import final_answer
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.training import setup
@@ -54,7 +54,7 @@ def label_steps(policy, tokenizer, rows: list[dict], drawn: list, config: Config
         steps = text.split("\n")[: None if ended else -1]
         if steps:
             solutions.append((row, steps))
-    right = [final_answer("\n".join(steps)) == row["meta"]["answer"] for row, steps in solutions]
+    right = [same(final_answer("\n".join(steps)), gold_answer(row)) for row, steps in solutions]
     if config.by == "checker":
         labels = [check_steps(row["meta"], steps) for row, steps in solutions]
     else:
@@ -86,8 +86,8 @@ def monte_carlo(policy, tokenizer, solutions: list, right: list[bool], config: C
     options = {name: getattr(config, name) for name in flags}
     options |= {"seed": derived_seed(config.seed, "continue"), "what": "continue"}
     texts, _ = respond(policy, tokenizer, ids, **options)
-    gold = [row["meta"]["answer"] for row in asked.values() for _ in range(M)]
-    hits = np.array([final_answer(text) == answer for text, answer in zip(texts, gold)])
+    gold = [gold_answer(row) for row in asked.values() for _ in range(M)]
+    hits = np.array([same(final_answer(text), answer) for text, answer in zip(texts, gold)])
     share = dict(zip(asked, hits.reshape(-1, M).mean(axis=1).tolist()))
     return [[*(share[key] for key in prefixes), float(end)] for prefixes, end in zip(keys, right)]
 

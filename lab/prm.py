@@ -19,9 +19,10 @@ from lab import run_command
 from lab.plot import plot_curves
 from lab.seeds import over_seeds
 from nanoalign import UserError
+from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.generate import rollouts
-from nanoalign.rewards import final_answer, make_reward
+from nanoalign.rewards import make_reward
 from nanoalign.rows import read_rows
 from nanoalign.training import setup
 from nanoalign.world.steps import check_steps
@@ -100,7 +101,7 @@ def policies(config: Policies) -> None:
                 steps = text.split("\n")
                 again = sum(not step.strip() or step in steps[:i] for i, step in enumerate(steps))
                 values.append((
-                    final_answer(text) == row["meta"]["answer"], *own[:2], len(steps),
+                    same(final_answer(text), gold_answer(row)), *own[:2], len(steps),
                     np.mean(check_steps(row["meta"], steps)), again / len(steps), own[2],
                 ))  # fmt: skip
         means = np.mean(np.array(values, dtype=float), axis=0)

@@ -12,7 +12,7 @@ An expression is a signed sum of terms, each `name` or `number*name`; + and − 
     prm-min:out/demo/prm.pt        a process reward model: the minimum over the response's steps of the
                                    probability that the step is right; prm-product and prm-last likewise
     prm-steps:out/demo/prm.pt      densely: each step's probability, at the token that ends it
-    answer                         1 where the final answer ("#### n" or "Answer: n") is the one in meta
+    answer                         1 where the final answer is the one in meta (answers.py says what is read)
     length                         the number of response tokens
     file.py:function               a reward of your own (below); file.py:function(text) hands it the text too
     judge                          short for nanoalign/world/verdicts.py:utility: the built-in world's judge
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError
+from nanoalign.answers import answers
 from nanoalign.checkpoint import load_scalar
 from nanoalign.cli import Progress
 from nanoalign.data import collate, join
@@ -199,7 +200,7 @@ def _text_scores(function: Callable, name: str, tokenizer: Tokenizer, rows: list
     return scores.to(rollout.ids.device)
 
 
-# ------------------------------------------------------------------------------------------ your own, answers
+# ------------------------------------------------------------------------------------------ your own
 
 
 def find(file: str) -> Path:
@@ -228,27 +229,6 @@ def load_function(name: str) -> Callable:
     if not callable(function):
         raise UserError(f"{parts[1]} defines no function {parts[2]}.")
     return function if parts[3] is None else lambda *args: function(*args, parts[3])
-
-
-def final_answer(text: str) -> float | None:
-    """The number after the last "#### " or "Answer: " (1,234 and $5 are read as people write them)."""
-    found = re.findall(r"(?:####|\bAnswer:)\s*\$?(-?\$?[\d,]*\.?\d+)", text)
-    return float(re.sub(r"[$,]", "", found[-1])) if found else None
-
-
-def gold_answer(answer) -> float | None:
-    """The right answer as a row states it: a number, "5", or a worked solution that ends in "#### 5"."""
-    if isinstance(answer, str):
-        return final_answer(answer if "###" in answer or "Answer:" in answer else f"#### {answer}")
-    return float(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else None
-
-
-def answers(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
-    """1.0 for a response whose final answer is the one in the row's meta."""
-    gold = [gold_answer(row["meta"].get("answer")) for row in rows]
-    if None in gold:
-        raise UserError("the reward `answer` needs rows with a final answer: GSM8K's, or meta.answer.")
-    return [float(final_answer(text) == answer) for text, answer in zip(texts, gold)]
 
 
 # ------------------------------------------------------------------------------------------------- scores

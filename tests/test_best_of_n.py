@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from runs import WORLD
 
 import best_of_n
 from best_of_n import best_at, curves, pass_at, tree_search, vote_at
 from nanoalign import UserError
+from nanoalign.generate import Rollout
 
 # ------------------------------------------------------------------------------------ subsets and votes
 
@@ -113,3 +116,24 @@ def test_best_of_n_writes_its_table_and_searches(world, sft, prm, tmp_path, caps
         best_of_n.main(replace(config, search=("sideways",)))
     with pytest.raises(UserError, match="expected 'prm'"):
         best_of_n.main(replace(config, prm=sft))
+
+
+def test_votes_are_cast_for_equal_numbers_however_they_are_written(monkeypatch):
+    said = ["Answer: 1/2", "A: 0.5", "#### 9007199254740993", "#### 9007199254740992", "none", "5 or 6"]
+    prompt = [{"role": "user", "content": "?"}]
+    half, exact = ({"prompt": prompt, "meta": {"answer": gold}} for gold in ("0.5", 2**53))
+    mask = torch.ones(6, 1, dtype=torch.bool)
+
+    def rollouts(*_, **__):
+        for start in (0, 6):  # the same six solutions of both problems
+            yield range(start, start + 6), Rollout(mask.long(), mask, 0.0 * mask, mask[:, 0])
+
+    monkeypatch.setattr(best_of_n, "rollouts", rollouts)
+    texts = iter(said * 2)
+    monkeypatch.setattr(type(WORLD), "decode_response", lambda *_: next(texts))
+    config = best_of_n.Config(samples=6)
+    drawn = best_of_n.draw(None, lambda rows, new: 0.0 * new.logp, None, WORLD, [half, exact], config)
+    assert drawn["right"].tolist() == [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
+    answers = drawn["answers"]
+    assert (answers[0] == answers[1]).tolist() == [True] * 4 + [False] * 2 and np.isnan(answers[:, 4:]).all()
+    assert answers[0, 0] == answers[0, 1] and len({*answers[0, :4]}) == 3

@@ -12,7 +12,6 @@ from nanoalign.generate import Rollout
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import (
     Term,
-    final_answer,
     load_function,
     make_reward,
     parse_reward,
@@ -229,25 +228,6 @@ def test_a_sum_weighs_its_terms_and_length_counts_response_tokens(members):
     assert score("length").tolist() == length.tolist()
     expected = 0.5 * each[0] - 0.02 * length + 2 * score("judge")
     torch.testing.assert_close(score(f"0.5*{folder}/rm.1.pt - 0.02*length + 2*judge", said), expected)
-
-
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("2 + 3 = 5\nAnswer: 5", 5),
-        ("so\n#### 1,234", 1234),
-        ("#### $18", 18),
-        ("#### -7", -7),
-        ("Answer: 2.50", 2.5),
-        ("Answer: 6.", 6),
-        ("Answer: 5\nAnswer: 6", 6),
-        ("The answer is 5", None),
-        ("Answer: none", None),
-        ("", None),
-    ],
-)
-def test_final_answers_are_read_as_people_write_them(text, number):
-    assert final_answer(text) == number
 
 
 def test_the_answer_reward_is_1_for_the_right_number_only():
