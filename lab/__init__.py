@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from nanoalign import UserError, cli
+from nanoalign.terminal import print_anything, visible
 
 
 def run_command(commands: dict, description: str = "") -> None:
@@ -33,9 +34,10 @@ def pyplot(path: str):
 
 def run_on_paths(main) -> None:
     """`python -m lab.NAME PATH…`: main(paths); a user's mistake is one sentence on stderr and status 1."""
+    print_anything()
     if {"-h", "--help"} & set(sys.argv):
         sys.exit(print(sys.modules["__main__"].__doc__))
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {visible(' '.join(str(error).splitlines()))}")

@@ -26,6 +26,7 @@ from lab.agreement import report
 from nanoalign import UserError, cli
 from nanoalign.cli import duration
 from nanoalign.rows import read_rows, write_rows
+from nanoalign.terminal import visible
 
 
 @dataclass
@@ -88,11 +89,6 @@ def question(comparison: dict, swapped: bool) -> str:
         sides.append([line for part in text.split("\n") for line in textwrap.wrap(part, column) or [""]])
     rows = zip_longest(["1", *sides[swapped]], ["2", *sides[not swapped]], fillvalue="")
     return asked + "\n\n" + "\n".join(f"{left:<{column}} │ {right}" for left, right in rows)
-
-
-def visible(text: str) -> str:
-    """The text without characters that could move the cursor or hide something."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text.expandtabs(4))
 
 
 def ask(keys: str) -> str:

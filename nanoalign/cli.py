@@ -22,6 +22,7 @@ import torch
 
 from nanoalign import UserError
 from nanoalign.checkpoint import beside
+from nanoalign.terminal import print_anything, visible
 
 
 def field_comments(config_class) -> dict[str, str]:
@@ -96,11 +97,12 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
 
 def run(main, config_class, description: str = "") -> None:
     """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1."""
+    print_anything()
     config = parse(config_class, description)
     try:
         main(config)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {visible(' '.join(str(error).splitlines()))}")
     except KeyboardInterrupt:
         print("\ninterrupted.", file=sys.stderr)
         sys.exit(130)
