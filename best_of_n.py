@@ -37,6 +37,7 @@ from nanoalign.generate import Rollout, rollouts
 from nanoalign.rewards import load_function, make_reward
 from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
+from nanoalign.statistics import mean_and_error
 from nanoalign.steps import AGGREGATES, aggregate, step_ends
 from nanoalign.training import setup
 
@@ -65,9 +66,9 @@ class Config:
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
 
-def mean_and_error(values) -> tuple[float, float]:
+def over_problems(values) -> tuple[float, float]:
     """A value per problem → their mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values) / math.sqrt(len(values)))
+    return mean_and_error(np.array(values, float)[:, None])
 
 
 def pass_at(right, n: int) -> float:
@@ -111,7 +112,7 @@ def curves(right, answers, scores: dict, subsets: int, seed: int) -> dict:
         cast = zip(right, answers, weights)
         found["vote"] = [vote_at(*own, subset) for own in cast]
         for name, values in found.items():
-            table.setdefault(name, {})[n] = mean_and_error(values)
+            table.setdefault(name, {})[n] = over_problems(values)
     return table
 
 
@@ -171,7 +172,7 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
     cost, each = tokens / len(rows), drawn["tokens"].mean()
     n = min(config.samples, max(1, round(cost / each)))
     equal = zip(drawn["right"], drawn["scores"][f"prm-{by}"])
-    ours, theirs = mean_and_error(right), mean_and_error([best_at(*own, n) for own in equal])
+    ours, theirs = over_problems(right), over_problems([best_at(*own, n) for own in equal])
     line = "{}: {:.3f} ± {:.3f} right, {:.0f} tokens a problem"
     print(line.format(f"\n{kind}, {config.width} × {config.expansions}, by {by}", *ours, cost))
     print(line.format(f"best of {n} by prm-{by}", *theirs, n * each))

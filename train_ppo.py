@@ -249,7 +249,7 @@ def main(config: Config) -> None:
         run.lap("update_s")
 
         row = run.log(
-            **watch.describe(drawn, score, kl, entropy),
+            **watch.describe(drawn, asked, score, kl, entropy),
             beta=beta,
             explained_variance=explained_variance(old_values, returns, mask),
             ratio_max=torch.stack(highest).max().exp(),

@@ -18,7 +18,6 @@ A healthy run: held-out accuracy rises from one half towards the ceiling, which 
 gets to 60 % of a possible 76 %: manners and styles, few facts (docs/results.md, lab/reward_report.py).
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +33,7 @@ from nanoalign.model import ScalarGPT
 from nanoalign.packing import packed_hidden
 from nanoalign.rewards import response_scores
 from nanoalign.run import Flags, Run, already_finished
+from nanoalign.statistics import clustered_error
 from nanoalign.training import make_optimizer, prepare, setup
 
 
@@ -116,13 +116,10 @@ def labels(prompts: list[Prompt], device="cpu") -> tuple[Tensor, Tensor]:
 
 
 def accuracy(margins: np.ndarray, prompts: np.ndarray) -> tuple[float, float]:
-    """Margins r_w − r_l (P,) → share of positive ones (zero counts half), and its standard error, which
-    is clustered by prompt: pairs of one are not independent. prompts (P,): the number of each pair's."""
+    """Margins r_w − r_l (P,) → share of positive ones (zero counts half), and its standard error: pairs of
+    one prompt are not independent. prompts (P,): the number of each pair's."""
     hits = 0.5 * (1 + np.sign(margins))
-    residuals = np.bincount(prompts, hits - hits.mean())
-    correction = len(residuals) / (len(residuals) - 1) if len(residuals) > 1 else math.nan
-    error = math.sqrt((residuals**2).sum() * correction) / len(hits)
-    return float(hits.mean()), error
+    return float(hits.mean()), clustered_error(hits, prompts)
 
 
 @torch.no_grad()

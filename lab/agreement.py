@@ -21,7 +21,7 @@ import numpy as np
 from nanoalign import cli
 from nanoalign.data import prompt_key
 from nanoalign.rows import read_rows
-from nanoalign.statistics import logistic
+from nanoalign.statistics import clustered, logistic
 from nanoalign.world.judge import judge, knows
 from nanoalign.world.people import agreement, ceiling, impression, people
 
@@ -77,11 +77,9 @@ def sway(features: np.ndarray, votes: np.ndarray, groups: np.ndarray) -> tuple[n
     The errors allow for votes of a group (a prompt) that depend on each other (Liang & Zeger 1986).
     """
     theta = logistic(features, votes)
-    p, (_, group) = sigmoid(features @ theta), np.unique(groups, return_inverse=True)
-    pull = np.zeros((group.max() + 1, len(theta)))
-    np.add.at(pull, group, (votes - p)[:, None] * features)
+    p = sigmoid(features @ theta)
     inverse = np.linalg.inv((p * (1 - p) * features.T) @ features + 1e-6 * np.eye(len(theta)))
-    spread = inverse @ pull.T @ pull @ inverse * len(pull) / max(1, len(pull) - 1)
+    spread = inverse @ clustered((votes - p)[:, None] * features, groups) @ inverse
     return theta, np.sqrt(np.diag(spread))
 
 

@@ -140,7 +140,7 @@ def main(config: Config) -> None:
         run.lap("update_s")
 
         row = run.log(
-            **watch.describe(drawn, score, kl, entropy),
+            **watch.describe(drawn, asked, score, kl, entropy),
             equal_groups=equal.float().mean(),
             ratio_error=torch.cat(first).exp().sub(1).abs().max(),
         )

@@ -24,9 +24,10 @@ from torch import Tensor
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
 from nanoalign.cli import Progress
-from nanoalign.data import collate
+from nanoalign.data import collate, prompt_key
 from nanoalign.logprobs import next_token_logits
 from nanoalign.model import GPT
+from nanoalign.statistics import clustered_error
 from nanoalign.tokenizer import Tokenizer
 
 CRITIQUE = "What is wrong with this answer? {principle}\nQuestion: {prompt}\nAnswer: {response}"
@@ -128,7 +129,8 @@ def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], 
     if not known.any():
         raise UserError(f"{path} judges no pair: it is broken, or every request is longer than it reads.")
     after, n = averaged[known], int(known.sum())
-    error = after.std(correction=0) / n**0.5
+    asked_of = [prompt_key(c) for c, seen in zip(comparisons, known.tolist()) if seen]
+    error = clustered_error(after.numpy(), asked_of)  # pairs of a prompt share its responses
     torn = (odds[known].sign().prod(1) > 0).double().mean()
     said = logp[known].exp().sum(-1).mean()
     print(f'collect: the judge says "A" or "B" with probability {said:.1%}')

@@ -7,6 +7,23 @@ from nanoalign.seeds import derived_seed
 POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
 
 
+def clustered(pulls: np.ndarray, groups) -> np.ndarray:
+    """Deviations (N, D) from what was fitted, of which those of a group (N,) depend on each other and groups
+    do not → the covariance (D, D) of their sum (Liang & Zeger 1986); NaN for a single group."""
+    number: dict = {}
+    group = [number.setdefault(name, len(number)) for name in groups]
+    sums, G = np.zeros((len(number), pulls.shape[1])), len(number)
+    np.add.at(sums, group, pulls)
+    return sums.T @ sums * (G / (G - 1) if G > 1 else np.nan)
+
+
+def clustered_error(values: np.ndarray, groups) -> float:
+    """The standard error of the mean of values (N,), of which those of one group (a prompt) depend on each
+    other; where each is a group of its own, the ordinary one: standard deviation (by N − 1) over √N."""
+    deviations = (values - values.mean())[:, None]
+    return float(clustered(deviations, groups)[0, 0] ** 0.5 / len(values))
+
+
 def over_samples(values: np.ndarray) -> np.ndarray:
     """Values (prompts, samples) → each prompt's mean over the samples that say something; NaN: none does."""
     said = ~np.isnan(values)
@@ -17,9 +34,10 @@ def over_samples(values: np.ndarray) -> np.ndarray:
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Values (prompts, samples) → mean, and its standard error over prompts. NaN: says nothing."""
     each = over_samples(values)
-    each, nothing = each[~np.isnan(each)], float("nan")
-    error = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else nothing
-    return (float(each.mean()), float(error)) if len(each) else (nothing, nothing)
+    each = each[~np.isnan(each)]
+    if not len(each):
+        return float("nan"), float("nan")
+    return float(each.mean()), clustered_error(each, range(len(each)))
 
 
 def change(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:

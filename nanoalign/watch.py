@@ -10,6 +10,7 @@ from nanoalign.generate import Rollout, rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.run import Flags
+from nanoalign.statistics import clustered_error
 
 
 @dataclass(kw_only=True)
@@ -92,14 +93,15 @@ class Watch:
         self.history.append({"step": self.run.done, **means})
         self.run.show(means, self.rows[:4], texts[:4], scores[:4])
 
-    def describe(self, drawn: Rollout, score: Tensor, kl: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-        """What is logged of an iteration's responses: score (B,) or (B, T), KL (B,), entropy (B, T)."""
+    def describe(self, drawn: Rollout, asked: list, score: Tensor, kl: Tensor, entropy: Tensor) -> dict:
+        """What is logged of an iteration's responses to the prompts asked (ids): score (B,) or (B, T), KL
+        (B,), entropy (B, T). The KL's error allows for responses to one prompt, which are not independent."""
         length = drawn.mask.sum(-1).float()
         at_limit = length >= self.sampling["max_new_tokens"]
         return {
             "score": total(score).mean(),
             "kl": kl.mean(),
-            "kl_error": kl.std(correction=0) / len(kl) ** 0.5,
+            "kl_error": clustered_error(kl.cpu().double().numpy(), [prompt.tobytes() for prompt in asked]),
             "entropy": entropy.sum() / drawn.mask.sum(),
             "ended": drawn.ended.float().mean(),
             "length": length.mean(),

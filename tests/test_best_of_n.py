@@ -57,7 +57,10 @@ def test_the_table_draws_subsets_without_bias_and_errors_are_over_problems():
         exact = np.mean([vote_at(r, a, np.ones(8), chosen) for r, a in zip(right, answers)])
         assert table["majority"][n][0] == pytest.approx(exact, abs=0.01)
     assert table["prm-min"] == table["pass"]  # a perfect model finds one wherever there is one
-    assert table["mean"][4] == (pytest.approx(right.mean()), pytest.approx(right.mean(1).std() / 40**0.5))
+    assert table["mean"][4] == (
+        pytest.approx(right.mean()),
+        pytest.approx(right.mean(1).std(ddof=1) / 40**0.5),
+    )
 
 
 # --------------------------------------------------------------------------------------------------- search

@@ -303,6 +303,16 @@ def test_averaging_both_orders_removes_a_planted_position_bias_exactly(ai, capsy
         assert shifted == pytest.approx(bias, abs=1e-4)  # it is there
 
 
+def test_the_error_of_a_judges_log_odds_does_not_shrink_with_copies_of_a_pair(ai, capsys):
+    """Pairs of a prompt share its responses, so they are no independent ones."""
+    path, rows = ai()[1], babble(24)
+    found = []
+    for copies in (1, 5):
+        ai_votes(path, rows * copies, torch.device("cpu"), ["Be kind."], seed=0)
+        found.append(re.search(r"± (\S+) over both", capsys.readouterr().out)[1])
+    assert found[0] == found[1] and float(found[0]) > 0
+
+
 def test_the_names_of_the_answers_are_one_token_each_in_every_vocabulary(r50k):
     for tokenizer in (TOKENIZER, r50k):
         a, b = tokenizer.response("A"), tokenizer.response("B")

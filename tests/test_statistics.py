@@ -1,12 +1,15 @@
-"""Ratings by planted strengths, and by the likelihood that they maximise."""
+"""Ratings by planted strengths, and by the likelihood that they maximise; errors by simulated truths."""
 
 import math
 
 import numpy as np
 import pytest
+import torch
 
 from evaluate import win_rate
-from nanoalign.statistics import POINTS, elo, logistic, mean_and_error, pairwise_wins
+from nanoalign.generate import Rollout
+from nanoalign.statistics import POINTS, clustered_error, elo, logistic, mean_and_error, pairwise_wins
+from nanoalign.watch import Watch
 
 # ---------------------------------------------------------------------------------------------- ratings
 
@@ -122,3 +125,53 @@ def test_the_win_rate_counts_all_pairs_of_samples_and_ties_half():
     rate, error = win_rate(policy, baseline)  # (1 + 1 + ½ + 0)/4 and (½ + 0 + ½ + 0)/4
     assert rate == pytest.approx((0.625 + 0.25) / 2) and error == pytest.approx((0.625 - 0.25) / 2)
     assert win_rate(policy, policy)[0] == 0.5
+
+
+# ------------------------------------------------------------------------------ errors of correlated values
+
+
+def test_a_clustered_error_is_the_plain_one_of_single_values_and_of_groups_of_one_size():
+    rng = np.random.default_rng(6)
+    values = rng.normal(size=(12, 4))
+    assert clustered_error(values[:, 0], range(12)) == pytest.approx(values[:, 0].std(ddof=1) / 12**0.5)
+    groups = np.repeat([f"prompt {i}" for i in range(12)], 4)
+    of_means = values.mean(1).std(ddof=1) / 12**0.5
+    assert clustered_error(values.flatten(), groups) == pytest.approx(of_means)
+    order = rng.permutation(48)  # groups need not lie together
+    assert clustered_error(values.flatten()[order], groups[order]) == pytest.approx(of_means)
+    assert clustered_error(np.tile(values.flatten(), 5), np.tile(groups, 5)) == pytest.approx(of_means)
+    assert math.isnan(clustered_error(values[0], [0] * 4))
+
+
+def test_a_clustered_error_is_how_far_the_mean_of_correlated_values_strays():
+    """Groups of 1 to 8 values that share half of their variance: 2,000 data sets, and the mean of each."""
+    rng, sizes = np.random.default_rng(7), 1 + np.arange(40) % 8
+    groups = np.repeat(np.arange(40), sizes)
+    means, errors, plain = [], [], []
+    for _ in range(2000):
+        values = np.repeat(rng.normal(size=40), sizes) + rng.normal(size=len(groups))
+        means.append(values.mean())
+        errors.append(clustered_error(values, groups))
+        plain.append(values.std(ddof=1) / len(values) ** 0.5)
+    truth = ((sizes**2).sum() + sizes.sum()) ** 0.5 / sizes.sum()  # the closed form
+    assert np.std(means) == pytest.approx(truth, rel=0.05)
+    assert np.mean(np.square(errors)) ** 0.5 == pytest.approx(truth, rel=0.05)
+    assert np.mean(plain) < 0.7 * truth
+
+
+def test_the_logged_errors_of_kl_allow_for_responses_to_one_prompt():
+    """Four copies of every response are no new evidence, wherever they stand in the batch."""
+    rng = np.random.default_rng(8)
+    kl, watch = torch.tensor(rng.normal(size=16)), Watch.__new__(Watch)
+    watch.sampling = {"max_new_tokens": 3}
+
+    def logged(at):
+        asked = [np.array([3, 0, int(i)]) for i in at]
+        mask, ended = torch.ones(len(at), 2, dtype=torch.bool), torch.ones(len(at), dtype=torch.bool)
+        drawn = Rollout(mask.long(), mask, mask.float(), ended)
+        return watch.describe(drawn, asked, kl[at], kl[at], mask.float())["kl_error"]
+
+    once = logged(np.arange(16))
+    assert once == pytest.approx(kl.std().item() / 4)
+    assert logged(np.repeat(np.arange(16), 4)) == pytest.approx(once)
+    assert logged(rng.permutation(np.repeat(np.arange(16), 4))) == pytest.approx(once)
