@@ -114,7 +114,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     As a loss, k1 has no gradient in expectation, k2 has the true one of each next token, k3 another.
     """
     d = ref_logp - logp
-    return {"k1": -d, "k2": d.square() / 2, "k3": d.exp() - 1 - d}[kind]
+    return {"k1": -d, "k2": d.square() / 2, "k3": d.expm1() - d}[kind]
 
 
 # -------------------------------------------------------------------------------------------------- a run

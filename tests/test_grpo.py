@@ -320,6 +320,19 @@ def test_kl_estimates_against_the_enumerated_kl_and_its_gradient(double):
     assert not torch.allclose(slopes["k3"], truth, rtol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0])
+def test_k3_keeps_small_differences_in_fp32_and_is_never_negative(size):
+    """e^d − 1 − d: 1 + d rounds d itself away."""
+    d = size * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    k3, exact = kl_estimate(-d, torch.zeros_like(d), "k3"), d.double() ** 2 / 2
+    for power in range(3, 30):
+        exact += d.double() ** power / math.factorial(power)
+    assert (k3 >= 0).all()
+    two_roundings = 2 * 2**-23 * (d.abs() + exact)  # of e^d − 1, and of the difference
+    assert ((k3 - exact).abs() <= two_roundings).all()
+    assert k3.double().mean().item() == pytest.approx(exact.mean().item(), rel=0.1)
+
+
 # --------------------------------------------------------------------------------------- flags and checks
 
 
