@@ -172,9 +172,10 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = freeze(copy.deepcopy(policy)) if loss.reference else None
 
-    rows, eval_rows = read_split(config, config.data, "pairs")
+    rows, eval_rows = read_split(config, config.data, "pairs", 500)
+    eval_rows = without_ties(eval_rows, "held-out")
     max_length = min(config.max_length, policy.config.context)
-    eval_pairs, kept = pair_examples(without_ties(eval_rows)[:500], tokenizer, max_length)
+    eval_pairs, kept = pair_examples(eval_rows, tokenizer, max_length, "held-out")
     eval_soft = soft_labels(kept, device)
     pairs, kept = pair_examples(rows, tokenizer, max_length)
     soft = soft_labels(kept, device)

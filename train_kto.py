@@ -150,10 +150,10 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = freeze(copy.deepcopy(policy))
 
-    rows, eval_rows = read_split(config, config.data, "labelled")
+    rows, eval_rows = read_split(config, config.data, "labelled", 1000)
     max_length = min(config.max_length, policy.config.context)
     examples, rows = labelled_examples(rows, tokenizer, max_length)
-    eval_examples, eval_rows = labelled_examples(eval_rows[:1000], tokenizer, max_length)
+    eval_examples, eval_rows = labelled_examples(eval_rows, tokenizer, max_length, "held-out")
     labels = torch.tensor([row["label"] for row in rows], device=device)
     eval_labels = torch.tensor([row["label"] for row in eval_rows], device=device)
     shown, prompts = questions(eval_rows, tokenizer, max_length)

@@ -112,10 +112,11 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device)
 
-    rows, eval_rows = read_split(config, config.data, "pairs")
+    rows, eval_rows = read_split(config, config.data, "pairs", 500)
+    eval_rows = without_ties(eval_rows, "held-out")
     max_length = min(config.max_length, policy.config.context)
     pairs, _ = pair_examples(without_ties(rows), tokenizer, max_length)
-    eval_pairs, _ = pair_examples(without_ties(eval_rows)[:500], tokenizer, max_length)
+    eval_pairs, _ = pair_examples(eval_rows, tokenizer, max_length, "held-out")
     shown, prompts = questions(eval_rows, tokenizer, max_length, 4)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nanoalign import UserError, cli
-from nanoalign.data import BatchOrder
+from nanoalign.data import BatchOrder, read_split, thin
 from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.model import GPT, parameter_count, preset
@@ -36,7 +36,8 @@ class Config(Flags):
     model: str = "world-small"  # a preset of nanoalign/model.py
     tokenizer: str = "world"  # "world" or the name of a tiktoken encoding, such as gpt2
     context: int = 128  # block length in tokens, and the model's context
-    eval_data: str = ""  # held-out text; empty: the last twentieth of the blocks
+    eval_data: str = ""  # held-out text; empty: those of the texts that a hash picks, one in twenty;
+    # of a single text the last twentieth
     batch_size: int = 16  # blocks per optimiser step
     lr: float = 3e-3
     warmup: int = 50
@@ -71,14 +72,16 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     tokenizer = get_tokenizer(config.tokenizer)
 
-    files = filter(None, (config.data, config.eval_data))
-    rows = [read_rows(path, "text", config.skip_bad_rows) for path in files]
-    blocks, *held_out = [pack(texts, tokenizer, config.context) for texts in rows]
-    if not held_out:
-        blocks, *held_out = np.split(blocks, [-max(1, len(blocks) // 20)])
+    rows = read_rows(config.data, "text", config.skip_bad_rows)
+    if len(rows) > 1 or config.eval_data:
+        parts = read_split(config, config.data, "text")
+        blocks, held_out = (pack(texts, tokenizer, config.context) for texts in parts)
+    else:
+        blocks = pack(rows, tokenizer, config.context)
+        blocks, held_out = np.split(blocks, [-max(1, len(blocks) // 20)])
     if not len(blocks):
         raise UserError(f"{config.data} is too short to hold anything out; name --eval-data.")
-    eval_blocks = held_out[0][:256]
+    eval_blocks = np.stack(thin(held_out, 256))
     print(f"data: {blocks.size:,} tokens to train on, {eval_blocks.size:,} held out")
 
     shape = preset(config.model, vocab_size=tokenizer.vocab_size, context=config.context)

@@ -11,7 +11,7 @@ response goes through the model once, and a prompt counts once however many pair
     python train_rm.py --seed 1000 --out out/demo/rm.1.pt           # a member of an ensemble
     python train_rm.py --data hh.jsonl --init out/sft.pt --out out/rm.pt --lr 1e-5
 
-After training, scores are shifted and scaled to mean 0 and standard deviation 1 over the first 2,000 training
+After training, scores are shifted and scaled to mean 0 and standard deviation 1 over 2,000 training
 responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
 A healthy run: held-out accuracy rises from one half towards the ceiling, which noisy labels set. The demo's
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import BatchOrder, Example, collate, pair_examples, read_split, without_ties
+from nanoalign.data import BatchOrder, Example, collate, pair_examples, read_split, thin, without_ties
 from nanoalign.model import ScalarGPT
 from nanoalign.packing import packed_hidden
 from nanoalign.rewards import response_scores
@@ -174,9 +174,10 @@ def main(config: Config) -> None:
     del policy
 
     rows, eval_rows = read_split(config, config.data, "pairs")
-    max_length = min(config.max_length, model.config.context)
+    max_length, part = min(config.max_length, model.config.context), "held-out"
     prompts = by_prompt(*pair_examples(rows, tokenizer, max_length))
-    held_out = by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
+    eval_rows = without_ties(eval_rows, part)
+    held_out = by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
     responses = [example for p in prompts for example in p.responses]
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
@@ -209,7 +210,7 @@ def main(config: Config) -> None:
             with autocast:
                 run.show(evaluate(model, held_out, tokenizer, device)[0])
     with autocast:
-        scale = normalise(model, responses[:2000], tokenizer, device)
+        scale = normalise(model, thin(responses, 2000), tokenizer, device)
     run.finish(normalisation=scale)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import BatchOrder, chat_examples, collate, read_split
+from nanoalign.data import BatchOrder, chat_examples, collate, read_split, thin
 from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.packing import packed_hidden
@@ -69,12 +69,12 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device)
 
-    rows, eval_rows = read_split(config, config.data, "chat")
+    rows, eval_rows = read_split(config, config.data, "chat", 500)
     max_length = min(config.max_length, policy.config.context)
     examples = chat_examples(rows, tokenizer, max_length)
-    eval_examples = chat_examples(eval_rows[:500], tokenizer, max_length)
+    eval_examples = chat_examples(eval_rows, tokenizer, max_length, "held-out")
     asked = [row for row in eval_rows if row["messages"][0]["role"] != "assistant"]
-    shown = [parse_prompt(row) for row in asked[:4]]
+    shown = [parse_prompt(row) for row in thin(asked, 4)]
     prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)

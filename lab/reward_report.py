@@ -46,7 +46,7 @@ STYLES = ("padded", "flattering", "hedged", "bulleted", "agreeing")  # what the 
 class Config:
     model: str = "out/demo/rm.pt"  # the reward model
     data: str = "out/demo/pairs.jsonl"  # the pairs that it was trained on, of which some were held out
-    eval_data: str = ""  # held-out pairs; empty: every twentieth prompt's
+    eval_data: str = ""  # held-out pairs; empty: those of the prompts that a hash picks
     seed: int = 0  # of the probe
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -181,7 +181,7 @@ def main(config: Config) -> None:
         model.score.weight *= content["normalisation"]["std"]
     _, rows = read_split(config, config.data, "pairs")
     max_length = min(content["config"]["max_length"], model.config.context)  # as it was trained
-    prompts = by_prompt(*pair_examples(without_ties(rows), tokenizer, max_length))
+    prompts = by_prompt(*pair_examples(without_ties(rows, "held-out"), tokenizer, max_length, "held-out"))
     found = report(freeze(model), prompts, tokenizer, config.seed, device, autocast)
     show(found)
     out = beside(config.model, ".report.json")

@@ -138,9 +138,10 @@ def main(config: Config) -> None:
     ref = freeze(copy.deepcopy(policy)) if loss.reference else None
     reward = make_reward(config.reward, tokenizer, device)
 
-    rows, eval_rows = read_split(config, config.data, "pairs")
+    rows, eval_rows = read_split(config, config.data, "pairs", 500)
+    eval_rows = without_ties(eval_rows, "held-out")
     max_length = min(config.max_length, policy.config.context)
-    eval_pairs, labelled = pair_examples(without_ties(eval_rows)[:500], tokenizer, max_length)
+    eval_pairs, labelled = pair_examples(eval_rows, tokenizer, max_length, "held-out")
     eval_soft = soft_labels(labelled, device)
     shown, eval_prompts = questions(eval_rows, tokenizer, max_length)
     room = policy.config.context - config.max_new_tokens

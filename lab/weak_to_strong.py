@@ -122,7 +122,8 @@ def train(config: Student) -> None:
     rows, eval_rows = read_split(config, config.data, "pairs")
     max_length = min(config.max_length, model.config.context)
     prompts = train_rm.by_prompt(*pair_examples(rows, tokenizer, max_length))
-    held_out = train_rm.by_prompt(*pair_examples(without_ties(eval_rows), tokenizer, max_length))
+    eval_rows, part = without_ties(eval_rows, "held-out"), "held-out"
+    held_out = train_rm.by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
 
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)

@@ -3,8 +3,11 @@
 An example is (ids, mask): int64 token ids (T,) and a bool mask (T,), true where scored.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import Tokenizer
 
 Example = tuple[np.ndarray, np.ndarray]
+HELD_OUT = 0.05  # the share of prompts that no stage trains on
 
 
 def prompt_key(row: dict) -> str:
@@ -24,24 +28,63 @@ def prompt_key(row: dict) -> str:
     return json.dumps(row.get("prompt") or row.get("messages", [])[:-1] or row)
 
 
-def split_rows(rows: list, eval_path: str, kind: str, skip_bad_rows: bool = False) -> tuple[list, list]:
-    """Training rows and held-out rows: those of `eval_path`, or where that is empty all rows of every
-    twentieth prompt, so that no prompt is on both sides."""
-    if eval_path:
-        return rows, read_rows(eval_path, kind, skip_bad_rows)
-    keys, number = [prompt_key(row) for row in rows], {}
-    for key in keys:
-        number.setdefault(key, len(number))
-    if len(number) < 2:
-        raise UserError("a single prompt cannot be split; name held-out rows with --eval-data.")
-    held_out = [number[key] % 20 == 1 for key in keys]
-    return [r for r, out in zip(rows, held_out) if not out], [r for r, out in zip(rows, held_out) if out]
+def opening(row: dict) -> list[str]:
+    """What decides on which side of the split a row is: the messages before the first answer, so that a
+    conversation is on the side of its beginning; of a text, all of it."""
+    messages = row.get("prompt") or row.get("messages")
+    if not messages:
+        return [row["text"].strip()]
+    asked = list(takewhile(lambda m: m["role"] != "assistant", messages)) or messages[:1]
+    return [part for m in asked for part in (m["role"], m["content"].strip())]
 
 
-def read_split(config, path: str, kind: str) -> tuple[list[dict], list[dict]]:
-    """The rows of `path` to train on, and the rows that are held out: --eval-data's, or some of them."""
+def place(row: dict) -> float:
+    """The place in [0, 1) that a hash gives to a row's opening."""
+    digest = hashlib.sha256(json.dumps(opening(row)).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def held_out(prompt: str | list[dict]) -> bool:
+    """Is the prompt, a string or messages, set aside? One in twenty is, picked by a hash: the same in every
+    file, stage and run, so that what a model is evaluated on no stage before it has trained on."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return place({"prompt": messages}) < HELD_OUT
+
+
+def split_rows(rows: list[dict], path: str) -> tuple[list[dict], list[dict]]:
+    """Rows of the file `path` → those to train on, and the held-out ones (`held_out`).
+
+    Where the hash picks none, the row nearest to it is held out. Prints that, and warns of a prompt that has
+    more than a tenth of the rows.
+    """
+    openings = [json.dumps(opening(row)) for row in rows]
+    places = {own: place(row) for own, row in zip(openings, rows)}
+    first = min(places.values())
+    if len(places) < 2 or all(p < HELD_OUT for p in places.values()):
+        which = "a single prompt" if len(places) < 2 else "only prompts that are held out everywhere"
+        raise UserError(f"{path} has {which}: it cannot be split; name held-out rows with --eval-data.")
+    if first >= HELD_OUT:
+        print(f"data: {path} has too few prompts for one in twenty; one is held out, in this stage alone")
+    most, count = Counter(openings).most_common(1)[0]
+    if count > max(1, len(rows) / 10):
+        side = "held out" if places[most] <= max(first, HELD_OUT) else "trained on"
+        asked = opening(rows[openings.index(most)])[-1][:60]
+        print(f"warning: {count:,} of {len(rows):,} rows in {path} have one prompt, {side}: {asked!r}")
+    out = [places[own] < HELD_OUT or places[own] == first for own in openings]
+    return [r for r, o in zip(rows, out) if not o], [r for r, o in zip(rows, out) if o]
+
+
+def read_split(config, path: str, kind: str, most: int = 10**9) -> tuple[list[dict], list[dict]]:
+    """The rows of `path` to train on, and the held-out rows, `most` of them: --eval-data's or some of its."""
     rows = read_rows(path, kind, config.skip_bad_rows)
-    return split_rows(rows, config.eval_data, kind, config.skip_bad_rows)
+    if not config.eval_data:
+        rows, eval_rows = split_rows(rows, path)
+        return rows, thin(eval_rows, most)
+    eval_rows = thin(read_rows(config.eval_data, kind, config.skip_bad_rows), most)
+    asked = {json.dumps(opening(row)) for row in rows}
+    if shared := sum(json.dumps(opening(row)) in asked for row in eval_rows):
+        print(f"warning: the prompts of {shared:,} of {len(eval_rows):,} held-out rows are trained on, too")
+    return rows, eval_rows
 
 
 def one_per_prompt(rows: list[dict]) -> list[dict]:
@@ -51,19 +94,17 @@ def one_per_prompt(rows: list[dict]) -> list[dict]:
 
 def questions(rows: list[dict], tokenizer: Tokenizer, max_length: int, count: int = 128) -> tuple[list, list]:
     """One row of each prompt, `count` at most, and their ids: the last ones, half of `max_length`."""
-    rows = one_per_prompt(rows)[:count]
+    rows = thin(one_per_prompt(rows), count)
     return rows, [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in rows]
 
 
-def without_ties(pairs: list[dict]) -> list[dict]:
+def without_ties(pairs: list[dict], part: str = "training") -> list[dict]:
     """The pairs but for those of probability 1/2, in which no side is right. Prints how many those are."""
     kept = [pair for pair in pairs if pair.get("probability") != 0.5]
     if len(kept) < len(pairs):
-        print(f"data: {len(pairs) - len(kept):,} ties of {len(pairs):,} pairs left out")
+        print(f"data: {len(pairs) - len(kept):,} ties of {len(pairs):,} {part} pairs left out")
     if not kept:
-        raise UserError(
-            f"all {len(pairs):,} training or held-out pairs are ties: add rows, or name --eval-data."
-        )
+        raise UserError(f"all {len(pairs):,} {part} pairs are ties: add rows, or name --eval-data.")
     return kept
 
 
@@ -83,7 +124,9 @@ def join(prompt: np.ndarray, response: np.ndarray, max_length: int) -> Example |
     return ids, np.arange(len(ids)) >= len(prompt)
 
 
-def chat_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+def chat_examples(
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, part: str = "training"
+) -> list[Example]:
     """Chat rows → examples, every assistant turn scored. Prints what was truncated and dropped."""
 
     def make(row: dict) -> tuple[Example | None, int]:
@@ -91,20 +134,24 @@ def chat_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> li
         example = ids[:max_length], mask[:max_length]
         return example if example[1].any() else None, len(ids)
 
-    return _made("chat rows", rows, make, max_length)[0]
+    return _made(f"{part} chat rows", rows, make, max_length)[0]
 
 
-def labelled_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list[dict]]:
+def labelled_examples(
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, part: str = "training"
+) -> tuple[list, list[dict]]:
     """Labelled rows → examples, and the row of each. Prints what was truncated and dropped."""
 
     def make(row: dict) -> tuple[Example | None, int]:
         prompt, response = tokenizer.prompt(row["prompt"]), tokenizer.response(row["completion"])
         return join(prompt, response, max_length), len(prompt) + len(response)
 
-    return _made("labelled rows", rows, make, max_length)
+    return _made(f"{part} labelled rows", rows, make, max_length)
 
 
-def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> tuple[list, list[dict]]:
+def pair_examples(
+    rows: list[dict], tokenizer: Tokenizer, max_length: int, part: str = "training"
+) -> tuple[list, list[dict]]:
     """Pair rows → (chosen, rejected) examples with identical prompt ids, and the row of each.
 
     Prints what was truncated, and what was dropped: pairs whose prompt leaves no room for a response token,
@@ -118,7 +165,7 @@ def pair_examples(rows: list[dict], tokenizer: Tokenizer, max_length: int) -> tu
         usable = None not in pair and not np.array_equal(pair[0][0], pair[1][0])
         return pair if usable else None, len(prompt) + max(map(len, responses))
 
-    return _made("pairs", rows, make, max_length)
+    return _made(f"{part} pairs", rows, make, max_length)
 
 
 def _made(what: str, rows: list[dict], make: Callable, max_length: int) -> tuple[list, list[dict]]:
@@ -161,9 +208,11 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int, count: in
 
 def read_prompts(config, tokenizer: Tokenizer, room: int):
     """--prompts → (rows, ids) to train on, and as many held-out ones as --eval-prompts asks for."""
-    rows, held_out = read_split(config, config.prompts, "prompts")
-    held_out = thin(held_out, config.eval_prompts)
-    return prompt_examples(rows, tokenizer, room), prompt_examples(held_out, tokenizer, room)
+    rows, eval_rows = read_split(config, config.prompts, "prompts", config.eval_prompts)
+    training = prompt_examples(rows, tokenizer, room)
+    evaluated = prompt_examples(eval_rows, tokenizer, room)
+    print(f"data: {len(training[0]):,} training prompts, {len(evaluated[0]):,} held out")
+    return training, evaluated
 
 
 # ---------------------------------------------------------------------------------------------- batches

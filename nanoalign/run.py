@@ -41,7 +41,8 @@ from nanoalign.training import check, learning_rate, optimizer_step
 class Flags:
     """The flags of every training script. A script lists its own, and may restate a default of these."""
 
-    eval_data: str = ""  # held-out rows of the same kind; empty: every twentieth prompt's
+    eval_data: str = ""  # held-out rows of the same kind; empty: those of the prompts that a hash picks,
+    # one in twenty, the same in all stages; with it all of --data is trained on: name it in later stages, too
     epochs: float = 1.0  # passes over the data
     steps: int = 0  # optimiser steps; 0: what --epochs comes to
     batch_size: int = 32  # rows per optimiser step

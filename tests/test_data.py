@@ -15,8 +15,6 @@ from nanoalign.data import (
     labelled_examples,
     micro_batches,
     pair_examples,
-    split_rows,
-    thin,
     without_ties,
 )
 from nanoalign.rows import read_rows, write_rows
@@ -275,54 +273,6 @@ def test_written_rows_read_back_and_a_failure_leaves_the_old_file(tmp_path):
     assert len(read_rows(path, "text")) == 2
 
 
-def test_no_prompt_is_on_both_sides_of_the_split():
-    rows = [pair([{**USER, "content": str(i % 41)}], "yes", str(i)) for i in range(120)]
-    train, held_out = split_rows(rows, "", "pairs")
-    assert sorted({row["prompt"][0]["content"] for row in held_out}) == ["1", "21"]
-    assert len(train) + len(held_out) == 120
-    assert not {row["prompt"][0]["content"] for row in train} & {"1", "21"}
-
-
-def test_chat_rows_are_split_by_what_was_asked_and_texts_by_themselves():
-    texts = [{"text": str(i)} for i in range(41)]
-    assert split_rows(texts, "", "text")[1] == [{"text": "1"}, {"text": "21"}]
-    rows = [{"messages": [USER, {**ASSISTANT, "content": str(i)}]} for i in range(30)]
-    with pytest.raises(UserError, match="--eval-data"):
-        split_rows(rows, "", "chat")
-    rows.append({"messages": [{**USER, "content": "else"}, ASSISTANT]})
-    assert split_rows(rows, "", "chat")[1] == rows[-1:]
-
-
-def test_the_two_sides_of_a_pair_stay_on_one_side_of_the_split(file):
-    pairs = [pair([{**USER, "content": str(i)}], "yes", "no") for i in range(45)]
-    train, held_out = split_rows(read_rows(file(*pairs), "labelled"), "", "labelled")
-    assert [(row["prompt"][0]["content"], row["label"]) for row in held_out] == [
-        (prompt, label) for prompt in ("1", "21", "41") for label in (True, False)
-    ]
-    assert len(train) == 2 * 42
-
-
-@pytest.mark.parametrize("count", [1, 3, 10, 30])
-def test_thinned_rows_are_at_most_as_many_in_order_and_from_the_whole_file(count):
-    for size in (0, 1, count - 1, count, 2 * count, 7 * count):
-        kept = thin(list(range(size)), count)
-        assert len(kept) == min(size, count) and kept == sorted(set(kept))
-        assert size <= count or max(np.diff([-1, *kept, size])) <= size // count
-
-
-def test_a_file_sorted_by_kind_is_thinned_evenly_whatever_its_length():
-    for b in (1, 50, 99, 100, 350):
-        kept = thin(["a"] * 100 + ["b"] * b, 100)
-        assert len(kept) == 100 and abs(kept.count("b") - 100 * b / (100 + b)) <= 1
-
-
-def test_held_out_rows_can_be_those_of_a_file(file):
-    row = {"text": "a"}
-    assert split_rows([row], file({"text": "b"}), "text") == ([row], [{"text": "b"}])
-    with pytest.raises(UserError, match="--eval-data"):
-        split_rows([row], "", "text")
-
-
 def test_joining_scores_the_response_and_needs_room_for_one_token():
     prompt, response = np.array([1, 2, 3]), np.array([4, 5])
     for room, expected in [(9, [4, 5]), (5, [4, 5]), (4, [4])]:
@@ -343,7 +293,7 @@ def test_chosen_and_rejected_share_identical_prompt_ids_and_score_only_responses
 def test_a_prompt_without_room_for_a_response_is_dropped_and_counted(capsys):
     long, short = "the " * 50, "Hi"
     kept, _ = pair_examples([pair([{**USER, "content": p}], "yes", "no") for p in (long, short)], WORLD, 20)
-    assert len(kept) == 1 and "1 pairs" in (out := capsys.readouterr().out) and "1 dropped" in out
+    assert len(kept) == 1 and "1 training pairs" in (out := capsys.readouterr().out) and "1 dropped" in out
     rows = [{"messages": [{**USER, "content": p}, ASSISTANT]} for p in (short, long)]
     assert len(chat_examples(rows, WORLD, 20)) == 1 and "1 dropped" in capsys.readouterr().out
     with pytest.raises(UserError, match="--max-length"):
@@ -367,7 +317,7 @@ def test_labelled_examples_score_the_response_and_its_end_and_keep_their_rows(ca
         assert not mask[: (~mask).sum()].any()  # the prompt comes first
     assert [ids[-1] == WORLD.end for ids, _ in examples] == [True, True, False]  # the last was cut short
     out = capsys.readouterr().out
-    assert "3 labelled rows" in out and "1 truncated to 20" in out and "1 dropped" in out
+    assert "3 training labelled rows" in out and "1 truncated to 20" in out and "1 dropped" in out
     with pytest.raises(UserError, match="--max-length"):
         labelled_examples(rows[1:2], WORLD, 20)
 
