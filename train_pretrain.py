@@ -47,13 +47,14 @@ class Config(Flags):
     save_every: int = 500
 
 
-def pack(rows: list[dict], tokenizer: Tokenizer, context: int) -> np.ndarray:
+def pack(rows: list[dict], tokenizer: Tokenizer, context: int, part: str = "training") -> np.ndarray:
     """Texts, each followed by the end token, cut into blocks (N, context) int64; what fills none is left out.
     Neighbouring blocks share one token, so that every token but the very first is predicted exactly once."""
     texts = tokenizer.encoding.encode_ordinary_batch([row["text"] for row in rows])
     stream = np.concatenate([np.array([*ids, tokenizer.end], dtype=np.int64) for ids in texts])
     if not 2 <= context <= len(stream):
-        raise UserError(f"--context must be at least 2 and at most the text's {len(stream):,} tokens.")
+        count = f"the {len(stream):,} tokens of the {part} text"
+        raise UserError(f"--context must be at least 2 and at most {count}; or name --eval-data.")
     return np.lib.stride_tricks.sliding_window_view(stream, context)[:: context - 1]
 
 
@@ -71,11 +72,13 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     tokenizer = get_tokenizer(config.tokenizer)
+    shape = preset(config.model, vocab_size=tokenizer.vocab_size, context=config.context)
 
     rows = read_rows(config.data, "text", config.skip_bad_rows)
     if len(rows) > 1 or config.eval_data:
-        parts = read_split(config, config.data, "text")
-        blocks, held_out = (pack(texts, tokenizer, config.context) for texts in parts)
+        rows, eval_rows = read_split(config, config.data, "text")
+        blocks = pack(rows, tokenizer, config.context)
+        held_out = pack(eval_rows, tokenizer, config.context, "held-out")
     else:
         blocks = pack(rows, tokenizer, config.context)
         blocks, held_out = np.split(blocks, [-max(1, len(blocks) // 20)])
@@ -84,7 +87,6 @@ def main(config: Config) -> None:
     eval_blocks = np.stack(thin(held_out, 256))
     print(f"data: {blocks.size:,} tokens to train on, {eval_blocks.size:,} held out")
 
-    shape = preset(config.model, vocab_size=tokenizer.vocab_size, context=config.context)
     policy = GPT(shape).to(device)
     print(f"model: {config.model}, {parameter_count(policy) / 1e6:.2f} M parameters")
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)

@@ -458,10 +458,11 @@ def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor
 
 
 class LongestFirst(BatchOrder):
-    """Prompts in another order than that in which they are sampled."""
+    """Prompts in another order than that in which they are sampled; the whole batches before the rest."""
 
     def __getitem__(self, step):
-        return super().__getitem__(step)[::-1]
+        epoch = [super(LongestFirst, self).__getitem__(s)[::-1] for s in range(self.steps_per_epoch)]
+        return sorted(epoch, key=len)[-1 - step % self.steps_per_epoch]
 
 
 @pytest.fixture

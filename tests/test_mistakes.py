@@ -46,7 +46,7 @@ def mistakes(world, base, sft, pairs, thumbs, rm, tmp_path):
     }  # fmt: skip
 
 
-PRETRAIN = "--model world-tiny --out {tmp}/x.pt --data {world}/pretrain_held_out.jsonl "
+PRETRAIN = "--model world-tiny --out {tmp}/x.pt --data {world}/pretrain.jsonl "
 SFT = "--init {base} --out {tmp}/x.pt --data {world}/sft_held_out.jsonl "
 DPO = "--init {sft} --out {tmp}/x.pt --data {pairs} "
 RM = "--init {sft} --out {tmp}/x.pt --data {pairs} "

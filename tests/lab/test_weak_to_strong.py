@@ -196,7 +196,7 @@ def test_confidence_is_warmed_up_over_the_first_fifth_of_the_steps(sft, pairs, t
         return confident_labels(p, margin, confidence)
 
     monkeypatch.setattr(weak_to_strong, "confident_labels", spy)
-    flags = {"batch_size": 8, "confidence": 0.6, "label_smoothing": 0.1}
+    flags = {"batch_size": 8, "confidence": 0.6, "label_smoothing": 0.1, "steps": 15}
     train(Student(init=sft, data=pairs, out=f"{tmp_path}/rm.pt", **flags))
     assert len(given) == 15 and given == pytest.approx([0.0, 0.2, 0.4] + 12 * [0.6])
     torch.testing.assert_close(torch.cat(smoothed).unique(), torch.tensor([0.9]))  # of labels that are 1
