@@ -92,14 +92,14 @@ def test_an_sft_weight_imitates_each_side_as_likely_as_it_is_the_better_one(job,
 
 
 def test_kto_starts_at_half_the_weight_and_learns_from_pairs_split_in_two(job, tmp_path, capsys):
-    script, config = job("kto", data=clear_pairs(tmp_path), epochs=1.5, eval_every=99)
+    script, config = job("kto", data=clear_pairs(tmp_path), epochs=2, eval_every=99)
     script.main(config)
     out, logged = capsys.readouterr().out, steps(config.out)
     assert "labels: 96 desirable × 1, 96 undesirable × 1: λ_D n_D / (λ_U n_U) = 1 " in out
     assert "step-0 check: loss 0.500000" in out and logged[0]["loss"] == pytest.approx(0.5, abs=1e-5)
     assert logged[0]["z"] == pytest.approx(0, abs=1e-5) == logged[0]["reward_chosen"]
     assert all(row["z"] >= 0 for row in logged) and any(row["z"] > 0 for row in logged)
-    assert sum(row["loss"] for row in logged[-4:]) < 4 * 0.4
+    assert sum(row["loss"] for row in logged[-16:]) < 16 * 0.4  # 0.5 where a batch has one label alone
     last = rows(config.out)[-1]
     assert last["eval_auc"] > 0.95 and last["eval_margin"] > 0.5 and last["eval_kl"] > 0
     assert models(config.out) == ["policy", "reference"]
