@@ -162,7 +162,7 @@ def calculate(node) -> float:
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("name the rows to convert: --data prm800k.jsonl.")
-    rows = read_rows(config.data, "steps", config.skip_bad_rows, convert)
+    rows = read_rows(config.data, "steps", config.skip_bad_rows, parse=convert)
     write_rows(config.out, rows)
     labelled = sum(label is not None for row in rows for label in row["labels"])
     print(f"convert_steps: {len(rows):,} solutions, {labelled:,} labelled steps → {config.out}")

@@ -11,6 +11,8 @@ merge ever crosses from a prompt into a response.
 
 import base64
 import functools
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from nanoalign import UserError
 
 ROLES = ("system", "user", "assistant")
 SPECIALS = (*(f"<|{role}|>" for role in ROLES), "<|end|>", "<|step|>", "<|pad|>")
+RUN = 50_000
 
 WORLD_BPE = Path(__file__).parent / "world" / "world.tiktoken"
 WORLD_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"  # a digit is a token: sums stay learnable
@@ -47,8 +50,15 @@ class Tokenizer:
         self.newlines = [i for i in sorted(self._ordinary) if b"\n" in bytes_of(i)]  # tokens that end a line
 
     def encode(self, text: str) -> list[int]:
-        """Text → ordinary tokens only, whatever the text spells."""
-        return self.encoding.encode_ordinary(text)
+        """Text → ordinary tokens only, whatever the text spells.
+
+        A run of more than `RUN` white space is encoded in pieces: tiktoken's stack overflows at some 300,000.
+        """
+        if len(text) <= RUN:
+            return self.encoding.encode_ordinary(text)
+        runs = (found.span() for found in re.finditer(rf"(?<!\s)\s{{{RUN},}}", text))
+        cuts = [0, *(cut for start, end in runs for cut in range(start + RUN, end, RUN)), len(text)]
+        return [token for a, b in pairwise(cuts) for token in self.encoding.encode_ordinary(text[a:b])]
 
     def decode(self, ids, specials: bool = False) -> str:
         """Token ids → text. Special tokens are left out, or spelt when `specials`."""
@@ -56,18 +66,20 @@ class Tokenizer:
         kept = (int(i) for i in ids)
         return self.encoding.decode([i for i in kept if i in self._ordinary or (specials and i >= first)])
 
-    def turn(self, role: str, content: str) -> tuple[list[int], list[bool]]:
-        """One turn's ids and mask: an assistant's text and end token are scored, nothing else is."""
+    def turn(self, role: str, content: str, weight: int = 1) -> tuple[list[int], list[bool]]:
+        """One turn's ids and mask: an assistant's text and end token are scored, unless its weight is 0, and
+        nothing else is."""
         if role not in self.role:
             raise UserError(f'a message has role {role!r}; expected "system", "user" or "assistant".')
         body = self.response(content).tolist()
-        return [self.role[role], *body], [False, *[role == "assistant"] * len(body)]
+        scored = role == "assistant" and weight > 0
+        return [self.role[role], *body], [False, *[scored] * len(body)]
 
     def render(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-        """A whole conversation → ids (T,) int64 and mask (T,) bool, true on every assistant turn."""
+        """A whole conversation → ids (T,) int64 and mask (T,) bool, true on assistant turns of weight 1."""
         ids, mask = [], []
         for message in messages:
-            turn_ids, turn_mask = self.turn(message["role"], message["content"])
+            turn_ids, turn_mask = self.turn(message["role"], message["content"], message.get("weight", 1))
             ids += turn_ids
             mask += turn_mask
         return np.array(ids, dtype=np.int64), np.array(mask, dtype=bool)

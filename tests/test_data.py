@@ -84,7 +84,7 @@ GOOD = [
 
 BAD = [  # kind, row, what the message must name besides file and line
     ("text", {"txt": "Once."}, ["text", "string", "txt"]),
-    ("text", {"text": None}, ["text", "string", "null"]),
+    ("text", {"text": None}, ["text", "string", "fields []"]),
     ("chat", {"prompt": "Hi"}, ["completion", "string"]),
     ("chat", {"completion": "Hello."}, ["prompt", "string or a list of messages"]),
     ("chat", {"messages": []}, ["messages"]),
@@ -134,7 +134,7 @@ BAD = [  # kind, row, what the message must name besides file and line
     ("labelled", {"question": "Hi", "answer": "#### 4"}, ["solution", "is_correct", "question"]),
     ("labelled", {"question": "Hi", "6b": {"solution": "4", "is_correct": "yes"}}, ["true or false", "yes"]),
     ("labelled", {"question": "Hi", "6b": {"solution": 4, "is_correct": True}}, ["string", "4"]),
-    ("labelled", {"question": 3, "6b": {"solution": "4", "is_correct": True}}, ["prompt", "3"]),
+    ("labelled", {"question": 3, "6b": {"solution": "4", "is_correct": True}}, ["question", "3"]),
     ("steps", {"prompt": "Hi", "completions": "1", "labels": [True]}, ["completions", "list"]),
     ("steps", {"prompt": "Hi", "completions": [], "labels": []}, ["completions"]),
     ("steps", {"prompt": "Hi", "completions": ["1"], "labels": [2]}, ["labels", "null"]),

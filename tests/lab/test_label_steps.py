@@ -9,6 +9,7 @@ from nanoalign import UserError
 from nanoalign.checkpoint import save
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import read_rows, write_rows
+from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import get_tokenizer
 
 WORLD = get_tokenizer("world")
@@ -28,7 +29,7 @@ def test_monte_carlo_labels_are_the_share_of_continuations_that_reach_the_answer
     shares, prefixes = {" 1 + 1 = 2\n": 3, " 1 + 1 = 2\n2 + 2 = 4\n": 4, " 1 + 1 = 2\n2 + 3 = 5\n": 0}, []
 
     def respond(policy, tokenizer, prompts, seed, what, **sampling):
-        assert seed == 1 and sampling["temperature"] == 0.9  # not the seed of the solutions
+        assert seed == derived_seed(0, "continue") and sampling["temperature"] == 0.9  # not the seed of the solutions
         texts = []
         for prefix, group in itertools.groupby(
             WORLD.decode(ids[len(WORLD.prompt(asked("Q"))) :]) for ids in prompts
