@@ -12,8 +12,9 @@ over responses; dr_grpo 1/(B L_max), which does not favour short right and long 
 mean over all tokens, with ε_high 0.28 so that unlikely tokens can rise; rloo takes a whole response as one
 action: one ratio per response, 1/B.
 
-KL(π ‖ π_ref) comes off the reward, r − β log π(y)/π_ref(y), which leads to π* ∝ π_ref exp(r/β) exactly; or,
-with `--kl k3`, it is a term of the loss, β Σ w k_t, as in GRPO's paper, and leads elsewhere (docs/oracle.md).
+KL(π ‖ π_ref) comes off the reward, r − β log π(y)/π_ref(y), which leads to π* ∝ π_ref exp(r/β) exactly; std
+stays that of r, so that a group of equal rewards is pulled to the reference in proportion to β. Or, with
+`--kl k3`, it is a term of the loss, β Σ w k_t, as in GRPO's paper, and leads elsewhere (docs/oracle.md).
 Two models, policy and reference, besides the reward.
 
     python train_grpo.py                                         # the built-in world, its reward model
@@ -70,17 +71,33 @@ class Config(OnPolicy):
 # ------------------------------------------------------------------------------------------ the method
 
 
-def group_advantages(scores: Tensor, group_size: int, kind: str = "grpo") -> Tensor:
-    """Scores (B,), a prompt's G responses next to each other → advantages (B,), as defined above."""
+def group_scale(spread: Tensor) -> Tensor:
+    """The spreads of the groups' rewards (N,) → what their advantages are divided by: its own spread; of a
+    group of equal rewards the others' mean; 1 if all groups' are equal."""
+    some = spread > 0
+    mean = spread.sum() / some.sum()  # NaN without any
+    return torch.where(some, spread, torch.where(some.any(), mean, 1.0)) + 1e-4
+
+
+def group_advantages(
+    scores: Tensor, group_size: int, kind: str = "grpo", penalty: Tensor | None = None
+) -> Tensor:
+    """Scores (B,), a prompt's G responses next to each other → advantages (B,), as defined above.
+
+    penalty (B,): the price of KL in nats, β log π/π_ref, taken off the scores. It is compared within the
+    group like them, but the spread stays theirs: divided by its own it would be noise of unit size where all
+    scores are equal, whatever β is. Any positive scale leaves the optimum where it is.
+    """
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 responses to be its own baseline, not {group_size}.")
     groups = scores.view(-1, group_size)  # (B / G, G)
     groups = groups - groups[:, :1]  # so that equal scores are exactly 0, rounding or not
-    centred = groups - groups.mean(1, keepdim=True)
+    worth = groups if penalty is None else groups - penalty.view_as(groups)
+    centred = worth - worth.mean(1, keepdim=True)
     if kind == "rloo":  # r_i − (G mean − r_i) / (G − 1)
         centred = centred * (group_size / (group_size - 1))
     elif kind != "dr_grpo":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
+        centred = centred / group_scale(groups.std(1))[:, None]
     return centred.flatten()
 
 
@@ -207,13 +224,13 @@ def main(config: Config) -> None:
             ref_logp = group_logprobs(ref, ids, scored, group, config)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
-        # 3. Compare: what the responses of a group are worth, the price of KL taken off.
-        worth = score - config.beta * kl if config.kl == "reward" else score
+        # 3. Compare: what the responses of a group are worth, and the price of KL.
         groups = score.view(-1, G)
-        equal = groups.amax(1) == groups.amin(1)  # they teach nothing
+        equal = groups.amax(1) == groups.amin(1)  # of them nothing is learnt but to stay near the reference
+        price = config.beta * kl if config.kl == "reward" else None
 
         # 4. Advantages: a response's is that of all its tokens.
-        advantages = group_advantages(worth, G, config.kind)[:, None]  # (B, 1)
+        advantages = group_advantages(score, G, config.kind, price)[:, None]  # (B, 1)
         run.lap("scoring_s")
 
         # 5. Update: epochs over minibatches of whole groups.

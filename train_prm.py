@@ -71,7 +71,9 @@ def labels_of(row: dict, outcome: bool, neutral: str) -> list[float]:
     return [UNLABELLED if i in ignored else label for i, label in enumerate(labels)]
 
 
-def step_examples(rows: list, tokenizer, max_length: int, outcome: bool, neutral: str) -> list:
+def step_examples(
+    rows: list, tokenizer, max_length: int, outcome: bool, neutral: str, part: str = "training"
+) -> list:
     """Rows of steps → (ids (T,), labels (T,) fp32, which tokens are text of right steps (T,) bool)."""
     if outcome and any("label" not in row for row in rows):
         raise UserError('--outcome needs rows with a "label": whether the final answer is right.')
@@ -92,7 +94,7 @@ def step_examples(rows: list, tokenizer, max_length: int, outcome: bool, neutral
             imitated[start:end] = value >= 0.5
             start = end + 1
         examples.append((ids, at, imitated))
-    line = f"data: {len(examples):,} solutions with a labelled step, {cut:,} cut off at {max_length} tokens"
+    line = f"data: {len(examples):,} {part} solutions with a labelled step, {cut:,} cut off at {max_length} tokens"
     print(f"{line}, {len(rows) - len(examples):,} dropped: no labelled step")
     if not examples:
         where = f"of the {len(rows):,} rows is labelled within --max-length {max_length}"
@@ -160,8 +162,9 @@ def main(config: Config) -> None:
         model.gpt.embed.weight[tokenizer.step] = model.gpt.embed.weight[tokenizer.newlines[0]]
 
     max_length = min(config.max_length, model.config.context)
-    how, split = (config.outcome, config.neutral), read_split(config, config.data, "steps")
-    examples, eval_examples = (step_examples(rows, tokenizer, max_length, *how) for rows in split)
+    how = tokenizer, max_length, config.outcome, config.neutral
+    rows, eval_rows = read_split(config, config.data, "steps")
+    examples, eval_examples = step_examples(rows, *how), step_examples(eval_rows, *how, "held-out")
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)

@@ -198,10 +198,8 @@ def grpo(
         with torch.no_grad():
             old = world.logp(policy)
             rows = world.draw(masked_sum(old, mask).exp(), 2048, generator)
-            score = world.reward[rows]
-            if kl == "reward":
-                score = score - BETA * masked_sum(old - ref, mask)[rows]
-            advantages = train_grpo.group_advantages(score, G, kind)
+            price = BETA * masked_sum(old - ref, mask)[rows] if kl == "reward" else None
+            advantages = train_grpo.group_advantages(world.reward[rows], G, kind, price)
             weights = train_grpo.token_weights(mask[rows], kind, LONGEST)
         for _ in range(2):
             logp = world.logp(policy)[rows]

@@ -28,7 +28,7 @@ from nanoalign.run import Run, already_finished
 from nanoalign.steps import step_ends
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
 from nanoalign.watch import Watch
-from train_grpo import group_logprobs, losses, token_weights
+from train_grpo import group_logprobs, group_scale, losses, token_weights
 
 
 @dataclass(kw_only=True)
@@ -41,19 +41,31 @@ class Config(train_grpo.Config):
     max_new_tokens: int = 64
 
 
-def step_advantages(rewards: Tensor, ends: Tensor, group_size: int, kind: str = "grpo") -> Tensor:
+def step_advantages(
+    rewards: Tensor, ends: Tensor, group_size: int, kind: str = "grpo", penalty: Tensor | None = None
+) -> Tensor:
     """Rewards (B, T) of the steps that end at ends (B, T) bool → advantages (B, T): a token's is the sum of
     the rewards of the steps that end there or later, less the mean of all steps of the group and, but for
-    dr_grpo, over their standard deviation (Shao et al. 2024, §4.1.3)."""
+    dr_grpo, over their standard deviation (Shao et al. 2024, §4.1.3).
+
+    penalty (B, T): the price of KL, taken off the rewards, whose spread is the scale as in train_grpo.py.
+    """
     B, T = rewards.shape
-    values, counted = rewards.view(-1, group_size * T), ends.reshape(-1, group_size * T)
+    counted = ends.reshape(-1, group_size * T)
     count = counted.sum(1, keepdim=True)
-    mean = masked_sum(values, counted)[:, None] / count
-    centred = (values - mean).masked_fill(~counted, 0)
+
+    def centred(values: Tensor) -> Tensor:
+        values = values.reshape(-1, group_size * T)
+        mean = masked_sum(values, counted)[:, None] / count
+        return (values - mean).masked_fill(~counted, 0)
+
+    advantages = centred(rewards if penalty is None else rewards - penalty)
     if kind != "dr_grpo":
-        variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + 1e-4)
-    return centred.view(B, T).flip(1).cumsum(1).flip(1)
+        variance = centred(rewards).square().sum(1) / (count[:, 0] - 1).clamp(min=1)
+        least, most = (rewards.reshape(counted.shape).masked_fill(~counted, x) for x in (1e9, -1e9))
+        equal = least.amin(1) == most.amax(1)  # exactly, which a mean in fp32 is not
+        advantages = advantages / group_scale(variance.sqrt().masked_fill(equal, 0))[:, None]
+    return advantages.view(B, T).flip(1).cumsum(1).flip(1)
 
 
 def main(config: Config) -> None:
@@ -100,16 +112,15 @@ def main(config: Config) -> None:
             ref_logp = group_logprobs(ref, ids, scored, group, config)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
-        # 3. Compare: the steps of a group, the price of KL taken off each response's last.
-        price = config.beta * kl if config.kl == "reward" else torch.zeros_like(kl)
-        worth = score - on_last_token(price, mask)
+        # 3. Compare: the steps of a group, and the price of KL, at each response's last.
+        price = on_last_token(config.beta * kl, mask) if config.kl == "reward" else None
         last = on_last_token(torch.ones_like(kl), mask) > 0  # of a response that is cut short, too
         groups = total(score).view(-1, G)
         equal = groups.amax(1) == groups.amin(1)
 
         # 4. Advantages: a token's is that of the steps that it leads to.
         ends = step_ends(ids, mask, tokenizer) | last
-        advantages = step_advantages(worth, ends, G, config.kind)  # (B, T)
+        advantages = step_advantages(score, ends, G, config.kind, price)  # (B, T)
         run.lap("scoring_s")
 
         # 5. Update: epochs over minibatches of whole groups.

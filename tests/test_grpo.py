@@ -73,6 +73,31 @@ def test_advantages_by_hand():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_price_of_kl_is_compared_within_the_group_on_the_scale_of_the_rewards(double, kind):
+    torch.manual_seed(0)
+    scores, price, G = torch.randn(16), torch.randn(16), 4
+    scores[4:8], scores[12:] = 0.7, -1.0  # two groups of equal rewards
+    found = group_advantages(scores, G, kind, price).view(-1, G).tolist()
+    groups = [scores[i : i + G].tolist() for i in range(0, 16, G)]
+    spreads = [statistics.stdev(groups[0]), statistics.stdev(groups[2])]
+    scales = [spreads[0], sum(spreads) / 2, spreads[1], sum(spreads) / 2]
+    for g, group in enumerate(groups):
+        worth = [r - p for r, p in zip(group, price[g * G :].tolist())]
+        for i, own in enumerate(worth):
+            others = worth[:i] + worth[i + 1 :]
+            due = own - statistics.mean(others if kind == "rloo" else worth)
+            due /= scales[g] + 1e-4 if kind in ("grpo", "dapo") else 1
+            assert found[g][i] == pytest.approx(due, abs=1e-9)
+    alone = group_advantages(scores[4:8], G, kind, price[4:8]) / group_advantages(
+        0 * price[4:8], G, kind, price[4:8]
+    )
+    torch.testing.assert_close(alone, torch.ones(4))  # all equal: the scale is 1, whatever they are
+    torch.testing.assert_close(
+        group_advantages(scores, G, kind, 0 * price), group_advantages(scores, G, kind)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("score", [0.0, 1.0, -2.5, 0.1])
 def test_rewards_that_are_all_equal_teach_nothing_instead_of_nan(kind, score):
     advantages = group_advantages(torch.full((16,), score), 8, kind)
@@ -549,14 +574,29 @@ def test_kl_in_the_loss_is_beta_times_its_estimate_and_added(double, trained, ki
     assert row["kl_loss"] > 0.01 and row["loss"] == pytest.approx(0.3 * row["kl_loss"], rel=1e-4)
 
 
-def test_kl_in_the_reward_is_taken_off_it_before_groups_are_compared(double, trained, monkeypatch):
+def test_kl_in_the_reward_is_taken_off_it_response_by_response(double, trained, monkeypatch):
     seen = []
     monkeypatch.setattr(train_grpo, "group_advantages", lambda *a: seen.append(a) or group_advantages(*a))
     [row], _ = trained(by_content, kind="rloo", beta=0.3, other_reference=True)
-    [(shaped, size, kind)] = seen
+    [(scores, size, kind, price)] = seen
     assert (size, kind) == (4, "rloo") and row["kl_loss"] == 0 and row["kl"] > 0.1
-    assert shaped.mean().item() == pytest.approx(row["score"] - 0.3 * row["kl"], rel=1e-4)
-    assert (shaped - shaped.round()).abs().max() > 0.01  # response by response, not the mean
+    assert scores.mean().item() == pytest.approx(row["score"], rel=1e-4)
+    assert price.mean().item() == pytest.approx(0.3 * row["kl"], rel=1e-4)
+    assert price.std() > 0.01  # not the mean
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_all_rewards_are_equal_the_gradient_is_proportional_to_beta(double, trained, kind):
+    """Divided by its own spread the KL would be noise of unit size, whatever β is."""
+    flags = {"kind": kind, "other_reference": True, "minibatch": 24, "epochs": 1, "clip": 1e9}
+    betas, norms = (0.2, 0.002, 0.0002), []
+    for beta in betas:
+        [row], _ = trained(lambda row, response: 1.0, beta=beta, **flags)
+        assert row["equal_groups"] == 1 and row["kl"] > 0.1
+        norms.append(row["grad_norm"])
+    assert norms[0] > 1e-3
+    for beta, norm in zip(betas, norms):
+        assert norm / norms[0] == pytest.approx(beta / betas[0], rel=1e-3)
 
 
 def test_the_policy_learns_what_pays(trained):

@@ -45,6 +45,23 @@ def test_one_step_a_response_makes_process_and_outcome_advantages_equal(kind):
     torch.testing.assert_close(found.masked_fill(~mask, 0), (due[:, None] * mask), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dapo"])
+def test_where_the_rewards_of_all_steps_are_equal_the_price_of_kl_keeps_its_size(kind):
+    mask = torch.arange(5) < torch.tensor([2, 5, 3, 4])[:, None]
+    last = on_last_token(torch.ones(4), mask)
+    rewards, price = 0.1 * last, on_last_token(torch.tensor([0.3, -0.2, 0.5, 0.1]), mask)
+    due = step_advantages(rewards, last > 0, 2, kind, price)
+    torch.testing.assert_close(
+        due, step_advantages(0 * rewards, last > 0, 2, "dr_grpo", price), rtol=2e-4, atol=0
+    )
+    torch.testing.assert_close(step_advantages(rewards, last > 0, 2, kind, price / 100), due / 100)
+    half = rewards + torch.tensor([0.0, 0.0, 0.4, 0.0])[:, None] * last  # the second group's have a spread:
+    scale = 0.4 / 2**0.5 + 1e-4  # of two numbers 0.4 apart; the first group takes it, too
+    torch.testing.assert_close(
+        step_advantages(half, last > 0, 2, kind, price)[:2], due[:2] * (1 + 1e-4) / scale
+    )
+
+
 def test_the_steps_of_two_groups_never_mix():
     torch.manual_seed(0)
     ends = torch.rand(6, 7) < 0.4
@@ -86,7 +103,8 @@ def test_an_iteration_is_paid_by_steps_less_the_kl_on_the_last(trained, kind, ca
     rows, seen, saved = trained(kind=kind, steps=2, beta=0.5, missing_eos_score=-1.0, lr=1e-2)
     assert "step-0 check: ratio 1" in capsys.readouterr().out and saved["stage"] == "grpo"
     assert saved["config"]["kind"] == kind and len(rows) == len(seen) == 2
-    for row, (worth, ends, size, used, advantages) in zip(rows, seen):
+    for row, (score, ends, size, used, price, advantages) in zip(rows, seen):
+        worth = score - price
         assert (size, used) == (4, kind) and advantages.shape == worth.shape == ends.shape
         paid = worth.sum().item() / 16  # what is not at the end of a step is worth nothing
         assert paid == pytest.approx(row["score"] - 0.5 * row["kl"], rel=1e-4, abs=1e-5)

@@ -387,10 +387,8 @@ def test_policy_gradient_loss_and_weight_gradients_equal_trls(pair, tmp_path, ki
         old, ref = (token_logprobs(model, ids, mask, 0.8) for model in (ours, our_ref))
     step = train(trainer)
     mirror(ours, theirs)  # the weights after the first step
-    shaped = torch.from_numpy(scores).flatten()
-    if kind == "rloo":
-        shaped = shaped - BETA * masked_sum(old - ref, mask)
-    advantages = train_grpo.group_advantages(shaped, GROUP, kind)
+    price = BETA * masked_sum(old - ref, mask) if kind == "rloo" else None
+    advantages = train_grpo.group_advantages(torch.from_numpy(scores).flatten(), GROUP, kind, price)
     weights, beyond = train_grpo.token_weights(mask, kind, L_MAX), []
 
     def share(at):
