@@ -64,6 +64,7 @@ class Config:
     seed: int = 0  # of samples and subsets
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def over_problems(values) -> tuple[float, float]:
@@ -237,7 +238,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.policy, device, chat=True)
     prm = make_reward(f"prm-steps:{config.prm}", tokenizer, device)
     orm = make_reward(f"prm-last:{config.orm}", tokenizer, device) if config.orm else None
-    rows = thin(read_rows(config.problems, "prompts", config.skip_bad_rows), config.count)
+    rows = thin(read_rows(config.problems, "prompts", config.skip_bad_rows, config.fields), config.count)
     with autocast:
         drawn = draw(policy, prm, orm, tokenizer, rows, config)
         right, answers, scores = (drawn[name] for name in ("right", "answers", "scores"))

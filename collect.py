@@ -70,6 +70,7 @@ class Config:
     seed: int = 0  # of sampling, pairing and labels
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 # ------------------------------------------------------------------------------------------- comparisons
@@ -201,7 +202,7 @@ def content(record: Path) -> str:
 def collect(config: Config, function: str, device) -> tuple[list, list]:
     """Sample responses → comparisons, with the function's votes if there is one; thumbs up and down."""
     policy, tokenizer, _ = load_policy(config.policy, device, chat=True)
-    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, ids = prompt_examples(rows, tokenizer, policy.config.context - 1, config.count)
     annotate = load_function(function) if function else unjudged
     call(annotate, rows, [], config)  # what it refuses, it refuses before the work

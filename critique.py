@@ -53,6 +53,7 @@ class Config:
     seed: int = 0  # of sampling, and of the principles drawn
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def whole(policy, tokenizer, asked: list, **options) -> list[str | None]:
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.policy, device, chat=True)
     context = policy.config.context
     reward = make_reward(config.watch, tokenizer, device) if config.watch else None
-    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, prompts = prompt_examples(rows, tokenizer, context - 1, config.count)
     trail = str(Path(config.out).with_suffix(".trail.jsonl"))
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")

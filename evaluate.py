@@ -74,6 +74,7 @@ class Config:
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def checks_for(rows: list[dict], path: str, prompts: str, reward: str = "") -> Callable | None:
@@ -238,7 +239,7 @@ def main(config: Config) -> None:
     if config.baseline and config.baseline not in paths:
         raise UserError(f"--baseline {config.baseline} is not one of --checkpoints.")
     device, autocast = setup(config)
-    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     checks = checks_for(rows, config.checks, config.prompts, config.reward)
     stages, tokenizers, room = {}, set(), []
     for path in filter(None, (*paths, config.reference)):

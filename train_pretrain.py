@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     tokenizer = get_tokenizer(config.tokenizer)
     shape = preset(config.model, vocab_size=tokenizer.vocab_size, context=config.context)
 
-    rows = read_rows(config.data, "text", config.skip_bad_rows)
+    rows = read_rows(config.data, "text", config.skip_bad_rows, config.fields)
     if len(rows) > 1 or config.eval_data:
         rows, eval_rows = read_split(config, config.data, "text")
         blocks = pack(rows, tokenizer, config.context)

@@ -32,6 +32,7 @@ class Config:
     data: str = ""  # the rows to convert
     out: str = "out/steps.jsonl"  # rows of steps
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def convert(row: dict) -> list[dict]:
@@ -162,7 +163,7 @@ def calculate(node) -> float:
 def main(config: Config) -> None:
     if not config.data:
         raise UserError("name the rows to convert: --data prm800k.jsonl.")
-    rows = read_rows(config.data, "steps", config.skip_bad_rows, parse=convert)
+    rows = read_rows(config.data, "steps", config.skip_bad_rows, config.fields, convert)
     write_rows(config.out, rows)
     labelled = sum(label is not None for row in rows for label in row["labels"])
     print(f"convert_steps: {len(rows):,} solutions, {labelled:,} labelled steps → {config.out}")

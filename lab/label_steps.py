@@ -42,6 +42,7 @@ class Config:
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def label_steps(policy, tokenizer, rows: list[dict], drawn: list, config: Config) -> list[dict]:
@@ -108,7 +109,7 @@ def main(config: Config) -> None:
         raise UserError("--samples and --continuations must be at least 1.")
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.policy, device, chat=True)
-    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows)
+    rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, ids = prompt_examples(rows, tokenizer, policy.config.context - 1, config.count)
     if not all(map(knows, rows)):
         raise UserError(

@@ -68,6 +68,7 @@ class Config:
     seed: int = 0  # of sampling and search
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 # ------------------------------------------------------------------------------------- policies: harmful help
@@ -280,7 +281,7 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     parts = []
     for path in (config.prompts, config.prompts_searched):
-        parts.append(read_rows(path, "prompts", config.skip_bad_rows))
+        parts.append(read_rows(path, "prompts", config.skip_bad_rows, config.fields))
         checks = checks_for(parts[-1], config.checks, path)
     held_out, rows = parts
     attack = red_team_reward if config.reward else red_team_policies

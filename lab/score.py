@@ -21,6 +21,7 @@ class Config:
     seed: int = 0  # of what may be drawn; a score needs none
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
 
 
 def main(config: Config) -> None:
@@ -28,7 +29,7 @@ def main(config: Config) -> None:
         raise UserError("name the rows to score: --data rows.jsonl.")
     device, autocast = setup(config)
     model, tokenizer, _ = load_scalar(config.model, device)
-    rows = read_rows(config.data, "chat", config.skip_bad_rows)
+    rows = read_rows(config.data, "chat", config.skip_bad_rows, config.fields)
     if any(row["messages"][-1]["role"] != "assistant" for row in rows):
         raise UserError(f"{config.data} has conversations that do not end with an assistant's message.")
     asked = [{"prompt": row["messages"][:-1], "meta": row["meta"]} for row in rows]

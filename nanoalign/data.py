@@ -76,11 +76,11 @@ def split_rows(rows: list[dict], path: str) -> tuple[list[dict], list[dict]]:
 
 def read_split(config, path: str, kind: str, most: int = 10**9) -> tuple[list[dict], list[dict]]:
     """The rows of `path` to train on, and the held-out rows, `most` of them: --eval-data's or some of its."""
-    rows = read_rows(path, kind, config.skip_bad_rows)
+    rows = read_rows(path, kind, config.skip_bad_rows, config.fields)
     if not config.eval_data:
         rows, eval_rows = split_rows(rows, path)
         return rows, thin(eval_rows, most)
-    eval_rows = thin(read_rows(config.eval_data, kind, config.skip_bad_rows), most)
+    eval_rows = thin(read_rows(config.eval_data, kind, config.skip_bad_rows, config.fields), most)
     asked = {json.dumps(opening(row)) for row in rows}
     if shared := sum(json.dumps(opening(row)) in asked for row in eval_rows):
         print(f"warning: the prompts of {shared:,} of {len(eval_rows):,} held-out rows are trained on, too")

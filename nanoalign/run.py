@@ -61,6 +61,8 @@ class Flags:
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other names of the fields, in --data and --eval-data alike: ours=theirs,…, such as
+    # prompt=instruction,completion=output
 
 
 class Run:

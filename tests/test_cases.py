@@ -3,14 +3,16 @@
 The small inputs of ../shared/cases are run where they are; the same kinds stand here as rows of this file.
 """
 
+import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 
 from nanoalign import UserError
-from nanoalign.data import chat_examples, labelled_examples
+from nanoalign.data import chat_examples, labelled_examples, read_split
 from nanoalign.rows import read_rows
 from nanoalign.tokenizer import RUN, get_tokenizer
 
@@ -446,3 +448,73 @@ def test_a_run_of_white_space_is_cut_into_the_fewest_pieces_and_shorter_ones_are
     pieces = [word[:-1] + " " * RUN, " " * RUN, " the"]
     assert "".join(pieces) == text
     assert WORLD.encode(text) == [t for piece in pieces for t in WORLD.encoding.encode_ordinary(piece)]
+
+
+# -------------------------------------------------------------------------------------------- other names
+
+
+def test_fields_may_have_other_names_and_what_they_hide_is_gone(file):
+    row = {"instruction": "Hi", "output": "Hello.", "prompt": "not this", "id": 3}
+    path = file(row, {"prompt": "Hi", "completion": "Hello."})  # one row has the names of this house
+    names = "prompt=instruction, completion=output"
+    due = {"messages": [user("Hi"), assistant("Hello.")], "meta": {}}
+    assert read_rows(path, "chat", fields=names) == [due, due]
+    swapped = read_rows(file(pair("Hi", "A", "B")), "pairs", fields="chosen=rejected,rejected=chosen")
+    assert swapped == [pair([user("Hi")], "B", "A")]
+    assert read_rows(file({"content": "Once."}), "text", fields="text=content") == [{"text": "Once."}]
+    row = {"input": "What?", "system": "Be brief.", "chosen": "A", "rejected": "B"}
+    assert read_rows(file(row), "pairs", fields="prompt=input")[0]["prompt"] == [BRIEF, user("What?")]
+
+
+@pytest.mark.parametrize(
+    "names, said",
+    [
+        ("prompt=instructions", "no row of .*'instructions'"),
+        ("promt=instruction", "'promt=instruction'.*prompt"),
+        ("prompt:instruction", "'prompt:instruction'"),
+        ("prompt=instruction,prompt=output", "'prompt=output'.*once"),
+        ("=output", "'=output'"),
+    ],
+)
+def test_names_of_no_field_are_refused_also_where_bad_rows_are_skipped(file, names, said):
+    path = file({"output": "Hello.", "prompt": "Hi", "completion": "Hello."})
+    for skip in (False, True):
+        with pytest.raises(UserError, match=f"--fields '{names}'.*{said}"):
+            read_rows(path, "chat", skip, names)
+
+
+def test_a_missing_field_names_the_flag_that_reads_another(file):
+    refused(
+        file({"instruction": "Hi", "output": "x"}), "chat", "line 1", "'instruction'", "--fields prompt=NAME"
+    )
+
+
+def test_a_script_that_skips_bad_rows_also_takes_names_of_fields_and_hands_both_on():
+    """By their source: no class has the one flag without the other, and no call."""
+    flags = {"skip_bad_rows", "fields"}
+    paths = [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("lab/*.py"),
+        ROOT / "nanoalign/data.py",
+        ROOT / "nanoalign/run.py",
+    ]
+    found = 0
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                own = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)} & flags
+                assert own in (set(), flags), (path, node.name)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "read_rows":
+                own = [part for part in map(ast.unparse, node.args) if part.removeprefix("config.") in flags]
+                assert own in ([], ["config.skip_bad_rows", "config.fields"]), (path, ast.unparse(node))
+                found += own != []
+    assert found >= 11
+
+
+def test_names_of_fields_hold_for_held_out_rows_too(file):
+    train = file({"q": "a", "a": "b"}, name="train.jsonl")
+    config = SimpleNamespace(
+        skip_bad_rows=False, fields="prompt=q,completion=a", eval_data=file({"q": "c", "a": "d"})
+    )
+    rows, held_out = read_split(config, train, "chat")
+    assert [row["messages"][0]["content"] for row in (*rows, *held_out)] == ["a", "c"]

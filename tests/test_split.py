@@ -116,6 +116,7 @@ def test_a_file_of_ninety_rows_of_one_prompt_still_trains_on_them(capsys):
 def test_held_out_rows_can_be_those_of_a_file_and_are_compared_with_the_others(file, capsys):
     class Config:
         skip_bad_rows = False
+        fields = ""
         eval_data = file({"text": "b"}, {"text": "a"}, {"text": "c"})
 
     rows = file({"text": "a"})

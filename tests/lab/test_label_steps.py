@@ -29,7 +29,8 @@ def test_monte_carlo_labels_are_the_share_of_continuations_that_reach_the_answer
     shares, prefixes = {" 1 + 1 = 2\n": 3, " 1 + 1 = 2\n2 + 2 = 4\n": 4, " 1 + 1 = 2\n2 + 3 = 5\n": 0}, []
 
     def respond(policy, tokenizer, prompts, seed, what, **sampling):
-        assert seed == derived_seed(0, "continue") and sampling["temperature"] == 0.9  # not the seed of the solutions
+        assert seed == derived_seed(0, "continue")  # not the seed of the solutions
+        assert sampling["temperature"] == 0.9
         texts = []
         for prefix, group in itertools.groupby(
             WORLD.decode(ids[len(WORLD.prompt(asked("Q"))) :]) for ids in prompts
