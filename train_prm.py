@@ -94,7 +94,8 @@ def step_examples(
             imitated[start:end] = value >= 0.5
             start = end + 1
         examples.append((ids, at, imitated))
-    line = f"data: {len(examples):,} {part} solutions with a labelled step, {cut:,} cut off at {max_length} tokens"
+    line = f"data: {len(examples):,} {part} solutions with a labelled step, "
+    line += f"{cut:,} cut off at {max_length} tokens"
     print(f"{line}, {len(rows) - len(examples):,} dropped: no labelled step")
     if not examples:
         where = f"of the {len(rows):,} rows is labelled within --max-length {max_length}"

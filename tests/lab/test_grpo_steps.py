@@ -78,7 +78,7 @@ def test_the_steps_of_two_groups_never_mix():
 
 
 @pytest.fixture
-def trained(world, sft, steps_file, tmp_path, monkeypatch):
+def trained(world, sft, brief, steps_file, tmp_path, monkeypatch):
     """trained(**flags) → the metrics of an iteration on a process model's reward, what advantages it was
     given, and what steps they were of."""
     prm, seen = str(tmp_path / "prm.pt"), []
@@ -88,7 +88,7 @@ def trained(world, sft, steps_file, tmp_path, monkeypatch):
 
     def run(**flags):
         out = str(tmp_path / "x.pt")
-        defaults = {"init": sft, "reward": f"prm-steps:{prm}", "prompts": f"{world}/problems.jsonl"}
+        defaults = {"init": brief, "reward": f"prm-steps:{prm}", "prompts": f"{world}/problems.jsonl"}
         defaults |= {"eval_data": f"{world}/problems_held_out.jsonl", "group_size": 4, "batch_size": 16}
         defaults |= {"minibatch": 8, "max_new_tokens": 24, "eval_prompts": 2, "steps": 1, "warmup": 0}
         train_grpo_steps.main(Config(**{**defaults, "out": out, "device": "cpu", **flags}))
