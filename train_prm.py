@@ -81,19 +81,17 @@ def step_examples(
     for row in rows:
         labels = np.array(labels_of(row, outcome, neutral), dtype=np.float32)
         prompt = tokenizer.prompt(row["prompt"])
-        example = step_example(prompt, row["completions"], tokenizer, max_length)
-        ids, ends = example or (prompt, prompt < 0)  # no step is whole
-        kept = int(ends.sum())
-        cut += 0 < kept < len(labels)
-        if (labels[:kept] == UNLABELLED).all():
-            continue
+        ids, marks, steps = step_example(prompt, row["completions"], tokenizer, max_length)
         at, imitated = np.full(len(ids), UNLABELLED, np.float32), np.zeros(len(ids), bool)
-        at[ends], start = labels[:kept], len(prompt)
-        right = [row["label"]] * kept if outcome else labels
-        for end, value in zip(np.flatnonzero(ends), right):
-            imitated[start:end] = value >= 0.5
-            start = end + 1
-        examples.append((ids, at, imitated))
+        for number, start, end in steps:
+            if labels[number] == 1 and not outcome:  # then so is each of its lines
+                at[start:end][marks[start:end]] = 1
+            at[end] = labels[number]
+            right = row["label"] if outcome else labels[number] >= 0.5
+            imitated[start:end] = right & ~marks[start:end]
+        cut += bool(steps) and steps[-1][0] < len(labels) - 1
+        if (at != UNLABELLED).any():
+            examples.append((ids, at, imitated))
     line = f"data: {len(examples):,} {part} solutions with a labelled step, "
     line += f"{cut:,} cut off at {max_length} tokens"
     print(f"{line}, {len(rows) - len(examples):,} dropped: no labelled step")

@@ -5,14 +5,14 @@
 A step ends where its line does. The token that ends it, a newline or the response's end token, is replaced by
 <|step|>, which no text can spell, and there the model's output is the logit of "this step is right". So a
 sampled response is read in place: the score of a step stands at the very token with which the policy closed
-it.
+it. Nothing in a sample tells a line that ends a step from one inside it, so in training every line of a step
+ends in such a token, too.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign.data import Example
 from nanoalign.model import ScalarGPT
 from nanoalign.tokenizer import Tokenizer
 
@@ -22,17 +22,23 @@ AGGREGATES = ("min", "product", "last")
 
 def step_example(
     prompt: np.ndarray, steps: list[str], tokenizer: Tokenizer, max_length: int
-) -> Example | None:
-    """Prompt ids (P,), steps → ids and a mask true at the token that ends each step, cut at max_length; None
-    if no step is whole. The mask's k-th true token is that of the k-th step."""
-    ids = list(prompt)
-    ends = []
-    for i, step in enumerate(steps):
-        ids += [*tokenizer.encode(step if i else " " + step), tokenizer.step]
-        ends.append(len(ids) - 1)
-    ids = np.array(ids[:max_length], dtype=np.int64)
-    ends = [end for end in ends if end < max_length]
-    return (ids, np.isin(np.arange(len(ids)), ends)) if ends else None
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]:
+    """Prompt ids (P,), steps → ids (T,) and a mask true at the tokens that end a line, cut at max_length, as
+    the steps are read when they are sampled; and of each step that is whole (its number, where it starts,
+    where the token stands that ends it). Blank steps that one token ends together are one."""
+    response = tokenizer.response("\n".join(steps))
+    marks = np.isin(response, [*tokenizer.newlines, tokenizer.end])
+    ids = np.concatenate((prompt, np.where(marks, tokenizer.step, response)))[:max_length]
+    marks = np.concatenate((prompt < 0, marks))[:max_length]
+    breaks = np.cumsum([len(step.encode()) + 1 for step in steps])  # the byte of each line break after a step
+    reached = np.cumsum(tokenizer.lengths[response])  # bytes up to and with each token, the end token one
+    ends = len(prompt) + np.searchsorted(reached, breaks, side="right")
+    spans, start = [], len(prompt)
+    for number, end in enumerate(ends.tolist()):
+        if start <= end < max_length:
+            spans.append((number, start, end))
+        start = end + 1
+    return ids, marks, spans
 
 
 def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:

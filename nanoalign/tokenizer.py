@@ -46,8 +46,10 @@ class Tokenizer:
             first + SPECIALS.index(s) for s in ("<|end|>", "<|step|>", "<|pad|>")
         )
         self.role = {role: first + i for i, role in enumerate(ROLES)}
-        bytes_of = self.encoding.decode_single_token_bytes
-        self.newlines = [i for i in sorted(self._ordinary) if b"\n" in bytes_of(i)]  # tokens that end a line
+        spelt = {i: self.encoding.decode_single_token_bytes(i) for i in sorted(self._ordinary)}
+        self.newlines = [i for i, spelling in spelt.items() if b"\n" in spelling]  # tokens that end a line
+        self.lengths = np.ones(self.vocab_size, dtype=np.int64)  # bytes of each token, 1 of a special one
+        self.lengths[list(spelt)] = [*map(len, spelt.values())]
 
     def encode(self, text: str) -> list[int]:
         """Text → ordinary tokens only, whatever the text spells.

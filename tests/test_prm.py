@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 
 import train_prm
 from nanoalign import UserError
@@ -89,7 +90,7 @@ def test_a_separator_in_the_users_text_is_not_a_step():
 def test_a_sampled_solution_is_read_exactly_as_a_training_row_is():
     """The same ids, label positions where the policy wrote its line breaks and its end token."""
     steps = ["2 + 3 = 5", "5 * 2 = 10", "Answer: 10"]
-    trained, mask = step_example(WORLD.prompt(asked("Go.")), steps, WORLD, 128)
+    trained, mask, _ = step_example(WORLD.prompt(asked("Go.")), steps, WORLD, 128)
     ids, written = (
         torch.tensor(x)[None] for x in join(WORLD.prompt(asked("Go.")), WORLD.response("\n".join(steps)), 128)
     )
@@ -102,6 +103,64 @@ def test_a_sampled_solution_is_read_exactly_as_a_training_row_is():
     p, ends = step_probabilities(model, ids, written, WORLD)
     assert seen[0][0].tolist() == trained.tolist() and ends[0].tolist() == mask.tolist()
     assert torch.equal(p, torch.arange(ids.shape[1]).float()[None].sigmoid())  # no shift
+
+
+PIECES = ("1 + 1 = 2", "\n", "\n\n", " ", "so", ".", "\t", "日本", "", "\r\n")
+
+
+@pytest.mark.parametrize("vocabulary", ["world", "r50k"])
+def test_steps_of_any_lines_have_the_marks_of_the_same_text_as_a_sample(vocabulary, r50k):
+    """And a step ends at the token that holds the line break after it, found here by decoding prefixes."""
+    tokenizer, rng = {"world": WORLD, "r50k": r50k}[vocabulary], random.Random(0)
+    prompt = tokenizer.prompt(asked("Go."))
+    for _ in range(100):
+        steps = ["".join(rng.choices(PIECES, k=rng.randint(1, 5))) for _ in range(rng.randint(1, 5))]
+        ids, mask = join(prompt, tokenizer.response("\n".join(steps)), 1000)
+        written = step_ends(torch.tensor(ids)[None], torch.tensor(mask)[None], tokenizer)[0].numpy()
+        for length in (1000, rng.randint(1, len(ids))):
+            read, marks, spans = step_example(prompt, steps, tokenizer, length)
+            assert read.tolist() == np.where(written, tokenizer.step, ids)[:length].tolist()
+            assert marks.tolist() == written[:length].tolist()
+            for number, start, end in spans:
+                text = " " + "\n".join(steps[: number + 1])
+                upto, with_it = (
+                    tokenizer.encoding.decode_bytes(ids[len(prompt) : k]) for k in (end, end + 1)
+                )
+                due = text.encode() + (b"\n" if number < len(steps) - 1 else b"<|end|>")
+                assert with_it.startswith(due) and not upto.startswith(due)
+                assert marks[end] and start <= end
+            firsts = [start for _, start, _ in spans]
+            assert firsts == [len(prompt), *(end + 1 for *_, end in spans)][: len(spans)]
+            if length == 1000:
+                left_out = set(range(len(steps))) - {number for number, *_ in spans}
+                assert len(steps) - 1 not in left_out  # the end token is a token of its own
+                assert not any(steps[number].strip() for number in left_out)  # blank, its end shared
+
+
+def test_every_line_of_a_right_step_is_right_and_of_a_wrong_one_only_the_last_is_known():
+    steps = ["1 + 1 = 2\n2 + 2 = 4", "4 + 1 = 6\n6 + 1 = 7", "7 + 1 = 8\n8 + 1 = 9", "9\nAnswer: 9"]
+    row = row_of(steps, [1.0, 0.0, None, 0.75], label=True)
+    [(ids, at, imitated)] = step_examples([row], WORLD, 128, False, "good")
+    ends = np.flatnonzero(ids == WORLD.step)
+    assert at[ends].tolist() == [1, 1, NONE, 0, NONE, NONE, NONE, 0.75]
+    assert (np.delete(at, ends) == NONE).all()
+    assert WORLD.decode(ids[imitated]) == " 1 + 1 = 22 + 2 = 49Answer: 9"
+    [(ids, at, imitated)] = step_examples([row], WORLD, 128, True, "good")
+    assert at[ends].tolist() == [NONE] * 7 + [1]  # of an outcome: one label, at the end
+    assert not imitated[ends].any()
+    [(_, at, _)] = step_examples([{**row, "neutral": [0]}], WORLD, 128, False, "ignore")
+    assert at[ends].tolist() == [NONE, NONE, NONE, 0, NONE, NONE, NONE, 0.75]
+
+
+def test_the_case_of_a_step_of_two_lines_has_the_marks_that_a_sample_has():
+    path = SHARED / "cases" / "step_of_two_lines.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    [row] = read_rows(str(path), "steps")
+    [(_, at, _)] = step_examples([row], WORLD, 128, False, "good")
+    sample = join(WORLD.prompt(row["prompt"]), WORLD.response("\n".join(row["completions"])), 128)
+    ends = step_ends(*(torch.tensor(x)[None] for x in sample), WORLD)
+    assert (at == 1).sum() == ends.sum() == 3 and at[ends[0].numpy()].tolist() == [1, 1, 1]
 
 
 def test_any_token_with_a_line_break_ends_a_step(r50k):
