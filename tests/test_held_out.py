@@ -24,7 +24,8 @@ AFTER = {  # stage: what it comes from, and its flags in a pipeline of a few sec
     "grpo": (("sft", "rm"), {"init": "{tmp}/sft.pt", "reward": "{tmp}/rm.pt", "group_size": 2}),
 }
 ON_POLICY = {
-    "prompts": "{world}/prompts.jsonl", "watch": "", "doctor": "", "max_new_tokens": 4, "steps": 2, "epochs": 1,
+    "prompts": "{world}/prompts.jsonl", "watch": "", "doctor": "", "max_new_tokens": 4, "steps": 2,
+    "epochs": 1,
 }  # fmt: skip
 
 
