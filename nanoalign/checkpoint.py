@@ -5,14 +5,13 @@ the random state; `--resume` continues from there bit for bit, and the finished 
 """
 
 import dataclasses
-import os
 import random
-import re
 from pathlib import Path
 
 import torch
 
 from nanoalign import UserError
+from nanoalign.expressions import spelled_out
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
@@ -118,26 +117,15 @@ def set_random_state(state: dict) -> None:
 IDLE = ("out", "resume", "device", "log_every", "eval_every", "save_every")  # flags that no weight depends on
 
 
-def spelled_out(config) -> dict:
+def flags_that_count(config) -> dict:
     """The flags that the weights depend on, every path in them in full."""
-
-    def full(path: str) -> str:
-        return os.path.realpath(path) if os.sep in path or os.path.exists(path) else path
-
-    def spell(value):
-        if not isinstance(value, str):
-            return value
-        if os.path.exists(value):  # one path, whatever stands in its name
-            return os.path.realpath(value)
-        return re.sub(r"[^\s:,*]+", lambda piece: full(piece[0]), value)
-
-    flags = dataclasses.asdict(config)
-    return {name: spell(value) for name, value in flags.items() if name not in IDLE}
+    flags = {k: v for k, v in dataclasses.asdict(config).items() if k not in IDLE}
+    return {name: spelled_out(value) if isinstance(value, str) else value for name, value in flags.items()}
 
 
 def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> None:
     """Save all that continuing after `step` steps needs. `data`: the fingerprint of what it trains on."""
-    state = {"optimizer": optimizer.state_dict(), "random": random_state(), "flags": spelled_out(config)}
+    state = {"optimizer": optimizer.state_dict(), "random": random_state(), "flags": flags_that_count(config)}
     save(partial_path(config.out), model, config=config, step=step, data=data, **state, **rest)
 
 
@@ -161,7 +149,7 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     before, given = content.get("flags", content["config"]), dataclasses.asdict(config)
     changed = [
         f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {given[name]!r}"
-        for name, value in spelled_out(config).items()
+        for name, value in flags_that_count(config).items()
         if before.get(name) != value and content["config"].get(name) != given[name]
     ]
     if content["data"] != data:

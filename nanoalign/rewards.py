@@ -3,7 +3,8 @@
     reward = make_reward("out/demo/rm.pt - 0.02*length", tokenizer, device)
     scores = reward(rows, rollout)                       # (B,) fp32, on the rollout's device; dense: (B, T)
 
-An expression is a signed sum of terms, each `name` or `number*name`; + and − stand between spaces:
+An expression (expressions.py reads it) is a signed sum of terms, each `name` or `number*name`; + and − stand
+between spaces:
 
     out/demo/rm.pt                 a reward model's score of the response, read at its last token
     mean:out/demo/rm.*.pt          an ensemble (a glob, or names joined by commas): its mean,
@@ -24,13 +25,11 @@ A reward of your own is a function in a Python file, which is code and is run as
 """
 
 import functools
-import glob
 import re
 import runpy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,61 +39,15 @@ from nanoalign.answers import answers
 from nanoalign.checkpoint import load_scalar
 from nanoalign.cli import Progress
 from nanoalign.data import collate, join
+from nanoalign.expressions import FUNCTION, Term, find, parse_reward
 from nanoalign.generate import Rollout
 from nanoalign.logprobs import last_scored
 from nanoalign.model import ScalarGPT
-from nanoalign.steps import AGGREGATES, aggregate, step_probabilities
+from nanoalign.steps import aggregate, step_probabilities
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze
 
 Reward = Callable[[list[dict], Rollout], Tensor]
-ALIASES = {"judge": "nanoalign/world/verdicts.py:utility"}
-FUNCTION = r"(.+\.py):(\w+)(?:\((.*)\))?"
-MODELS = rf"(mean|min|mean-\d*\.?\d+std|prm-(?:{'|'.join(AGGREGATES)}|steps)):(.+)"
-
-
-class Term(NamedTuple):
-    """weight · kind:path, of a kind that `make_reward` knows; a function's path is file.py:function(text)."""
-
-    weight: float
-    kind: str
-    path: str
-
-    @property
-    def files(self) -> list[str]:
-        """What it reads: checkpoints, or a function's file and the file that it is handed, if it is one."""
-        if self.kind == "function":
-            file, _, text = re.fullmatch(FUNCTION, self.path).groups()
-            return [str(find(file)), *([text] if text and Path(text).is_file() else [])]
-        if self.kind.startswith(("mean", "min")):
-            paths = [path for part in self.path.split(",") for path in sorted(glob.glob(part)) or [part]]
-            return [path for path in paths if not path.endswith(".partial.pt")]
-        return [self.path] if self.path else []
-
-
-def parse_reward(expression: str) -> list[Term]:
-    """A reward expression → its terms. Raises UserError for one that is unknown."""
-    pieces = re.split(r"\s+([+-])\s+(?![^()]*\))", expression.strip())  # but not inside brackets
-    signed = zip(["+", *pieces[1::2]], pieces[::2])
-    return [parse_term(piece, -1.0 if sign == "-" else 1.0) for sign, piece in signed]
-
-
-def parse_term(text: str, sign: float) -> Term:
-    weighted = re.fullmatch(r"(-?\d*\.?\d+)\*(.+)", text)
-    weight, name = (sign * float(weighted[1]), weighted[2]) if weighted else (sign, text)
-    name = ALIASES.get(name, name)
-    if name in ("length", "answer"):
-        return Term(weight, name, "")
-    if models := re.fullmatch(MODELS, name):
-        return Term(weight, *models.groups())
-    if re.fullmatch(FUNCTION, name):
-        return Term(weight, "function", name)
-    if name.endswith(".pt") and not re.match(r"\w+:", name):
-        return Term(weight, "rm", name)
-    raise UserError(
-        f"there is no reward {name!r}; give a checkpoint.pt, file.py:function, judge, answer, length, "
-        "mean:…, min:…, mean-1std:… or prm-min:…, weighed (0.5*judge) and joined by ' + ' and ' - '."
-    )
 
 
 def reward_files(expression: str) -> list[str]:
@@ -104,7 +57,8 @@ def reward_files(expression: str) -> list[str]:
 
 def reward_models(expression: str) -> list[str]:
     """The checkpoints that a reward expression reads."""
-    return [file for file in reward_files(expression) if file.endswith(".pt")]
+    files = [(term.kind, file) for term in parse_reward(expression) for file in term.files]
+    return [file for kind, file in files if kind != "function" or file.endswith(".pt")]
 
 
 def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
@@ -201,14 +155,6 @@ def _text_scores(function: Callable, name: str, tokenizer: Tokenizer, rows: list
 
 
 # ------------------------------------------------------------------------------------------ your own
-
-
-def find(file: str) -> Path:
-    """A Python file by its path from here, or from the repository's root."""
-    for path in (Path(file), Path(__file__).parents[1] / file):
-        if path.is_file():
-            return path.resolve()
-    raise UserError(f"there is no Python file {file}; check the path.")
 
 
 @functools.cache

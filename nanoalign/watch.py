@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanoalign.expressions import parse_rewards
 from nanoalign.generate import Rollout, rollouts
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
@@ -72,8 +73,9 @@ class Watch:
     def __init__(self, config: OnPolicy, models: tuple, held_out: tuple, reward, autocast):
         policy, _, tokenizer = models
         rewards = {"score": reward}
-        for name in filter(None, config.watch.split(", ")):
-            rewards[Path(name).stem] = make_reward(name, tokenizer, policy.embed.weight.device)
+        for name in parse_rewards(config.watch):
+            short = name if Path(name).stem in rewards else Path(name).stem
+            rewards[short] = make_reward(name, tokenizer, policy.embed.weight.device)
         self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
         self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
         self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()

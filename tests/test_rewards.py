@@ -1,27 +1,30 @@
 """What scores a response: each term by hand, sums of terms, and what cannot be scored."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from runs import write_lines
 
+import train_grpo
 from nanoalign import UserError
-from nanoalign.checkpoint import save
+from nanoalign.checkpoint import load_policy, save
+from nanoalign.data import read_prompts
+from nanoalign.expressions import Term, parse_reward, parse_rewards, spelled_out
 from nanoalign.generate import Rollout
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.rewards import (
-    Term,
     load_function,
     make_reward,
-    parse_reward,
     response_scores,
     reward_files,
     reward_models,
     score_texts,
 )
 from nanoalign.tokenizer import get_tokenizer
-from nanoalign.watch import measure
+from nanoalign.watch import OnPolicy, Watch, measure
 from nanoalign.world.judge import judge
 
 
@@ -101,23 +104,93 @@ def test_an_expression_is_parsed_once_into_weights_kinds_and_paths():
     ]  # fmt: skip
 
 
-def test_what_is_scored_with_is_what_is_listed_also_where_a_path_has_a_space(members):
-    folder, each = members
-    spaced = folder / "my models (old)"
-    spaced.mkdir()
-    (spaced / "rm 1.pt").write_bytes((folder / "rm.1.pt").read_bytes())
-    (spaced / "rm 2.pt").write_bytes((folder / "rm.2.pt").read_bytes())
-    (spaced / "my reward.py").write_text(OWN)
+ODD = "my models (old) [v2] - first, tried"  # spaces, brackets, a sign between spaces, a comma
+
+
+@pytest.mark.parametrize("folder", ["plain", ODD])
+def test_what_is_scored_with_is_what_is_listed_whatever_stands_in_a_path(members, folder, monkeypatch):
+    monkeypatch.chdir(members[0])
+    each = members[1]
+    Path(folder).mkdir()
+    for k in (1, 2):
+        Path(f"{folder}/rm {k}.pt").write_bytes(Path(f"rm.{k}.pt").read_bytes())
+    Path(f"{folder}/rm 3.partial.pt").write_bytes(b"half of it")
+    Path(f"{folder}/my reward.py").write_text(OWN)
     for expression, files, due in [
-        (f"{spaced}/rm 1.pt", ["rm 1.pt"], each[0]),
-        (f"2*{spaced}/rm 1.pt - {spaced}/rm 2.pt", ["rm 1.pt", "rm 2.pt"], 2 * each[0] - each[1]),
-        (f"min:{spaced}/rm *.pt", ["rm 1.pt", "rm 2.pt"], each[:2].amin(0)),
-        (f"-1*{spaced}/my reward.py:brevity", ["my reward.py"], torch.tensor([1.0, 7.0, 4.0])),
+        (f"{folder}/rm 1.pt", ["rm 1.pt"], each[0]),
+        (f"2*{folder}/rm 1.pt - {folder}/rm 2.pt", ["rm 1.pt", "rm 2.pt"], 2 * each[0] - each[1]),
+        (f"min:{folder}/rm *.pt", ["rm 1.pt", "rm 2.pt"], each[:2].amin(0)),
+        (f"min:{folder}/rm *.pt,{folder}/rm 2.pt", ["rm 1.pt", "rm 2.pt"], each[:2].amin(0)),
+        (f"mean:{folder}/rm 2.pt,{folder}/rm 1.pt", ["rm 2.pt", "rm 1.pt"], each[:2].mean(0)),
+        (f"-1*{folder}/my reward.py:brevity", ["my reward.py"], torch.tensor([1.0, 7.0, 4.0])),
     ]:
-        assert reward_files(expression) == [str(spaced / file) for file in files]
-        assert [file for term in parse_reward(expression) for file in term.files] == reward_files(expression)
-        assert reward_models(expression) == [file for file in reward_files(expression) if file[-3:] == ".pt"]
+        listed = [os.path.relpath(file) for file in reward_files(expression)]
+        assert listed == [f"{folder}/{file}" for file in files]
+        assert reward_models(expression) == [file for file in listed if file.endswith(".pt")]
         torch.testing.assert_close(score(expression), due)
+        reward = make_reward(expression, TOKENIZER, "cpu")
+        assert ([*map(str, reward.files)], reward.models) == (
+            reward_files(expression),
+            listed[: len(reward.models)],
+        )
+        assert parse_rewards(f"judge, {expression}, {expression}, length") == [
+            "judge", expression, expression, "length",
+        ]  # fmt: skip
+        assert spelled_out(expression) == spelled_out(expression.replace(folder, f"{members[0]}/./{folder}"))
+        assert spelled_out(expression) != spelled_out(f"{expression} + length")
+
+
+def test_an_ensemble_is_of_finished_checkpoints_each_of_them_once(members):
+    folder, each = members
+    (folder / "link.pt").symlink_to(folder / "rm.1.pt")
+    torch.testing.assert_close(score(f"mean:{folder}/*.pt,{folder}/rm.2.pt"), each.mean(0))
+    with pytest.raises(UserError, match="names 1 checkpoint"):
+        score(f"min:{folder}/link.pt,{folder}/rm.1.pt")
+    for names in (f"{folder}/none.*.pt", f"{folder}/rm.1.pt,", ",", f"{folder}/*.partial.pt"):
+        with pytest.raises(UserError, match="no checkpoint matches"):
+            score(f"mean:{names}")
+
+
+def test_a_sign_or_a_comma_inside_any_brackets_belongs_to_what_is_handed_over():
+    assert [term.path for term in parse_reward("f.py:g(a - (b + (c) - d) + e) - length")] == [
+        "f.py:g(a - (b + (c) - d) + e)", "",
+    ]  # fmt: skip
+    assert parse_rewards("f.py:g(a, (b, c)), f.py:h(d)") == ["f.py:g(a, (b, c))", "f.py:h(d)"]
+    assert parse_rewards("") == []
+
+
+@pytest.mark.parametrize("expression", [
+    *("nan*judge", "inf*judge", "1e999*judge", f"{'9' * 400}*judge", "1e39*judge", "-4e38*judge", "٣*judge"),
+    *("judge + + length", "judge + - length", "+ judge", "judge +", "judge - ", " ", "+", "judge  length"),
+    *("judge\nlength", "a\x1b[2J.pt", "f.py:g(\u2028)", "mean-1e400std:a.pt,b.pt", "mean-std:a.pt,b.pt"),
+    *("*judge", "1**judge", "2*3*judge", "0x1*judge", "1_0*judge", ".pt:judge", "mean:", "prm-:a.pt"),
+])  # fmt: skip
+def test_an_expression_that_is_none_is_refused_in_one_sentence(expression):
+    with pytest.raises(UserError) as caught:
+        make_reward(expression, TOKENIZER, "cpu")
+    assert str(caught.value).isprintable()
+
+
+def test_weights_may_have_exponents():
+    assert [term.weight for term in parse_reward("1e-2*length - 2.E+3*length + -.5*length")] == [
+        0.01,
+        -2e3,
+        -0.5,
+    ]
+
+
+def test_rewards_of_one_name_are_watched_side_by_side(members, sft, world, monkeypatch):
+    """--watch a/rm.pt, b/rm.pt: neither takes the place of the other, nor of the score."""
+    folder, _ = members
+    names = []
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        names.append(f"{folder}/{place}/rm.pt")
+        Path(names[-1]).write_bytes((folder / "rm.1.pt").read_bytes())
+    policy, _, _ = load_policy(sft)
+    config = OnPolicy(watch=", ".join(["length", *names]), doctor="")
+    watch = Watch(config, (policy, policy, TOKENIZER), ([], []), make_reward("judge", TOKENIZER, "cpu"), None)
+    assert [*watch.asked[-1]] == ["score", "length", "rm", names[1]]
 
 
 # ------------------------------------------------------------------------------------ a reward of one's own
@@ -238,6 +311,18 @@ def test_the_answer_reward_is_1_for_the_right_number_only():
     for unknown in ({}, {"answer": [7]}, {"answer": True}, {"answer": "seven"}):
         with pytest.raises(UserError, match="final answer"):
             score("answer", said, [{**ROWS[0], "meta": unknown}] * 3)
+
+
+def test_every_prompts_answer_is_read_before_the_first_step(tmp_path):
+    problems = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(100)]
+    problems[70]["answer"] = "seventy-one"
+    for name in ("prompts", "eval_data"):
+        files = {"prompts": problems[:50], "eval_data": problems[:50], name: problems}
+        files = {flag: write_lines(tmp_path / f"{flag}.jsonl", lines) for flag, lines in files.items()}
+        config = train_grpo.Config(reward="0.5*answer - length", eval_prompts=1000, **files)
+        with pytest.raises(UserError, match=r"70 \+ 1.*seventy-one"):
+            read_prompts(config, TOKENIZER, 64)
+        assert read_prompts(replace(config, reward="length"), TOKENIZER, 64)
 
 
 @pytest.mark.parametrize(
