@@ -5,6 +5,7 @@ the random state; `--resume` continues from there bit for bit, and the finished 
 """
 
 import dataclasses
+import os
 import random
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
     """Read a checkpoint onto the CPU; `stages`: the kinds the caller can use (empty: any)."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}; train it first, or check the path.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -19,7 +19,7 @@ ALIASES = {"judge": "nanoalign/world/verdicts.py:utility"}
 FUNCTION = r"(.+\.py):(\w+)(?:\((.*)\))?"
 NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 MODELS = rf"(mean|min|mean-{NUMBER}std|prm-(?:min|product|last|steps)):(.+)"
-UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+UNPRINTABLE = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udbff]"
 
 
 class Term(NamedTuple):
@@ -139,6 +139,8 @@ def spelled_out(text: str) -> str:
     """A flag's text with every path in it in full: what names the same files becomes the same text."""
     if os.path.exists(text):
         return os.path.realpath(text)
+    if re.search(UNPRINTABLE, text):
+        return text
     try:
         return ", ".join(" + ".join(map(_spell, parse_reward(one))) for one in parse_rewards(text))
     except UserError:
