@@ -39,6 +39,7 @@ from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.statistics import mean_and_error
 from nanoalign.steps import AGGREGATES, aggregate, step_ends
+from nanoalign.terminal import visible
 from nanoalign.training import setup
 
 
@@ -215,9 +216,9 @@ def print_steps(row: dict, drawn: dict, i: int, checker: str) -> None:
     steps = text.split("\n")
     known = checker and "steps" in row["meta"]
     truth = load_function(checker)(row["meta"], steps) if known else [None] * len(steps)
-    print(f"\n{row['prompt'][-1]['content']}   ({'right' if right else 'wrong'} answer)")
+    print(f"\n{visible(row['prompt'][-1]['content'])}   ({'right' if right else 'wrong'} answer)")
     for step, probability, true in zip(steps, p, truth):
-        cell = f"{probability:4.0%} {'' if true is None else '✓' if true else '✗':1} {step}"
+        cell = f"{probability:4.0%} {'' if true is None else '✓' if true else '✗':1} {visible(step)}"
         red, green = (min(5, round(10 * x)) for x in (1 - probability, probability))
         shade = 16 + 36 * red + 6 * green  # of the 6 × 6 × 6 colours of a terminal
         print(f"  \x1b[38;5;{shade}m{cell}\x1b[0m" if sys.stdout.isatty() else f"  {cell}")

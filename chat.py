@@ -13,6 +13,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.generate import stream
 from nanoalign.seeds import derived_seed
+from nanoalign.terminal import visible
 from nanoalign.training import setup
 
 
@@ -54,7 +55,7 @@ def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> 
             written.append(token.item())
             text = tokenizer.decode_response(written)
             if not text.endswith("�"):  # a character may be spread over several tokens
-                print(text[len(shown) :], end="", flush=True)
+                print(visible(text[len(shown) :]), end="", flush=True)
                 shown = text
     print()
     return shown
@@ -67,7 +68,7 @@ def main(config: Config) -> None:
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, turn, interactive = list(opening), 0, sys.stdin.isatty()
     limit = policy.config.context - min(config.max_new_tokens, policy.config.context // 2)
-    print(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves.")
+    print(visible(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves."))
     while True:
         try:
             text = input("you: " if interactive else "").strip()

@@ -207,7 +207,7 @@ def report(config: Config, rows: list, found: list, stages: dict, reference: str
         cards.append(card)
     for kind, picked in families.items():
         for i in picked[: config.show]:
-            print(f"\n[{kind}] {rows[i]['prompt'][-1]['content']}")
+            print(cli.visible(f"\n[{kind}] {rows[i]['prompt'][-1]['content']}"))
             for name, utility, said in zip(names, utilities, texts):
                 value = "" if math.isnan(utility[i, 0]) else f" ({utility[i, 0]:+.2f})"
                 print(f"  {name:>8}{value}: {said[i, 0][:200]!r}")

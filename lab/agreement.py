@@ -22,6 +22,7 @@ from nanoalign import cli
 from nanoalign.data import prompt_key
 from nanoalign.rows import read_rows
 from nanoalign.statistics import clustered, logistic
+from nanoalign.terminal import visible
 from nanoalign.world.judge import judge, knows
 from nanoalign.world.people import agreement, ceiling, impression, people
 
@@ -111,6 +112,7 @@ def report(comparisons: list[dict]) -> None:
             order[i, k] = 1 - 2 * vote["swapped"] if "swapped" in vote else np.nan
     prompts = np.unique([prompt_key(c) for c in comparisons], return_inverse=True)[1]
     tens = np.array([len(a.split()) - len(b.split()) for a, b in (c["responses"] for c in comparisons)]) / 10
+    names = [visible(name) for name in names]
     width = max(len(name) for name in (*names, "annotator")) + 2
     print(f"{'annotator':{width}}{'votes':>6}{'ties':>6}   shown first   10 words longer   (log-odds)")
     for k, name in enumerate(names):
@@ -171,7 +173,9 @@ def against_judge(comparisons: list[dict], name: str) -> None:
         return
     p, first, kinds = map(np.array, (p, first, kinds))
     right = np.where(p == 0.5, 0.5, (p > 0.5) == first)
-    each = ", ".join(f"{kind} {right[kinds == kind].mean():.0%}" for kind in sorted({*kinds.tolist()}))
+    each = ", ".join(
+        f"{visible(kind)} {right[kinds == kind].mean():.0%}" for kind in sorted({*kinds.tolist()})
+    )
     print(f"{name}: by the exact judge {right.mean():.1%} of {len(p):,} labels are right ({each})")
     if not {*p.tolist()} <= {0.0, 0.5, 1.0}:
         bins = calibration(p, first)

@@ -26,6 +26,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import beside, load_scalar
 from nanoalign.data import pair_examples, read_split, without_ties
 from nanoalign.rewards import model_reward, score_texts
+from nanoalign.terminal import visible
 from nanoalign.training import freeze, setup
 from nanoalign.world.judge import knows
 from nanoalign.world.people import NOISE, ceiling, impression, people
@@ -160,7 +161,7 @@ def show(found: dict) -> None:
         print(f"  expected {expected:.1%} over the labels that these people could have given")
         print("  by family:" + " " * 30 + "accuracy ceiling  pairs")
         for kind, one in found["by_family"].items():
-            print(f"    {kind:>36} {one['accuracy']:8.1%} {one['ceiling']:7.1%} {one['pairs']:6,}")
+            print(f"    {visible(kind):>36} {one['accuracy']:8.1%} {one['ceiling']:7.1%} {one['pairs']:6,}")
     print(f"  calibration: ECE {found['ece']:.3f}\n    {'confidence':>10} {'accuracy':>9} {'pairs':>6}")
     for one in found["reliability"]:
         print(f"    {one['confidence']:10.1%} {one['accuracy']:9.1%} {one['pairs']:6,}")

@@ -13,6 +13,7 @@ from lab import run_on_paths
 from lab.seeds import over_seeds, scorecards
 from nanoalign import UserError
 from nanoalign.cli import duration, readable_rows
+from nanoalign.terminal import visible
 
 COSTS = ("models", "tokens", "seconds", "MB")
 MEASURES = ("utility", "win rate", "KL to reference", "length (words)", "reward")
@@ -59,8 +60,8 @@ def main(folders: list[str]) -> None:
 
 
 def table(names: list[str], rows: list[list[str]]) -> None:
-    print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    print("\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n")
+    print(visible(f"| {' | '.join(names)} |\n|{'---|' * len(names)}"))
+    print(visible("\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 from lab import run_on_paths
 from nanoalign import UserError
+from nanoalign.terminal import visible
 
 
 def over_seeds(values: list[float | None]) -> str:
@@ -40,12 +41,12 @@ def main(paths: list[str]) -> None:
     if any([Path(path).stem for path in report] != names for report in reports):
         raise UserError("the scorecards are not of the same checkpoints.")
     checkpoints = [list(report.values()) for report in reports]
-    print(f"| {len(paths)} seeds | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    print(visible(f"| {len(paths)} seeds | {' | '.join(names)} |\n|---|{'---|' * len(names)}"))
     for metric in checkpoints[0][0]["overall"]:
         cells = [
             over_seeds([card[i]["overall"][metric][0] for card in checkpoints]) for i in range(len(names))
         ]
-        print(f"| {metric} | {' | '.join(cells)} |")
+        print(visible(f"| {metric} | {' | '.join(cells)} |"))
 
 
 if __name__ == "__main__":

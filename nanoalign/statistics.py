@@ -3,6 +3,7 @@
 import numpy as np
 
 from nanoalign.seeds import derived_seed
+from nanoalign.terminal import visible
 
 POINTS = 400 / np.log(10)  # Elo's scale: 400 points are odds of ten to one
 
@@ -92,6 +93,7 @@ def logistic(features: np.ndarray, wins: np.ndarray, trials=1.0) -> np.ndarray:
 
 def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
     """A cell is (mean, standard error), and a mark if there is one."""
+    header = [visible(name) for name in header]
 
     def text(cell) -> str:
         if cell is None or np.isnan(cell[0]):
@@ -102,7 +104,7 @@ def print_table(header: list[str], lines: list[tuple[str, list]]) -> None:
     width = max(17, *(len(name) + 3 for name in header))
     print(f"{'':24}" + "".join(f"{name + ' ':>{width}}" for name in header))
     for name, cells in lines:
-        print(f"{name:24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
+        print(f"{visible(name):24}" + "".join(f"{text(cell):>{width}}" for cell in cells))
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
