@@ -251,13 +251,13 @@ def main(config: Config) -> None:
             print(f"{name:>12}" + "".join(f"{cell:>14}" for cell in cells))
         for kind in config.search:
             table[kind] = search(kind, policy, prm, tokenizer, rows, drawn, config)
-    for i, row in enumerate(rows[: config.show]):
-        print_steps(row, drawn, i, config.checker)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     with Path(config.out).open("w", newline="") as file:
         lines = [(name, n, *table[name][n]) for name in table for n in table[name]]
         csv.writer(file).writerows([("selector", "n", "right", "error"), *lines])
     print(f"wrote {config.out}")
+    for i, row in enumerate(rows[: config.show]):
+        print_steps(row, drawn, i, config.checker)
 
 
 if __name__ == "__main__":

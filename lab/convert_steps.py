@@ -24,7 +24,8 @@ import re
 from dataclasses import dataclass
 
 from nanoalign import UserError, cli
-from nanoalign.rows import RowError, parse_labelled, parse_steps, read_rows, write_rows
+from nanoalign.messages import shown
+from nanoalign.rows import RowError, check_unread, parse_labelled, parse_steps, read_rows, write_rows
 
 
 @dataclass
@@ -41,12 +42,12 @@ def convert(row: dict) -> list[dict]:
         rows = prm800k(row)
     elif "input" in row:
         rows = [math_shepherd(row)]
-    elif "completions" not in row and ("question" in row or "completion" in row or "chosen" in row):
-        rows = [by_line(one) for one in parse_labelled(row)]
-    elif "completions" in row:
-        rows = [row]
     else:
-        raise RowError(f"no format that is known here: found only the fields {sorted(row)}")
+        known = {"completions", "completion", "messages", "question", "chosen"}
+        if not known & row.keys():
+            raise RowError(f"no format that is known here: found only the fields {sorted(row)}")
+        rows = [row] if "completions" in row else [by_line(one) for one in parse_labelled(row)]
+        check_unread(row)
     return [parse_steps({"meta": row.get("meta", {}), **one}) for one in rows]
 
 
@@ -61,21 +62,31 @@ def prm800k(row: dict) -> list[dict]:
     try:
         problem, stages = row["question"]["problem"], row["label"]["steps"]
         chain, ratings, rows = [], [], []
-        for stage in stages:
+        for number, stage in enumerate(stages):
             offered, chosen = stage.get("completions") or [], stage.get("chosen_completion")
-            for i, one in enumerate(offered):
-                if one.get("rating") not in (-1, 0, 1, None):
-                    raise RowError(f"a step has rating {one['rating']!r}: expected -1, 0, 1 or null")
+            where = f'field "label", "steps", step {number}'
+            rated = [rated_step(one, f"{where}, completion {i}") for i, one in enumerate(offered)]
+            for i, (text, rating) in enumerate(rated):
                 if i != chosen:
-                    rows.append(([*chain, one["text"]], [*[None] * len(chain), one.get("rating")]))
-            one = stage.get("human_completion") if chosen is None else offered[chosen]
-            if one is None:  # no continuation was good enough: the solution ends here
+                    rows.append(([*chain, text], [*[None] * len(chain), rating]))
+            one = stage.get("human_completion")
+            if chosen is None and one is None:  # no continuation was good enough: the solution ends here
                 break
-            chain, ratings = [*chain, one["text"]], [*ratings, one.get("rating")]
+            text, rating = rated_step(one, f"{where}, human_completion") if chosen is None else rated[chosen]
+            chain, ratings = [*chain, text], [*ratings, rating]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise RowError(f"not PRM800K's format ({type(error).__name__}: {error})") from None
     rated = [(steps, found) for steps, found in [(chain, ratings), *rows] if set(found) - {None}]
     return [rated_steps(problem, *one) for one in rated]
+
+
+def rated_step(one: dict, where: str) -> tuple[str, int | None]:
+    text, rating = one["text"], one.get("rating")
+    if not isinstance(text, str):
+        raise RowError(f'{where}, "text": expected a string, found {shown(text)}')
+    if rating not in (-1, 0, 1, None):
+        raise RowError(f'{where}, "rating": expected -1, 0, 1 or null, found {shown(rating)}')
+    return text, rating
 
 
 def rated_steps(problem: str, steps: list[str], ratings: list) -> dict:

@@ -22,7 +22,6 @@ from nanoalign.generate import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.training import setup
-from nanoalign.world.judge import knows
 from nanoalign.world.steps import check_steps
 
 
@@ -111,14 +110,16 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.policy, device, chat=True)
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, ids = prompt_examples(rows, tokenizer, policy.config.context - 1, config.count)
-    if not all(map(knows, rows)):
-        raise UserError(
-            f"{config.prompts} has rows without the world's meta: its problems only are labelled."
-        )
+    for row in rows:  # before the work
+        gold_answer(row)
+        if config.by == "checker":
+            check_steps(row["meta"], [])
     with autocast:
         drawn = [solution for each in sample(policy, tokenizer, ids, config) for solution in each]
         rows = [row for row in rows for _ in range(config.samples)]
         found = label_steps(policy, tokenizer, rows, drawn, config)
+    if not found:
+        raise UserError("no solution has a whole step, a line that ends: raise --max-new-tokens.")
     write_rows(config.out, found)
     report(found, config.out)
 

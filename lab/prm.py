@@ -83,6 +83,9 @@ def curves(config: Curves) -> None:
 def policies(config: Policies) -> None:
     device, autocast = setup(config)
     rows = read_rows(config.problems, "prompts")
+    for row in rows:  # before the work
+        gold_answer(row)
+        check_steps(row["meta"], [])
     print(f"| {len(rows)} problems | {' | '.join(MEASURES)} |\n|{'---|' * (len(MEASURES) + 1)}")
     for path in config.checkpoints:
         policy, tokenizer, _ = load_policy(path, device, chat=True)

@@ -11,6 +11,8 @@ Answer: 32
 import random
 import re
 
+from nanoalign import UserError
+
 SLIPS = 0.2  # share of demonstrated solutions with a wrong step
 FUDGES = 0.5  # share of those whose author knows the answer and writes it down all the same
 
@@ -82,9 +84,16 @@ def check_steps(meta: dict, steps: list[str]) -> list[bool]:
     meta["steps"] are the equations to be worked through, in order. A step follows if it applies the next
     operation to the value reached so far, as stated, and the equation is true; `Answer: n` follows if nothing
     is left to do and n is that value. So after a slip, steps that reckon on correctly follow again, and a
-    right answer that contradicts the line before it does not.
+    right answer that contradicts the line before it does not. Raises UserError for what is no such problem.
     """
-    todo = [_EQUATION.fullmatch(step).groups() for step in meta["steps"]]
+    given = meta.get("steps")
+    found = [_EQUATION.fullmatch(str(step)) for step in given] if isinstance(given, list) else []
+    if not found or None in found:
+        what = "a list of equations such as 7 + 5 = 12"
+        raise UserError(
+            f"the world's checker knows its sums only: expected meta.steps, {what}, not {given!r:.60}."
+        )
+    todo = [equation.groups() for equation in found]
     value, answered, verdicts = int(todo[0][0]), False, []
     for step in steps:
         equation, final = _EQUATION.fullmatch(step), re.fullmatch(r"Answer: (-?\d+)", step)

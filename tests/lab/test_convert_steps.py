@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import SHARED
 
 from lab.convert_steps import Config, check_calculator, convert, main
 from nanoalign import UserError
@@ -63,11 +64,42 @@ def test_quality_control_rows_of_prm800k_are_left_out_and_counted(tmp_path, caps
 
 def test_a_bad_rating_of_prm800k_is_named():
     step = {"completions": [{"text": "a", "rating": 2}], "chosen_completion": 0}
-    with pytest.raises(RowError, match="rating 2"):
+    with pytest.raises(RowError, match='step 0, completion 0, "rating": expected -1, 0, 1 or null, found 2'):
         convert({"question": {"problem": "Q"}, "label": {"steps": [step]}})
     for broken in ({}, {"steps": 3}, {"steps": [{"completions": [{"rating": 1}], "chosen_completion": 0}]}):
         with pytest.raises(RowError, match="PRM800K"):
             convert({"question": {"problem": "Q"}, "label": broken})
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a"], {"text": "a"}])
+def test_a_text_of_prm800k_that_is_no_string_is_named_by_file_line_and_field(tmp_path, capsys, text):
+    def row(text, human="b"):
+        offered = [{"text": "a", "rating": 1}, {"text": text, "rating": -1}]
+        stages = [{"completions": offered, "chosen_completion": 0}]
+        stages.append({"completions": [], "human_completion": {"text": human, "rating": None}})
+        return {"question": {"problem": "Q"}, "label": {"steps": stages}}
+
+    path, out = str(tmp_path / "prm800k.jsonl"), str(tmp_path / "steps.jsonl")
+    for bad, where in (
+        (row(text), "step 0, completion 1"), (row("a", text), "step 1, human_completion")
+    ):  # fmt: skip
+        write_rows(path, [row("a"), bad])
+        with pytest.raises(
+            UserError, match=f'line 2: field "label", "steps", {where}, "text": expected a string'
+        ):
+            main(Config(data=path, out=out))
+        main(Config(data=path, out=out, skip_bad_rows=True))
+        assert len(read_rows(out, "steps")) == 2 and "skipped 1 bad rows of 2" in capsys.readouterr().out
+
+
+def test_the_case_of_a_text_of_prm800k_that_is_no_string(tmp_path):
+    path = SHARED / "cases" / "prm800k_bad_text.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with pytest.raises(
+        UserError, match=r'prm800k_bad_text.jsonl, line 1: .*completion 0, "text".*found null'
+    ):
+        main(Config(data=str(path), out=str(tmp_path / "steps.jsonl")))
 
 
 def test_math_shepherds_marks_become_labels_and_its_separator_in_a_question_stays_text():
@@ -143,6 +175,7 @@ def test_what_a_converter_is_for_is_refused_where_steps_are_read_and_the_convert
         ({"question": "Q"}, "line 1: .*is_correct"),
         ({**OTHERS[3], "label": "yes"}, "line 1: .*true or false"),
         ({**OTHERS[3], "meta": 3}, "line 1: .*meta"),
+        ({**OTHERS[3], "context": "A text."}, "line 1: .*context"),
         (None, "--data"),
     ],
 )

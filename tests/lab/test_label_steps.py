@@ -107,8 +107,32 @@ def test_what_cannot_work_is_one_sentence(label, flags, said):
         label(**flags)
 
 
-def test_problems_of_somebody_else_are_refused_before_sampling(label, tmp_path, monkeypatch):
-    monkeypatch.setattr("collect.respond", None)
-    write_rows(str(tmp_path / "other.jsonl"), [{"prompt": "Hi"}])
-    with pytest.raises(UserError, match=r"other\.jsonl has rows without the world's meta"):
-        label(prompts=str(tmp_path / "other.jsonl"))
+@pytest.mark.parametrize("by", ["checker", "rollouts"])
+@pytest.mark.parametrize(
+    "meta, said",
+    [
+        ({}, "final answer to 'Hi'.*missing"),
+        ({"kind": "fact", "relation": "capital", "subject": "Japan"}, "final answer to 'Hi'.*missing"),
+        ({"answer": "soon", "steps": META["steps"]}, "final answer to 'Hi'.*soon"),
+        ({"answer": 4}, "checker knows its sums only.*None"),
+        ({"answer": 4, "steps": []}, "checker knows its sums only"),
+        ({"answer": 4, "steps": ["2x = 8", "x = 4"]}, "checker knows its sums only.*2x = 8"),
+        ({"answer": 4, "steps": [3]}, "checker knows its sums only"),
+        ({"answer": 4, "steps": {"a": 1}}, "checker knows its sums only"),
+    ],
+)
+def test_prompts_that_cannot_be_labelled_are_refused_before_sampling(
+    label, tmp_path, monkeypatch, by, meta, said
+):
+    """The exact checker needs the steps that are due; rollouts need the final answer only."""
+
+    def sample(*args, **options):
+        raise RuntimeError("sampled")
+
+    monkeypatch.setattr("collect.respond", sample)
+    write_rows(
+        str(tmp_path / "other.jsonl"), [{"prompt": "Sum?", "meta": META}, {"prompt": "Hi", "meta": meta}]
+    )
+    refused = by == "checker" or "final answer" in said
+    with pytest.raises(UserError if refused else RuntimeError, match=said if refused else "sampled"):
+        label(prompts=str(tmp_path / "other.jsonl"), by=by)
