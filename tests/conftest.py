@@ -172,6 +172,17 @@ def prm(world, sft, steps_file):
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder of checkpoints of some thousand parameters (wires.py)."""
+    from wires import write_models
+
+    folder, dtype = tmp_path_factory.mktemp("tiny"), torch.get_default_dtype()
+    write_models(folder)
+    torch.set_default_dtype(dtype)
+    return folder
+
+
 STAGES = {  # which files a stage reads, by the fixtures that make them, and its other flags
     "pretrain": ({}, {"model": "world-tiny", "context": 32, "epochs": 0.75}),
     "sft": ({"init": "base"}, {"epochs": 2}),
