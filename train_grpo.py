@@ -26,8 +26,9 @@ Deviations: KL is in the reward by default, and β the same for all kinds (the p
 they can be compared. DAPO's dynamic sampling is left out: groups without spread are counted (equal_groups),
 not redrawn.
 
-A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score, an end-token rate near
-1, equal_groups well below 1. In the demo the score goes from 0 to 0.8 of the reward model's standard
+A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score (what is trained on:
+--missing-eos-score is in it, and not in the held-out `reward`), an end-token rate near 1, equal_groups well
+below 1. In the demo the score goes from 0 to 0.8 of the reward model's standard
 deviations at a KL of 1.5, and responses grow from 14 to 17 tokens.
 """
 

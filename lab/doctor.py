@@ -82,8 +82,8 @@ def negative_kl(run: dict) -> bool:
 
 
 def hacked(run: dict) -> bool:
-    score, judge = run["eval_score"], run["eval_judge"]
-    return score != judge and score[-1] > score[0] and max(judge) - judge[-1] > 0.2
+    reward, judge = run["eval_reward"], run["eval_judge"]
+    return reward != judge and reward[-1] > reward[0] and max(judge) - judge[-1] > 0.2
 
 
 # name, the columns it shows in, is it there?, likely cause, what to do
@@ -165,7 +165,7 @@ SICKNESSES = (
     ),
     (
         "the reward rises while the judge falls",
-        ("eval_score", "eval_judge"),
+        ("eval_reward", "eval_judge"),
         hacked,
         "the reward is being hacked: the policy has found what its makers did not mean",
         "stop at the judge's best, raise --beta, take off what it exploits (- 0.02*length), collect again",

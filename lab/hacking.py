@@ -68,7 +68,7 @@ def draw(config: Config) -> None:
     curve = []
     for n in (n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= N):
         row = {"n": n, "eval_kl": math.log(n) - (n - 1) / n}  # a bound (Beirami et al. 2024)
-        row["eval_score"] = mean(best_at(p, p, n) for p in proxy)
+        row["eval_reward"] = mean(best_at(p, p, n) for p in proxy)
         row["eval_judge"] = mean(best_at(j, p, n) for j, p in zip(judged, proxy))
         curve.append(row)
     write_rows(config.out, curve)
@@ -82,7 +82,7 @@ def curve(path: Path) -> list[dict]:
     """The held-out evaluations of a metrics file: kl, proxy and judge, in order."""
     rows = cli.readable_rows(path)
     return [
-        {"kl": row["eval_kl"], "proxy": row.get("eval_rm", row["eval_score"]), "judge": row["eval_judge"]}
+        {"kl": row["eval_kl"], "proxy": row.get("eval_rm", row["eval_reward"]), "judge": row["eval_judge"]}
         for row in rows
         if "eval_judge" in row
     ]

@@ -22,7 +22,7 @@ class OnPolicy(Flags):
     batch_size: int = 128  # responses per iteration
     epochs: int = 2  # passes over each iteration's responses
     minibatch: int = 64  # responses per optimiser step
-    missing_eos_score: float = -1.0  # the score of a response without an end token
+    missing_eos_score: float = -1.0  # a response's score, in place of its reward, without an end token
     max_new_tokens: int = 48  # length limit of a response
     temperature: float = 1.0  # of sampling, and of every log-prob
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
@@ -67,12 +67,13 @@ class Watch:
     """Looks at the policy's answers to the same held-out prompts, and remembers.
 
     models: policy, reference and tokenizer. held_out: prompt rows and their ids. --watch names rewards beside
-    the one that is maximised; --doctor a function(metrics) → [(sickness, cause, remedy)…].
+    the one that is maximised; --doctor a function(metrics) → [(sickness, cause, remedy)…]. What is shown is
+    the mean "reward" as it is; in the "score" that is trained on there is --missing-eos-score, too.
     """
 
     def __init__(self, config: OnPolicy, models: tuple, held_out: tuple, reward, autocast):
         policy, _, tokenizer = models
-        rewards = {"score": reward}
+        rewards = {"reward": reward}
         for name in parse_rewards(config.watch):
             short = name if Path(name).stem in rewards else Path(name).stem
             rewards[short] = make_reward(name, tokenizer, policy.embed.weight.device)

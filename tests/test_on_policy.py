@@ -31,6 +31,18 @@ def test_a_response_without_an_end_token_gets_the_missing_eos_score(stage, job, 
     assert out.count("warning: most groups teach nothing") == (stage == "grpo")
 
 
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_the_held_out_reward_is_raw_and_has_another_name_than_the_score_that_is_trained_on(stage, job):
+    script, config = job(
+        stage, steps=1, max_new_tokens=1, missing_eos_score=-7.0, reward="0*length", watch=""
+    )
+    script.main(config)
+    looks = [row for row in rows(config.out) if "eval_ended" in row]
+    assert len(looks) == 2 and all(row["eval_ended"] == row["eval_reward"] == 0 for row in looks)
+    assert steps(config.out)[0]["score"] == -7
+    assert "eval_score" not in looks[0] and not any("eval_" in name for name in steps(config.out)[0])
+
+
 def test_ppo_takes_kl_off_the_reward_weighed_by_beta(job, pulled):
     def first_update(**changes):
         once = {"steps": 1, "epochs": 1, "minibatch": 8, "init": pulled.out, "reference": pulled.init}
@@ -134,8 +146,8 @@ def test_a_verifiable_reward_pays_for_right_sums(world, job):
     )  # fmt: skip
     script.main(config)
     assert all(0 <= row["score"] <= 1 and 0 <= row["equal_groups"] <= 1 for row in steps(config.out))
-    looks = [row for row in rows(config.out) if "eval_score" in row]
-    assert len(looks) == 2 and all(0 <= row["eval_score"] <= 1 for row in looks)
+    looks = [row for row in rows(config.out) if "eval_reward" in row]
+    assert len(looks) == 2 and all(0 <= row["eval_reward"] <= 1 for row in looks)
     assert models(config.out) == ["policy", "reference"]  # no reward model
 
 

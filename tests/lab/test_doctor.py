@@ -259,11 +259,11 @@ def test_both_log_probs_falling_is_named_only_where_the_margin_grows():
 
 def test_the_judge_is_compared_with_its_best_and_only_where_the_reward_rose():
     rows = [
-        {"step": i, "eval_score": s, "eval_judge": j} for i, (s, j) in enumerate([(0, 0), (1, 0.3), (2, 0)])
+        {"step": i, "eval_reward": s, "eval_judge": j} for i, (s, j) in enumerate([(0, 0), (1, 0.3), (2, 0)])
     ]
     assert [name for name, *_ in diagnose_rows(rows)] == ["the reward rises while the judge falls"]
-    assert not diagnose_rows([{**row, "eval_score": -row["step"]} for row in rows])
-    same = [{**row, "eval_score": row["eval_judge"]} for row in rows]
+    assert not diagnose_rows([{**row, "eval_reward": -row["step"]} for row in rows])
+    same = [{**row, "eval_reward": row["eval_judge"]} for row in rows]
     assert not diagnose_rows(same)  # it is the reward
 
 

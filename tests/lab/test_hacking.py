@@ -31,7 +31,7 @@ def test_the_report_reads_runs_of_several_seeds_and_writes_their_curves(tmp_path
         folder = tmp_path / str(seed)
         folder.mkdir()
         rows = [{"event": "start"}, {"step": 3, "loss": 1.0}]
-        rows += [{"step": k, "eval_kl": k, "eval_score": 2.0 * k, "eval_judge": seed - k} for k in range(3)]
+        rows += [{"step": k, "eval_kl": k, "eval_reward": 2.0 * k, "eval_judge": seed - k} for k in range(3)]
         (folder / "beta-0.metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert len(curve(folder / "beta-0.metrics.jsonl")) == 3
     report([str(tmp_path / "0"), str(tmp_path / "1")])
