@@ -147,7 +147,7 @@ SICKNESSES = (
         ("kl", "kl_error"),
         negative_kl,
         "sampled and scored log-probs disagree",
-        "look at the mask (does it run past the end token?), at --top-k and --top-p, at the temperature",
+        "look at the mask (does it run past the end token?), and at the temperature",
     ),
     (
         "KL stays near 0",

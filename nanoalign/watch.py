@@ -16,7 +16,8 @@ from nanoalign.statistics import clustered_error
 
 @dataclass(kw_only=True)
 class OnPolicy(Flags):
-    """The flags of a run that learns from its own samples."""
+    """The flags of a run that learns from its own samples. They are the policy's own: of a truncated one
+    (top-k, top-p) log π − log π_ref would be no KL, and the first ratio not that of the sampler."""
 
     steps: int = 25  # iterations: rollout, then epochs over it
     batch_size: int = 128  # responses per iteration
@@ -25,8 +26,6 @@ class OnPolicy(Flags):
     missing_eos_score: float = -1.0  # a response's score, in place of its reward, without an end token
     max_new_tokens: int = 48  # length limit of a response
     temperature: float = 1.0  # of sampling, and of every log-prob
-    top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
-    top_p: float = 1.0  # sample from the likeliest tokens that together have this probability
     warmup: int = 5
     log_every: int = 1
     eval_every: int = 5
@@ -38,8 +37,7 @@ class OnPolicy(Flags):
     @property
     def sampling(self) -> dict:
         """What `rollout` is to know."""
-        names = "max_new_tokens", "temperature", "top_k", "top_p"
-        return {name: getattr(self, name) for name in names}
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import KINDS, WORLD, interrupt, models, rows, steps, terminate, write_lines
 
-from nanoalign import UserError
+from nanoalign import UserError, cli
 from nanoalign.checkpoint import load
 
 
@@ -41,6 +41,18 @@ def test_the_held_out_reward_is_raw_and_has_another_name_than_the_score_that_is_
     assert len(looks) == 2 and all(row["eval_ended"] == row["eval_reward"] == 0 for row in looks)
     assert steps(config.out)[0]["score"] == -7
     assert "eval_score" not in looks[0] and not any("eval_" in name for name in steps(config.out)[0])
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_training_samples_cannot_be_truncated(stage, job, monkeypatch, capsys):
+    """Their log π − log π_ref would be no KL, and an adaptive β would steer by it."""
+    script, config = job(stage)
+    assert config.sampling.keys() == {"max_new_tokens", "temperature"}
+    for flag in ("--top-k=5", "--top-p=0.9"):
+        monkeypatch.setattr("sys.argv", ["train.py", flag])
+        with pytest.raises(SystemExit):
+            cli.run(script.main, script.Config)
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
 def test_ppo_takes_kl_off_the_reward_weighed_by_beta(job, pulled):
