@@ -13,6 +13,8 @@ from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.run import Flags
 from nanoalign.statistics import clustered_error
 
+MOST = 256  # rows of metrics that are remembered
+
 
 @dataclass(kw_only=True)
 class OnPolicy(Flags):
@@ -78,7 +80,8 @@ class Watch:
         self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
         self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
         self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()
-        self.autocast, self.seen, self.warned = autocast, [], set()
+        self.autocast, self.warned = autocast, set()
+        self.seen, self.count, self.every = [], 0, 1  # of `count` rows of metrics every so-manieth
 
     def begin(self, run) -> None:
         """Go on with what a stopped run has seen, or look for the first time."""
@@ -110,13 +113,24 @@ class Watch:
         }
 
     def warn(self, row: dict) -> None:
-        """Name each sickness that the run shows up to this iteration, once a run."""
-        self.seen.append(row)
-        looks = [{f"eval_{name}": value for name, value in look.items()} for look in self.history]
-        for name, cause, remedy in self.diagnose([*self.seen, *looks]):
+        """Name each sickness that the run shows up to this iteration, once a run.
+
+        Of a long run the doctor is shown `MOST` rows at most, so that an iteration costs the same whenever it
+        comes: evenly spaced ones and this one, the first look at held-out prompts and the last ones.
+        """
+        if not row:
+            return
+        looks = self.history[:1] + self.history[max(1, len(self.history) - MOST) :]
+        looks = [{f"eval_{name}": value for name, value in look.items()} for look in looks]
+        for name, cause, remedy in self.diagnose([*self.seen, row, *looks]):
             if name not in self.warned:
                 print(f"  warning: {name}: {cause}; {remedy}.")
                 self.warned.add(name)
+        if self.count % self.every == 0:
+            self.seen.append(row)
+        self.count += 1
+        if len(self.seen) == MOST:
+            self.seen, self.every = self.seen[::2], 2 * self.every
 
     def table(self) -> None:
         """Every look of the run, a line each."""

@@ -1,13 +1,16 @@
 """PPO and GRPO from end to end: where they start, what they log, what their flags do."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 from runs import KINDS, WORLD, interrupt, models, rows, steps, terminate, write_lines
 
+from lab.doctor import diagnose_rows
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load
+from nanoalign.watch import MOST, Watch
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +184,54 @@ def test_groups_without_spread_are_counted_and_teach_nothing(kind, job, capsys):
     assert "warning: most groups teach nothing" in capsys.readouterr().out
     before, after = load(config.init)["model"], load(config.out)["model"]
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+@pytest.fixture
+def warner():
+    """warner(diagnose) → a Watch that asks this doctor, and has looked never."""
+
+    def warner(diagnose):
+        watch = Watch.__new__(Watch)
+        watch.diagnose, watch.history, watch.warned = diagnose, [], set()
+        watch.seen, watch.count, watch.every = [], 0, 1
+        return watch
+
+    return warner
+
+
+def test_an_iteration_s_warnings_cost_the_same_however_long_the_run(warner):
+    """The rows that the doctor is shown are few, evenly spaced, and end with the newest."""
+    shown = []
+    watch = warner(lambda rows: shown.append([row["step"] for row in rows if "step" in row]) or ())
+    for step in range(3000):
+        if step % 5 == 0:
+            watch.history.append({"kl": float(step)})
+        watch.warn({"step": step})
+    assert max(map(len, shown)) <= MOST and len(watch.seen) < MOST
+    assert all(asked == list(range(len(asked))) for asked in shown[:MOST])  # at first it is shown them all
+    for newest, asked in enumerate(shown):
+        *before, last = asked
+        assert last == newest and len({b - a for a, b in pairwise(before)}) <= 1
+        assert newest < MOST or len(asked) > MOST / 2
+
+
+def test_the_first_look_and_the_latest_ones_are_shown_to_the_doctor(warner):
+    shown = []
+    watch = warner(lambda rows: shown.append([row["eval_kl"] for row in rows if "eval_kl" in row]) or ())
+    watch.history = [{"kl": float(step)} for step in range(1000)]
+    watch.warn({"step": 1})
+    assert shown == [[0.0, *map(float, range(1000 - MOST, 1000))]]
+
+
+def test_a_sickness_is_named_as_soon_as_it_shows_and_once(warner, capsys):
+    """Of responses that double in length at step 1301: once they are more than half of the last quarter."""
+    watch, long = warner(diagnose_rows), []
+    for step in range(1500):
+        watch.warn({"step": step, "ratio_error": 0.5 if step == 1203 else 0.0, "length": 1.0 + (step > 1300)})
+        said = capsys.readouterr().out
+        assert ("off 1 at the first minibatch" in said) == (step == 1203)
+        long += [step] * ("responses grow long" in said)
+    assert len(long) == 1 and abs(long[0] - 1300 * 8 / 7) < 20
