@@ -13,8 +13,9 @@ With scores s sorted upwards (Chen et al. 2021, eq. 1)
     E[right@n] = Σ_i right_i · C(i−1, n−1) / C(N, n),          pass@n = 1 − C(N−c, n) / C(N, n)
 
 Search: each of `width` prefixes is continued by `expansions` sampled steps, the process model scores them,
-and the best `width` go on (beam), or the best of each prefix's own (dvts: Beeching et al. 2024). It is
-compared with best-of-n at the same number of generated tokens.
+and the best `width` go on (beam), or the best of each prefix's own (dvts: Beeching et al. 2024); equal ones
+are one. It is compared with best-of-n at the same number of generated tokens. In both a solution that has not
+ended, by --max-new-tokens or the last step, scores 0.
 
     python best_of_n.py --orm out/demo/orm.pt --search beam dvts --show 3    # coloured steps, too
 """
@@ -119,10 +120,11 @@ def curves(right, answers, scores: dict, subsets: int, seed: int) -> dict:
 
 
 def tree_search(roots, expand, score, width, expansions, depth, diverse: bool) -> list:
-    """Search over steps, all problems side by side → for each root [(score, finished solution)], best first.
+    """Search over steps, all problems side by side → for each root [(score, solution)], best first.
 
     expand(nodes) → [(node, finished)], `expansions` for each node in turn; score(nodes) → a number for each.
-    Of a root's candidates the best `width` go on, or with `diverse` the best one of each prefix."""
+    Of a root's candidates the best `width` go on, or with `diverse` the best one of each prefix. Equal nodes
+    are one candidate. What is unfinished after `depth` steps scores 0."""
     beams, done = [[root] * width for root in roots], [[] for _ in roots]
     for _ in range(depth):
         children = expand([node for beam in beams for node in beam])
@@ -132,10 +134,14 @@ def tree_search(roots, expand, score, width, expansions, depth, diverse: bool) -
             pools = [list(islice(scored, expansions)) for _ in beam]
             pools = pools if diverse else [list(chain(*pools))]
             keep = 1 if diverse else width - len(done[r])
-            best = [c for pool in pools for c in sorted(pool, key=lambda c: -c[0])[:keep]]
-            done[r] += [(value, child) for value, child, finished in best if finished]
-            beams[r] = [child for _, child, finished in best if not finished]
-    return [sorted(found, key=lambda c: -c[0]) for found in done]
+            best = {}
+            for pool in pools:
+                new = {child: (value, finished) for value, child, finished in pool if child not in best}
+                best |= dict(sorted(new.items(), key=lambda c: -c[1][0])[:keep])
+            done[r] += [(value, child) for child, (value, finished) in best.items() if finished]
+            beams[r] = [child for child, (_, finished) in best.items() if not finished]
+    found = [own + [(0.0, node) for node in beam] for own, beam in zip(done, beams)]
+    return [sorted(solutions, key=lambda c: -c[0]) for solutions in found]
 
 
 def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
@@ -156,10 +162,12 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
             said = (torch.arange(new.ids.shape[1]) >= starts).to(new.ids.device)  # all steps so far
             p = prm(indices, Rollout(new.ids, said, new.logp, new.ended))
             values = aggregate(p, step_ends(new.ids, said, tokenizer), by).tolist()
-            for i, step, value in zip(indices, new.responses(), values):
-                node = asked[i][0], (*asked[i][1], *step)
-                full = len(node[1]) >= policy.config.context
-                children[i], worth[node] = (node, full or step[-1] not in breaks), value
+            for i, step, value, ended in zip(indices, new.responses(), values, new.ended.tolist()):
+                node = at, ids = asked[i][0], (*asked[i][1], *step)
+                length, room = len(ids) - at, min(limit, policy.config.context - at)
+                stopped = length >= room or step[-1] not in breaks
+                complete = ended and length <= room
+                children[i], worth[node] = (node, stopped), value if complete or not stopped else 0.0
                 tokens += len(step)
         return children
 

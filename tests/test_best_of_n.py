@@ -3,7 +3,10 @@
 import itertools
 import math
 import random
+import re
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -100,6 +103,99 @@ def test_search_keeps_problems_apart_and_counts_a_beam_that_ends_early():
 
     found = tree_search(["x", "y"], expand, lambda nodes: [float(len(n)) for n in nodes], 1, 1, 9, False)
     assert [[node for _, node in solutions] for solutions in found] == [["xaa"], ["ya"]]
+
+
+def test_equal_prefixes_are_one_and_what_is_unfinished_at_the_last_step_comes_last():
+    asked = []
+
+    def expand(nodes):  # each node's two steps are the same one, but for the first prefix's
+        asked.append(nodes)
+        return [
+            (node + step, node + step == "xbb") for node in nodes for step in ("ab" if node == "x" else "bb")
+        ]
+
+    def score(nodes):
+        return [0.9 if "a" in node else 0.5 for node in nodes]
+
+    [beam] = tree_search(["x"], expand, score, 3, 2, 3, False)
+    assert asked == [["x"] * 3, ["xa", "xb"], ["xab"]]
+    assert beam == [(0.5, "xbb"), (0.0, "xabb")]
+    asked.clear()
+    [diverse] = tree_search(["x"], expand, score, 3, 2, 1, True)  # each prefix goes another way, or ends
+    assert diverse == [(0.0, "xa"), (0.0, "xb")]
+
+
+TREE = {  # what follows the steps so far, and whether it ends there
+    "": (("Go on.\n", False), ("Stop it.\n", False)),
+    "Go on.\n": (("Answer: 4", False), ("Answer: 4", False)),
+    "Stop it.\n": (("Answer: 3", True), ("Answer: 5\n", False)),
+    "Stop it.\nAnswer: 5\n": (("Answer: 3", True), ("Answer: 3", True)),
+}
+
+
+@pytest.fixture
+def searched(monkeypatch, capsys):
+    """searched(kind, …) → the share right, the tokens a problem and the n of a search in `TREE`, where a
+    process model likes all that begins with "Go on."."""
+
+    def rollouts(policy, tokenizer, prompts, limit, seed, stops, temperature):
+        assert list(stops) == WORLD.newlines and temperature == 0.7
+        new, seen = [], Counter()
+        for ids in prompts:
+            so_far = WORLD.decode(ids[len(ASKED) :].tolist())
+            text, ended = TREE[so_far][seen[so_far] % 2]
+            seen[so_far] += 1
+            new.append((ids, [*WORLD.encode(text), *[WORLD.end] * ended], ended))
+        rows = [torch.tensor([*ids, *step]) for ids, step, _ in new]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, WORLD.pad)
+        at = torch.arange(ids.shape[1])
+        starts, ends = (torch.tensor([[n] for n in column]) for column in zip(*(
+            (len(ids), len(ids) + len(step)) for ids, step, _ in new)))  # fmt: skip
+        ended = torch.tensor([ended for *_, ended in new])
+        yield list(range(len(new))), Rollout(ids, (at >= starts) & (at < ends), ids.float(), ended)
+
+    def prm(indices, drawn):
+        assert not drawn.mask[:, : len(ASKED)].any() and drawn.mask[:, len(ASKED)].all()
+        liked = drawn.ids[:, len(ASKED)] == WORLD.encode("Go on.")[0]
+        return torch.where(liked, 0.9, 0.4)[:, None].expand(drawn.ids.shape)
+
+    def searched(kind, **changes):
+        flags = {"width": 2, "expansions": 2, "depth": 2, "samples": 8, "temperature": 0.7, **changes}
+        drawn = {"tokens": np.full((1, 8), 10.0), "right": np.ones((1, 8), bool)}
+        drawn["scores"] = {"prm-min": np.ones((1, 8))}
+        policy = SimpleNamespace(config=SimpleNamespace(context=128))
+        row = {"prompt": [{"role": "user", "content": "1 + 2?"}], "meta": {"answer": 3}}
+        found = best_of_n.search(kind, policy, prm, WORLD, [row], drawn, best_of_n.Config(**flags))
+        [(n, (right, _))] = found.items()
+        return right, int(re.search(r"right, (\d+) tokens", capsys.readouterr().out)[1]), n
+
+    monkeypatch.setattr(best_of_n, "rollouts", rollouts)
+    return searched
+
+
+ASKED = WORLD.prompt([{"role": "user", "content": "1 + 2?"}])
+
+
+def length(text, ended=False):
+    return len(WORLD.encode(text)) + ended
+
+
+@pytest.mark.parametrize("kind", ["beam", "dvts"])
+def test_search_counts_every_sampled_token_and_an_unfinished_solution_scores_0_in_it(kind, searched):
+    """The process model likes "Answer: 4" better, which has not ended; as best-of-n has it, that scores 0."""
+    first = 2 * (length("Go on.\n") + length("Stop it.\n"))
+    then = 2 * length("Answer: 4") + length("Answer: 3", True) + length("Answer: 5\n")
+    right, tokens, n = searched(kind)
+    assert right == 1 and tokens == first + then and n == min(8, round(tokens / 10))
+    right, tokens, _ = searched(kind, depth=1)  # nothing has ended: all are alike, and the first is none
+    assert right == 0 and tokens == first
+
+
+def test_a_solution_is_as_long_at_most_in_search_as_in_best_of_n(searched):
+    """--max-new-tokens is of the whole solution, not of each step."""
+    whole = length("Stop it.\n") + length("Answer: 3", True)
+    assert searched("beam", max_new_tokens=whole)[0] == 1
+    assert searched("beam", max_new_tokens=whole - 1)[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------ the script
