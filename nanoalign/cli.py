@@ -54,18 +54,39 @@ def program() -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
+        message = visible(" ".join(message.splitlines()))
         self.exit(2, f"error: {message}. `python {self.prog} --help` lists the flags.\n")
 
 
-def _number(text: str, kind: type, default):
-    try:
-        value = kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {what}, not {text!r}") from None
-    if not math.isfinite(value) or value < 0 <= default:
-        raise argparse.ArgumentTypeError(f"expected a number ≥ 0, not {text}")
-    return value
+SIZES = {  # the memory that a run takes at once is a multiple of them: a million is a slip of the hand
+    *("samples", "subsets", "width", "expansions", "depth", "continuations", "tries", "rounds", "crowd"),
+    *("votes", "context", "max_length", "max_new_tokens", "group_size"),
+}
+SINGLE = torch.finfo(torch.float32)
+LEAST = {"temperature": 1e-4}  # where it is not 0: a smaller one is greed, and beyond single precision
+
+
+def bounds(name: str, default: float) -> tuple[float, float]:
+    """The least value but for 0, and the largest, of a flag that is a number."""
+    if isinstance(default, int):
+        return 1, 2**64 - 1 if name == "seed" else 10**5 if name in SIZES else 2**31 - 1
+    return LEAST.get(name, SINGLE.tiny), 10**6 if name == "epochs" else SINGLE.max
+
+
+def _number(text: str, name: str, default: float):
+    whole = isinstance(default, int)
+    digits = "[0-9]{1,99}" if whole else r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    if not re.fullmatch(f"[+-]?{digits}", text):
+        what = "a whole number" if whole else "a number"
+        raise argparse.ArgumentTypeError(f"expected {what}, not {text[:40]!r}")
+    value = type(default)(text)
+    least, most = bounds(name, default)
+    if value < 0 <= default:
+        raise argparse.ArgumentTypeError(f"expected a number ≥ 0, not {text[:40]}")
+    if value != 0 and not least <= abs(value) <= most:
+        scope = f"a number from {least} to {most}" if whole else f"a number from {least:.3g} to {most:.3g}"
+        raise argparse.ArgumentTypeError(f"expected 0, or {scope}, not {text[:40]}")
+    return value + 0  # no −0
 
 
 def parse(config_class, description: str = "", argv: list[str] | None = None):
@@ -88,11 +109,15 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
         elif isinstance(default, tuple):
             options["nargs"] = "+"
         elif isinstance(default, (int, float)):
-            options["type"] = partial(_number, kind=type(default), default=default)
+            options["type"] = partial(_number, name=field.name, default=default)
             options["metavar"] = type(default).__name__.upper()
         groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+NO_MEMORY = "allocate memory|out of memory|too many elements|[Ss]torage size calculation overflowed"
+LIGHTER = ("micro_batch", "micro_tokens", "batch_size", "samples", "max_length", "max_new_tokens", "context")
 
 
 def run(main, config_class, description: str = "") -> None:
@@ -112,8 +137,13 @@ def run(main, config_class, description: str = "") -> None:
         file = f": {error.filename}" if error.filename else ""
         hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         sys.exit(f"error: {error.strerror or error}{file}{hint}.")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU ran out of memory; use fewer or shorter rows at a time (--micro-batch).")
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises either
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):
+            raise
+        less = [f"--{name.replace('_', '-')}" for name in LIGHTER if hasattr(config, name)]
+        flags, where = f" ({', '.join(less)})" if less else "", "GPU" if on_gpu else "machine"
+        sys.exit(f"error: the {where} ran out of memory; use fewer or shorter rows at a time{flags}.")
 
 
 def duration(seconds: float) -> str:

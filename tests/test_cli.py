@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,49 @@ def test_a_wrong_flag_is_one_sentence_and_status_two(flags, key, capsys):
     assert key in error and error.count("\n") == 1
 
 
+@dataclass
+class Numbers:
+    seed: int = 0  # a seed
+    count: int = 1  # a count
+    samples: int = 1  # what memory is a multiple of
+    lr: float = 0.1  # a rate
+    score: float = -1.0  # may be negative
+    temperature: float = 1.0  # may be 0, but not nearly
+    epochs: float = 1.0  # passes
+
+
+@pytest.mark.parametrize(
+    "flag, good, bad",
+    [
+        ("seed", ["0", "1", str(2**63), str(2**64 - 1)], ["-1", str(2**64), "9" * 5000, "1e3"]),
+        (
+            "count",
+            ["0", "007", "2147483647", "-0"],
+            ["-1", str(2**31), "1_000", "０", "٣", " 5", "5 ", "0x10", "5.0"],
+        ),
+        ("samples", ["0", "100000"], ["100001", "1000000000"]),
+        (
+            "lr",
+            ["0", "1.", ".5", "1E-3", "1.2e-38", "3.4e38"],
+            ["-1", "nan", "inf", "1e39", "1e-46", "1e-320", "1e999"],
+        ),
+        ("lr", ["+1"], ["1_0", "1e", "e3", "", " 1", "0x1p3", "１", "infinity", "1,5"]),
+        ("score", ["0", "-3.4e38", "5"], ["-1e39", "1e39", "-1e-46", "nan", "-inf"]),
+        ("temperature", ["0", "0.0001", "0.7", "1e9"], ["1e-5", "1e-30", "-1"]),
+        ("epochs", ["0.001", "1000000"], ["1e7", "1e38"]),
+    ],
+)
+def test_a_number_is_plain_finite_and_within_what_it_is_for(flag, good, bad, capsys):
+    for text in good:
+        value = getattr(cli.parse(Numbers, argv=[f"--{flag}={text}"]), flag)
+        assert value == type(value)(text) and str(value) != "-0.0" and type(value) is type(getattr(Numbers, flag))
+    for text in bad:
+        with pytest.raises(SystemExit):
+            cli.parse(Numbers, argv=[f"--{flag}={text}"])
+        error = capsys.readouterr().err
+        assert f"--{flag}: expected" in error and error.count("\n") == 1 and len(error) < 250
+
+
 @pytest.mark.parametrize(
     "raised, status, key",
     [
@@ -115,6 +159,7 @@ def test_a_wrong_flag_is_one_sentence_and_status_two(flags, key, capsys):
         (PermissionError(13, "Permission denied", "/x.pt"), "error: Permission denied: /x.pt.", ""),
         (OSError(28, "No space left on device"), "error: No space left on device; free some space", ""),
         (torch.OutOfMemoryError(), "error: the GPU ran out of memory; use fewer or shorter", ""),
+        (MemoryError(), "error: the machine ran out of memory; use fewer or shorter", ""),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_no_traceback(raised, status, key, monkeypatch, capsys):
@@ -131,10 +176,26 @@ def test_a_users_mistake_is_one_sentence_and_no_traceback(raised, status, key, m
     assert key in capsys.readouterr().err
 
 
-def test_a_bug_is_not_swallowed(monkeypatch):
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(10**14), lambda: torch.empty(2**62), lambda: np.empty(10**15)]
+)
+def test_memory_that_the_machine_does_not_have_is_one_sentence_that_names_what_to_lower(
+    allocate, monkeypatch
+):
     monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(ZeroDivisionError):
-        cli.run(lambda config: 1 / 0, Config)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda config: allocate(), Flags)
+    expected = (
+        "the machine ran out of memory; use fewer or shorter rows at a time (--micro-batch, --micro-tokens, "
+    )
+    assert stopped.value.code == f"error: {expected}--batch-size)."
+
+
+@pytest.mark.parametrize("bug", [lambda: 1 / 0, lambda: torch.ones(2) + torch.ones(3)])
+def test_a_bug_is_not_swallowed(bug, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        cli.run(lambda config: bug(), Config)
 
 
 def read(path):
