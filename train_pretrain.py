@@ -50,7 +50,7 @@ class Config(Flags):
 def pack(rows: list[dict], tokenizer: Tokenizer, context: int, part: str = "training") -> np.ndarray:
     """Texts, each followed by the end token, cut into blocks (N, context) int64; what fills none is left out.
     Neighbouring blocks share one token, so that every token but the very first is predicted exactly once."""
-    texts = tokenizer.encoding.encode_ordinary_batch([row["text"] for row in rows])
+    texts = tokenizer.encode_all([row["text"] for row in rows])
     stream = np.concatenate([np.array([*ids, tokenizer.end], dtype=np.int64) for ids in texts])
     if not 2 <= context <= len(stream):
         count = f"the {len(stream):,} tokens of the {part} text"

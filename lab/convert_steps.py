@@ -33,7 +33,7 @@ class Config:
     data: str = ""  # the rows to convert
     out: str = "out/steps.jsonl"  # rows of steps
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
-    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
+    fields: str = ""  # other field names: prompt=instruction,completion=output
 
 
 def convert(row: dict) -> list[dict]:

@@ -21,7 +21,7 @@ class Config:
     seed: int = 0  # of what may be drawn; a score needs none
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
-    fields: str = ""  # other names of the fields: ours=theirs,…; prompt=instruction,completion=output
+    fields: str = ""  # other field names: prompt=instruction,completion=output
 
 
 def main(config: Config) -> None:

@@ -312,3 +312,9 @@ def write_rows(path: str, rows) -> None:
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     partial.replace(path)
+
+
+if __name__ == "__main__":
+    from nanoalign.show_rows import command  # here, for it imports this module
+
+    command()

@@ -12,6 +12,7 @@ merge ever crosses from a prompt into a response.
 import base64
 import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,6 +62,11 @@ class Tokenizer:
         runs = (found.span() for found in re.finditer(rf"(?<!\s)\s{{{RUN},}}", text))
         cuts = [0, *(cut for start, end in runs for cut in range(start + RUN, end, RUN)), len(text)]
         return [token for a, b in pairwise(cuts) for token in self.encoding.encode_ordinary(text[a:b])]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on several threads."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids, specials: bool = False) -> str:
         """Token ids → text. Special tokens are left out, or spelt when `specials`."""
