@@ -316,7 +316,7 @@ def assert_sampled(config, seen):
     for call, (rows, drawn, _) in zip(seen["rollout"], sampled):
         assert call.model is policy and call.result.ids is drawn.ids
         assert call.max_new_tokens == config.max_new_tokens
-        assert call.sampling == {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+        assert call.sampling == {"temperature": config.temperature}
         for row, ids, mask in zip(rows, drawn.ids, drawn.mask):
             prompt = WORLD.prompt(row["prompt"])
             assert ids[: len(prompt)].tolist() == prompt.tolist() and mask.nonzero()[0] == len(prompt)
@@ -365,7 +365,7 @@ def assert_watched(monkeypatch, script, config):
         kl = (logprobs(then, ids, mask, T) - logprobs(ref, ids, mask, T)).sum(1).mean()
         [score] = [found for _, shown, found in seen["scored"] if shown is rollout]
         length = mask.sum(1).double().mean()
-        assert_close(row, {"eval_kl": kl, "eval_length": length, "eval_score": score.mean()})
+        assert_close(row, {"eval_kl": kl, "eval_length": length, "eval_reward": score.mean()})
     history = [look["kl"] for look in load(config.out)["history"]]
     assert [row["eval_kl"] for row in found] == pytest.approx(history, rel=1e-5)
 

@@ -13,7 +13,7 @@ from nanoalign.checkpoint import load
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "group_size": 3, "clip_low": 0.04, "clip_high": 0.07, "steps": 3, "batch_size": 9,
     "epochs": 3, "minibatch": 6, "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 5,
-    "temperature": 0.7, "top_k": 300, "top_p": 0.97, "lr": 0.01, "warmup": 2, "weight_decay": 0.3,
+    "temperature": 0.7, "lr": 0.01, "warmup": 2, "weight_decay": 0.3,
     "clip": 0.4, "seed": 5, "eval_every": 2, "eval_prompts": 3, "save_every": 2, "doctor": "",
     "device": "cpu:0",
 }  # fmt: skip

@@ -17,8 +17,8 @@ from nanoalign.checkpoint import load, load_scalar
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "gamma": 0.9, "lam": 0.7, "clip_ratio": 0.05, "clip_value": 0.04, "vf_coef": 0.6,
     "kl_target": 0.5, "kl_horizon": 9.0, "steps": 3, "batch_size": 6, "epochs": 3, "minibatch": 4,
-    "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 7, "temperature": 0.7, "top_k": 300,
-    "top_p": 0.97, "lr": 0.01, "warmup": 2, "weight_decay": 0.3, "clip": 0.4, "seed": 5, "eval_every": 2,
+    "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 7, "temperature": 0.7,
+    "lr": 0.01, "warmup": 2, "weight_decay": 0.3, "clip": 0.4, "seed": 5, "eval_every": 2,
     "eval_prompts": 3, "save_every": 2, "doctor": "", "device": "cpu:0",
 }  # fmt: skip
 
