@@ -143,7 +143,11 @@ class Numbers:
 def test_a_number_is_plain_finite_and_within_what_it_is_for(flag, good, bad, capsys):
     for text in good:
         value = getattr(cli.parse(Numbers, argv=[f"--{flag}={text}"]), flag)
-        assert value == type(value)(text) and str(value) != "-0.0" and type(value) is type(getattr(Numbers, flag))
+        assert (
+            value == type(value)(text)
+            and str(value) != "-0.0"
+            and type(value) is type(getattr(Numbers, flag))
+        )
     for text in bad:
         with pytest.raises(SystemExit):
             cli.parse(Numbers, argv=[f"--{flag}={text}"])

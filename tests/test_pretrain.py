@@ -24,3 +24,10 @@ def test_packing_predicts_every_token_but_the_first_exactly_once():
 def test_text_too_short_for_a_block_is_a_user_error():
     with pytest.raises(UserError, match="--context"):
         pack([{"text": "a b"}], WORLD, 100)
+
+
+def test_texts_are_encoded_as_everywhere_a_million_spaces_too():
+    text = "a" + " " * 1_000_000 + "b"
+    assert pack([{"text": text}, {"text": "Once."}], WORLD, 2)[:, 0].tolist() == [
+        *WORLD.encode(text), WORLD.end, *WORLD.encode("Once."),
+    ]  # fmt: skip
