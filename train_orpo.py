@@ -5,7 +5,8 @@
 
 No reference model and no SFT stage before: the first part teaches the answer, the second that the rejected
 one is less likely. As in the paper the NLL is the mean over prompt and response; `--nll response` leaves the
-prompt out.
+prompt out. With a pair's "probability" p that the chosen side is better the loss is expected over the label,
+p L(x, y_w, y_l) + (1−p) L(x, y_l, y_w), as if the pair stood there in both orders that often.
 
     python train_orpo.py                                            # the built-in world, from its base model
     python train_orpo.py --data hh.jsonl --init out/base.pt --out out/orpo.pt --lr 1e-4
@@ -60,40 +61,58 @@ def log_odds(mean_logp: Tensor) -> Tensor:
     return m - log1mexp
 
 
-def orpo_loss(nll: Tensor, chosen_mean: Tensor, rejected_mean: Tensor, lam: float = 0.1) -> Tensor:
-    """NLL of the chosen side, mean log-probs of both responses, (B,) each → loss (B,).
-
-    Hong et al. 2024, eqs. 6 and 7.
-    """
-    return nll - lam * F.logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
+def odds_loss(ratio: Tensor, p: Tensor | float = 1.0) -> Tensor:
+    """Log-odds ratios (B,) → the second part of the loss (B,), expected over the label."""
+    return -p * F.logsigmoid(ratio) - (1 - p) * F.logsigmoid(-ratio)
 
 
-def pair_logprobs(policy, batch: list, tokenizer, config: Config, device) -> tuple[Tensor, Tensor, Tensor]:
+def orpo_loss(
+    nll: Tensor, chosen_mean: Tensor, rejected_mean: Tensor, lam: float = 0.1, p: Tensor | float = 1.0
+) -> Tensor:
+    """NLL of what is imitated, mean log-probs of both responses, labels p, (B,) each → loss (B,)."""
+    return nll + lam * odds_loss(log_odds(chosen_mean) - log_odds(rejected_mean), p)
+
+
+def pair_logprobs(
+    policy, batch: list, tokenizer, config: Config, device, p: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs → NLL of the chosen side, mean response log-probs of both, (B,) each.
 
-    One forward pass, in which each prompt is read once, not with either response.
+    p (B,), on the CPU: the NLL is the rejected side's with 1 − p. Each prompt is read once, for both sides.
     """
-    ids, mask = collate([side for pair in batch for side in pair], tokenizer.pad)  # (2B, T)
+    sides = [side for pair in batch for side in pair]
+    ids, mask = collate(sides, tokenizer.pad)  # (2B, T)
+    p = torch.ones(len(batch)) if p is None else p
+    share = torch.stack((p, 1 - p), dim=1)  # (B, 2) of each side in what is imitated
     imitated = mask.clone()
-    if config.nll == "all":
-        for row, (chosen, _) in enumerate(batch):
-            imitated[2 * row, 1 : len(chosen[0])] = True
+    for row, (side, _) in enumerate(sides):
+        if config.nll == "all" and share[row // 2, row % 2] > 0:
+            imitated[row, 1 : len(side)] = True
     ids = ids.to(device, non_blocking=True)
     hidden = packed_hidden(policy, ids, mask, [2] * len(batch))
     logp = token_logprobs(policy, ids, imitated, hidden=hidden)  # (2B, T)
     chosen_mean, rejected_mean = masked_mean(logp, mask).view(-1, 2).T
-    return -masked_mean(logp, imitated)[::2], chosen_mean, rejected_mean
+    nll = -masked_mean(logp, imitated).view(-1, 2)
+    expected = (share.to(device, non_blocking=True) * nll).sum(-1)
+    return expected, chosen_mean, rejected_mean
 
 
 def measure(policy, batch: list, tokenizer, config: Config, device) -> dict[str, Tensor]:
-    """Pairs → what is logged of them, (B,) each: the loss, its parts, and both sides' mean log-probs."""
-    nll, chosen, rejected = pair_logprobs(policy, batch, tokenizer, config, device)
-    ratio = log_odds(chosen) - log_odds(rejected)
+    """Pairs with labels → what is logged, (B,) each: the loss, its parts, and both sides' mean log-probs."""
+    pairs, p = zip(*batch)
+    p = torch.tensor(p)
+    nll, chosen, rejected = pair_logprobs(policy, pairs, tokenizer, config, device, p)
+    ratio, p = log_odds(chosen) - log_odds(rejected), p.to(device, non_blocking=True)
     return {
-        "loss": orpo_loss(nll, chosen, rejected, config.lam),
-        "nll": nll, "odds_loss": -F.logsigmoid(ratio), "log_odds_ratio": ratio,
+        "loss": orpo_loss(nll, chosen, rejected, config.lam, p),
+        "nll": nll, "odds_loss": odds_loss(ratio, p), "log_odds_ratio": ratio,
         "accuracy": (ratio > 0).float(), "mean_logp_chosen": chosen, "mean_logp_rejected": rejected,
     }  # fmt: skip
+
+
+def with_labels(pairs: list, rows: list[dict]) -> list[tuple]:
+    """Pairs and the row of each → (pair, P(its chosen side is the better one)) of each."""
+    return [(pair, row.get("probability", 1.0)) for pair, row in zip(pairs, rows)]
 
 
 @torch.no_grad()
@@ -115,13 +134,13 @@ def main(config: Config) -> None:
     rows, eval_rows = read_split(config, config.data, "pairs", 500)
     eval_rows = without_ties(eval_rows, "held-out")
     max_length = min(config.max_length, policy.config.context)
-    pairs, _ = pair_examples(without_ties(rows), tokenizer, max_length)
-    eval_pairs, _ = pair_examples(eval_rows, tokenizer, max_length, "held-out")
+    pairs = with_labels(*pair_examples(rows, tokenizer, max_length))
+    eval_pairs = with_labels(*pair_examples(eval_rows, tokenizer, max_length, "held-out"))
     shown, prompts = questions(eval_rows, tokenizer, max_length, 4)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     prepare(config, policy)
-    lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
+    lengths = [max(len(ids) for ids, _ in pair) for pair, _ in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
     made_from = policy.embed.weight, pairs
     run = Run(config, "orpo", policy, tokenizer, optimizer, order, made_from)
@@ -132,7 +151,7 @@ def main(config: Config) -> None:
                 found = measure(policy, batch, tokenizer, config, device)
             (found["loss"].sum() / len(order[step])).backward()
             run.add(**found)
-            run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
+            run.metrics.tokens += sum(len(ids) for pair, _ in batch for ids, _ in pair)
         if step == 0:  # an untrained model thinks both sides about equally likely
             print(f"step-0 check: odds part {run.means()['odds_loss']:.4f}, near ln 2 = {math.log(2):.4f}")
         run.update()

@@ -6,11 +6,12 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 import torch
+from runs import steps
 
 from nanoalign.data import collate, pair_examples
 from nanoalign.logprobs import masked_mean
 from nanoalign.model import GPT, GPTConfig
-from nanoalign.rows import parse_pair
+from nanoalign.rows import parse_pair, read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
 from train_orpo import Config, evaluate, log_odds, measure, orpo_loss, pair_logprobs
 
@@ -211,7 +212,8 @@ def test_the_rejected_prompt_and_response_are_never_imitated(model):
 def test_what_is_logged_adds_up_and_held_out_means_are_over_pairs(model):
     config = Config(lam=0.3, batch_size=2)
     values = pair_logprobs(model, examples(*PAIRS), TOKENIZER, config, "cpu")
-    found = measure(model, examples(*PAIRS), TOKENIZER, config, "cpu")
+    certain = [(pair, 1.0) for pair in examples(*PAIRS)]
+    found = measure(model, certain, TOKENIZER, config, "cpu")
     logged = {name: column.tolist() for name, column in found.items()}
     nll, chosen, rejected = (v.tolist() for v in values)
     for i in range(3):
@@ -222,5 +224,47 @@ def test_what_is_logged_adds_up_and_held_out_means_are_over_pairs(model):
             "mean_logp_chosen": chosen[i], "mean_logp_rejected": rejected[i],
         }  # fmt: skip
         assert {name: column[i] for name, column in logged.items()} == pytest.approx(due, rel=1e-6)
-    means = evaluate(model, examples(*PAIRS), TOKENIZER, config, "cpu")
+    means = evaluate(model, certain, TOKENIZER, config, "cpu")
     assert means == pytest.approx({name: np.mean(column) for name, column in logged.items()})
+
+
+@pytest.mark.parametrize("nll", ["all", "response"])
+@pytest.mark.parametrize("p", [1.0, 0.8, 0.5, 0.0])
+def test_a_soft_label_s_loss_and_gradient_are_expected_over_the_pair_in_both_orders(model, nll, p):
+    config = Config(lam=0.3, nll=nll)
+
+    def trained(batch):
+        found = measure(model, batch, TOKENIZER, config, "cpu")
+        return found, torch.autograd.grad(found["loss"].sum(), list(model.parameters()))
+
+    pairs = examples(*PAIRS)
+    (soft, slope), (ours, up), (turned, down) = map(trained, (
+        [(pair, p) for pair in pairs],
+        [(pair, 1.0) for pair in pairs],
+        [(pair[::-1], 1.0) for pair in pairs],
+    ))  # fmt: skip
+    for name in ("loss", "nll", "odds_loss"):
+        torch.testing.assert_close(soft[name], p * ours[name] + (1 - p) * turned[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(soft["log_odds_ratio"], ours["log_odds_ratio"])
+    for a, b, c in zip(slope, up, down):
+        torch.testing.assert_close(a, p * b + (1 - p) * c, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_learns_from_its_pairs_probabilities(job, pairs, tmp_path):
+    """A pair of probability 0 is the pair turned round, and those of 1/2 are trained on, too."""
+    rows = read_rows(pairs, "pairs")[:40]
+    turned = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "probability": 0.0} for row in rows
+    ]
+    runs = []
+    for name, data in (
+        ("plain", rows),
+        ("turned", turned),
+        ("torn", [{**r, "probability": 0.5} for r in rows]),
+    ):
+        write_rows(f"{tmp_path}/{name}.jsonl", data)
+        script, config = job("orpo", data=f"{tmp_path}/{name}.jsonl", eval_data=pairs, eval_every=99, steps=2)
+        script.main(config)
+        runs.append([(row["loss"], row["nll"]) for row in steps(config.out)])
+    assert runs[1] == [pytest.approx(row, rel=1e-5) for row in runs[0]]
+    assert runs[2] != [pytest.approx(row, rel=1e-4) for row in runs[0]]
