@@ -138,6 +138,10 @@ def label_weights(labels: Tensor, config: Config) -> tuple[float, float]:
         f"labels: {up:,} desirable × {weight_up:.3g}, {down:,} undesirable × {weight_down:.3g}: "
         f"λ_D n_D / (λ_U n_U) = {ratio:.3g} (the rule: 1 to 1.33)"
     )
+    if not (up and down):
+        print(
+            f"warning: all {up + down:,} are {'desirable' if up else 'undesirable'}: nothing to compare with"
+        )
     return weight_up, weight_down
 
 
@@ -158,6 +162,8 @@ def main(config: Config) -> None:
     eval_labels = torch.tensor([row["label"] for row in eval_rows], device=device)
     shown, prompts = questions(eval_rows, tokenizer, max_length)
     weights = label_weights(labels, config)
+    if soft := sum(row.get("probability", 1) < 1 for row in rows):
+        print(f'warning: {soft:,} of {len(rows):,} labels have a "probability": KTO takes them for certain')
     if len(examples) < 2:
         raise UserError("a single row has no mismatched pair: KTO needs at least two.")
 

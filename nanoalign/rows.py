@@ -178,11 +178,12 @@ def parse_chat(row: dict) -> dict:
 
 
 def parse_labelled(row: dict) -> list[dict]:
-    """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}; of a tie none."""
+    """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}, of a pair with the "probability"
+    that it is right, if that is given; of a tie none."""
     one_of(row, "messages", "completion", "chosen")
     if "chosen" in row:
         pair = parse_pair(row)
-        shared = {"prompt": pair["prompt"], "meta": pair["meta"]}
+        shared = {name: pair[name] for name in ("prompt", "meta", "probability") if name in pair}
         sides = [] if pair.get("probability") == 0.5 else (("chosen", True), ("rejected", False))
         return [{**shared, "completion": pair[side], "label": label} for side, label in sides]
     if "messages" in row:

@@ -90,6 +90,11 @@ class Run:
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
         self.done, self.stop = self.first, CleanStop()
+        if config.warmup > self.steps:
+            part = f"{self.steps / config.warmup:.0%} of --lr {config.lr:g}"
+            print(
+                f"warning: --warmup {config.warmup} outlasts the run's {self.steps} steps, which reach {part}"
+            )
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
@@ -152,10 +157,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach().sum()
 
     def means(self) -> dict[str, Tensor]:
-        """What was added in this step, by name."""
+        """What was added in this step, by name; not what no mask held for."""
         count = self.count or len(self.order[self.step])
-        counts = {name: total.clamp(min=1) for name, total in self.masks.items()}
-        return {name: total / counts.get(name, count) for name, total in self.sums.items()}
+        told = [name for name in self.sums if name not in self.masks or self.masks[name] > 0]
+        return {name: self.sums[name] / self.masks.get(name, count) for name in told}
 
     def must_start_at(self, due: float, what: str) -> None:
         """Step-0 check: the first loss is what theory says, or policy and reference disagree."""

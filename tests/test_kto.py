@@ -236,9 +236,9 @@ def trained(tmp_path):
         start, data, out = (str(tmp_path / name) for name in ("sft.pt", "rows.jsonl", "kto.pt"))
         save(start, models()[0], stage="sft", tokenizer=TOKENIZER, config=Config(), step=0)
         write_rows(data, [{**row, "label": label} for row, label in zip(ROWS, labels)])
-        flags |= {"init": start, "data": data, "eval_data": data, "out": out, "device": "cpu"}
-        flags |= {"steps": 3, "batch_size": 5, "lr": 3e-2, "warmup": 0, "clip": 0.0, "log_every": 1}
-        train_kto.main(Config(max_length=48, **flags))
+        files = {"init": start, "data": data, "eval_data": data, "out": out, "device": "cpu"}
+        usual = {"steps": 3, "batch_size": 5, "lr": 3e-2, "warmup": 0, "clip": 0.0, "log_every": 1}
+        train_kto.main(Config(max_length=48, **files, **{**usual, **flags}))
         lines = map(json.loads, Path(out).with_suffix(".metrics.jsonl").read_text().splitlines())
         return [row for row in lines if "loss" in row], load(out)["model"]
 
@@ -272,17 +272,38 @@ def test_the_reference_point_is_that_of_the_whole_step_not_of_a_micro_batch(doub
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_a_run_on_one_label_only_starts_at_a_half_and_moves_its_reward_the_right_way(trained, label):
+def test_a_run_on_one_label_only_starts_at_a_half_and_moves_its_reward_the_right_way(trained, label, capsys):
     steps, _ = trained([label] * 5)
     assert steps[0]["loss"] == pytest.approx(0.5, abs=1e-5) and steps[0]["z"] == pytest.approx(0, abs=1e-4)
     rewards = [step["reward_chosen" if label else "reward_rejected"] for step in steps]
     assert all(math.isfinite(step[k]) for step in steps for k in ("loss", "z", "grad_norm"))
     assert (rewards[-1] > 0.01) if label else (rewards[-1] < -0.01)
+    other = "rejected" if label else "chosen"
+    assert not any(f"{name}_{other}" in step for step in steps for name in ("reward", "logp"))
+    said = f"warning: all 5 are {'desirable' if label else 'undesirable'}"
+    assert said in capsys.readouterr().out
 
 
 def test_a_run_on_unbalanced_labels_starts_at_half_the_mean_of_the_rules_weights(trained):
     steps, _ = trained([False, True, False, False, False])
     assert steps[0]["loss"] == pytest.approx((4.0 * 1 + 1.0 * 4) / 5 / 2, abs=1e-4)
+
+
+def test_a_step_without_rows_of_a_label_logs_no_values_of_it(trained):
+    steps, _ = trained([False, True, False, False, False], batch_size=2)
+    for step in steps:
+        names = {"reward_chosen", "logp_chosen"} if step["desirable"] else set()
+        names |= {"reward_rejected", "logp_rejected"} if step["desirable"] < 1 else set()
+        assert {name for name in step if name.startswith(("reward_", "logp_"))} == names
+    assert {step["desirable"] for step in steps} >= {0.0}
+
+
+def test_soft_labels_of_pairs_are_said_to_be_taken_for_certain(job, pairs, tmp_path, capsys):
+    rows = [{**row, "probability": 0.8 if i < 30 else 1.0} for i, row in enumerate(read_rows(pairs, "pairs"))]
+    write_rows(f"{tmp_path}/soft.jsonl", rows)
+    script, config = job("kto", data=f"{tmp_path}/soft.jsonl", eval_data=pairs, eval_every=99, steps=1)
+    script.main(config)
+    assert f'60 of {2 * len(rows):,} labels have a "probability"' in capsys.readouterr().out
 
 
 def test_pairs_are_learned_from_as_a_thumb_up_and_a_thumb_down(tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from conftest import ROOT
+from runs import steps
 
 from nanoalign.run import CleanStop
 
@@ -45,3 +46,12 @@ def test_under_nohup_a_hangup_stays_ignored(before):
     signal.signal(signal.SIGHUP, before)
     CleanStop()
     assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("warmup", [3, 12])
+def test_a_warm_up_that_outlasts_the_run_is_said_with_the_learning_rate_that_is_reached(warmup, job, capsys):
+    script, config = job("rm", steps=3, warmup=warmup)
+    script.main(config)
+    said = "warning: --warmup 12 outlasts the run's 3 steps, which reach 25% of --lr"
+    assert (said in capsys.readouterr().out) == (warmup == 12)
+    assert max(row["lr"] for row in steps(config.out)) == pytest.approx(config.lr * 3 / warmup)
