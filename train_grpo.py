@@ -42,7 +42,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
 from nanoalign.generate import rollout
-from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.logprobs import masked_sum, token_logprobs, within
 from nanoalign.packing import packed_hidden
 from nanoalign.rewards import make_reward, unless_unfinished
 from nanoalign.run import Run, already_finished
@@ -123,7 +123,7 @@ def policy_loss(
         log_ratio = whole.expand_as(logp).masked_fill(~mask, 0)
     ratio = log_ratio.exp()
     a = advantages if advantages.dim() == 2 else advantages[:, None]
-    return torch.maximum(-a * ratio, -a * ratio.clamp(1 - low, 1 + high)), ratio
+    return torch.maximum(-a * ratio, -a * within(ratio, 1 - low, 1 + high)), ratio
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:

@@ -27,7 +27,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, pair_examples, questions, read_split, without_ties
 from nanoalign.generate import respond
-from nanoalign.logprobs import masked_mean, token_logprobs
+from nanoalign.logprobs import masked_mean, token_logprobs, within
 from nanoalign.packing import packed_hidden
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import make_optimizer, prepare, setup
@@ -46,11 +46,12 @@ class Config(Flags):
 
 
 def log_odds(mean_logp: Tensor) -> Tensor:
-    """Mean log-probs m (B,) → log(p / (1 − p)), p = e^m: m − log(1 − e^m), with m kept below −1e-6.
+    """Mean log-probs m (B,) → log(p / (1 − p)), p = e^m: m − log(1 − e^m). An m above −1e-6 is taken
+    for −1e-6, and has no gradient.
 
     log(1 − e^m) in two branches (Mächler 2012): log(−expm1(m)) near 0, log1p(−e^m) below −ln 2.
     """
-    m = mean_logp.clamp(max=-1e-6)
+    m = within(mean_logp, -math.inf, -1e-6)
     near = m > -math.log(2)
     # each branch is fed a harmless value where the other is taken, so that no 0 · ∞ reaches the gradient
     log1mexp = torch.where(

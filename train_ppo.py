@@ -32,7 +32,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
 from nanoalign.generate import rollout
-from nanoalign.logprobs import token_logprobs
+from nanoalign.logprobs import token_logprobs, within
 from nanoalign.rewards import make_reward, on_last_token, unless_unfinished
 from nanoalign.run import Run, already_finished
 from nanoalign.training import load_critic, load_reference, make_optimizer, prepare, setup
@@ -107,7 +107,7 @@ def policy_loss(
 ) -> Tensor:
     """Log-probs and advantages (B, T) → the clipped surrogate, mean over mask (PPO paper, eq. 7)."""
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
+    clipped = within(ratio, 1 - clip, 1 + clip)
     return mean_over(torch.maximum(-advantages * ratio, -advantages * clipped), mask)
 
 
@@ -115,7 +115,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     """Values and returns (B, T) → half the larger squared error of the value and of the value kept within
     `clip` of the old one, mean over mask (lm-human-preferences)."""
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
-    kept = old_values + (values - old_values).clamp(-clip, clip)
+    kept = old_values + within(values - old_values, -clip, clip)
     return 0.5 * mean_over(torch.maximum((values - returns) ** 2, (kept - returns) ** 2), mask)
 
 

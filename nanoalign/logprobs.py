@@ -89,6 +89,12 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(x, mask) / mask.to(x.device, non_blocking=True).sum(-1).clamp(min=1)
 
 
+def within(x: Tensor, low: float, high: float) -> Tensor:
+    """x kept between low and high. Its gradient is 1 there, at low and high too, and 0 beyond. (That of
+    torch's clamp at low and high is 1 up to torch 2.13, and 0 since.)"""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def last_scored(mask: Tensor) -> Tensor:
     """The position of each row's last scored token (B,): the end token, unless the row was cut short."""
     return (mask * torch.arange(mask.shape[1], device=mask.device)).amax(-1)

@@ -5,9 +5,12 @@ import torch
 from test_kernels import assert_close
 from torch import Tensor
 
+import train_grpo
+import train_orpo
+import train_ppo
 from nanoalign import logprobs
 from nanoalign.kernels import linear_logprobs
-from nanoalign.logprobs import masked_mean, masked_sum, naive_logprobs, token_logprobs, token_losses
+from nanoalign.logprobs import masked_mean, masked_sum, naive_logprobs, token_logprobs, token_losses, within
 from nanoalign.model import GPT, GPTConfig
 
 PAD = 36
@@ -145,3 +148,40 @@ def test_nothing_outside_the_mask_gets_a_gradient():
     x = torch.tensor([[1.0, float("nan")], [float("inf"), 2.0]], requires_grad=True)
     masked_mean(x, torch.eye(2).bool()).sum().backward()
     assert x.grad.tolist() == [[1, 0], [0, 1]]
+
+
+# ---- kept within bounds
+
+
+def test_what_is_kept_within_bounds_has_its_gradient_there_the_bounds_included():
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([-inf, -3.0, -2.0, -1.9, 0.0, 0.5, 0.6, inf, nan], requires_grad=True)
+    kept = within(x, -2, 0.5)
+    kept.sum().backward()
+    assert kept.tolist()[:-1] == [-2, -2, -2, kept[3].item(), 0, 0.5, 0.5, 0.5] and kept[-1].isnan()
+    assert x.grad.tolist()[:-1] == [0, 0, 1, 1, 1, 1, 0, 0]
+
+
+def clamp_of_later_versions(x, low=-float("inf"), high=float("inf"), *, min=None, max=None):
+    """Its gradient is 0 at the bounds, too."""
+    low, high = low if min is None else min, high if max is None else max
+    return torch.where(x <= low, low, torch.where(x >= high, high, x))
+
+
+def test_the_losses_gradients_at_their_bounds_do_not_depend_on_the_version_of_torch(monkeypatch, double):
+    monkeypatch.setattr(Tensor, "clamp", clamp_of_later_versions)
+    mask, zero = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1)
+
+    def slope(loss, at):
+        x = torch.full((1, 1), at, requires_grad=True)
+        loss(x).sum().backward()
+        return x.grad.item()
+
+    for a in (-3.0, 3.0):  # a ratio of 1, at both bounds of an ε of 0: d(−a·ratio) = −a
+        given = zero, torch.full((1, 1), a), mask
+        assert slope(lambda x, given=given: train_ppo.policy_loss(x, *given, 0.0), 0.0) == -a
+        assert slope(lambda x, given=given: train_grpo.policy_loss(x, *given, "dapo", 0.0, 0.0)[0], 0.0) == -a
+    for at in (-0.5, 0.5):  # a value at the bound of its old one, 0: d ½(v − 2)² = v − 2
+        assert slope(lambda x: train_ppo.value_loss(x, zero, zero + 2, mask, 0.5), at) == at - 2
+    for mean, due in [(-1e-6, 1e6), (-1.1e-6, 1e6 / 1.1), (-0.9e-6, 0.0)]:  # d log odds = 1 / (1 − p)
+        assert slope(train_orpo.log_odds, mean) == pytest.approx(due, rel=1e-5)
