@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from nanoalign import UserError, cli
-from nanoalign.messages import shown
+from nanoalign.messages import names_of, shown
 from nanoalign.rows import RowError, check_unread, parse_labelled, parse_steps, read_rows, write_rows
 
 
@@ -45,7 +45,7 @@ def convert(row: dict) -> list[dict]:
     else:
         known = {"completions", "completion", "messages", "question", "chosen"}
         if not known & row.keys():
-            raise RowError(f"no format that is known here: found only the fields {sorted(row)}")
+            raise RowError(f"no format that is known here: found only the fields {names_of(row)}")
         rows = [row] if "completions" in row else [by_line(one) for one in parse_labelled(row)]
         check_unread(row)
     return [parse_steps({"meta": row.get("meta", {}), **one}) for one in rows]

@@ -59,7 +59,7 @@ def read(row: dict, field: str, what: str, otherwise=None):
     """The field's value, if it is what it should be; `otherwise` where there is none."""
     value = row.get(field, otherwise)
     if not FIELDS[what](value):
-        names = f"only the fields {sorted(row)} (--fields {field}=NAME reads another)"
+        names = f"only the fields {names_of(row)} (--fields {field}=NAME reads another)"
         found = shown(row[field]) if field in row else names
         raise RowError(f'field "{field}": expected {what}, found {found}')
     return value
@@ -68,6 +68,11 @@ def read(row: dict, field: str, what: str, otherwise=None):
 def shown(value) -> str:
     """The beginning of a value as JSON, for an error: in ASCII, so that no text can drive the terminal."""
     return json.dumps(value)[:60]
+
+
+def names_of(row: dict) -> list[str]:
+    """The names of a row's fields, for an error."""
+    return [name[:40] for name in sorted(row)[:20]]
 
 
 def one_of(row: dict, *fields: str) -> None:

@@ -38,6 +38,7 @@ from nanoalign.messages import (
     asked,
     assistant,
     conversations,
+    names_of,
     one_of,
     read,
     read_messages,
@@ -209,7 +210,7 @@ def parse_steps(row: dict) -> dict:
     "label" (bool, of the final answer) and "neutral" (numbers of steps that are neither right nor wrong)."""
     if "completions" not in row:
         how = "`python -m lab.convert_steps --data X --out Y` makes rows of steps of other formats"
-        raise RowError(f'expected "completions", the steps, found only the fields {sorted(row)}; {how}')
+        raise RowError(f'expected "completions", the steps, found only the fields {names_of(row)}; {how}')
     steps = read(row, "completions", "a list of strings")
     labels = read(row, "labels", "a list of true, false, a probability or null")
     if not steps or len(steps) != len(labels):

@@ -17,6 +17,7 @@ import numpy as np
 
 from nanoalign import UserError, cli
 from nanoalign.data import chat_examples, labelled_examples, pair_examples, prompt_examples
+from nanoalign.messages import names_of
 from nanoalign.rows import JSONL, PARSERS, RowError, parse_fields, parse_json, read_rows, read_text, renamed
 from nanoalign.steps import step_example
 from nanoalign.terminal import visible
@@ -55,7 +56,9 @@ def recognise(row: dict) -> str:
         if any(sign <= row.keys() for sign in signs):
             return kind
     known = " · ".join(sorted({field for *signs, _ in READERS.values() for sign in signs for field in sign}))
-    raise RowError(f"no kind of rows is known by the fields {sorted(row)}: name some of {known} by --fields")
+    raise RowError(
+        f"no kind of rows is known by the fields {names_of(row)}: name some of {known} by --fields"
+    )
 
 
 def kind_of(path: str, fields: str) -> str:
