@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nanoalign.compiler import compile_or_eager
 
-BUDGET = {"cpu": 2**27, "cuda": 2**31}  # bytes of logits held at once, or a 64th of the free memory
+BUDGET = {"cpu": 2**27, "cuda": 2**31}  # bytes of logits held at once, or a 64th of the memory
 LARGE = 8192  # from this vocabulary size on, what is done to each logit is compiled
 GROUP = 16  # logits summed at a time in compiled CPU code, so that they are read once, in order
 
@@ -49,16 +49,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.itemsize == 2 else a @ b
 
 
-@functools.cache
 def _chunk_size(vocab: int, itemsize: int, device: torch.device) -> int:
-    """Tokens whose logits fit the budget, a power of two, so that it is the same from run to run."""
+    """Tokens whose logits fit the budget, a power of two. All of the machine's memory counts, in use or not:
+    sums round by their chunks, and a run that is resumed has to round as before, whoever else is there."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # Windows has none
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        free = 2**33
-    budget = min(BUDGET.get(device.type, 2**27), free // 64)
+        memory = 2**33
+    budget = min(BUDGET.get(device.type, 2**27), memory // 64)
     return 1 << max(1, budget // (vocab * itemsize)).bit_length() - 1
 
 

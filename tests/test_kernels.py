@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -290,14 +291,35 @@ def test_by_default_a_chunk_of_logits_fits_the_budget(monkeypatch):
     ids = torch.randint(1000, (4, 64), generator=torch.Generator().manual_seed(0))
     budget = 20_005 * 4  # of fp32; no multiple of V, and nothing else in the model is as large
     monkeypatch.setattr(kernels, "BUDGET", {"cpu": budget})
-    kernels._chunk_size.cache_clear()
     with Largest() as seen:
         token_logprobs(model, ids).sum().backward()
     assert seen.numel <= budget / 4 < 4 * 64 * 1000
     monkeypatch.setattr(kernels, "BUDGET", {"cpu": 1})  # less than a token's: one at a time
-    kernels._chunk_size.cache_clear()
     assert token_logprobs(model, ids[:, :3]).shape == (4, 3)
-    kernels._chunk_size.cache_clear()
+
+
+def test_chunks_follow_the_memory_that_is_there_and_not_what_is_free_of_it(monkeypatch):
+    """So two runs round alike, and so does a resumed one, whatever else the machine is doing."""
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**34 // 4096, "SC_AVPHYS_PAGES": 0}
+    memory = lambda: (pages["SC_AVPHYS_PAGES"] * 4096, pages["SC_PHYS_PAGES"] * 4096)  # noqa: E731
+    properties = lambda device: SimpleNamespace(total_memory=memory()[1])  # noqa: E731
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: memory())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+    def sizes():
+        return [kernels._chunk_size(512, 4, torch.device(device)) for device in ("cpu", "cuda")]
+
+    hidden, weight, _, targets = inputs(torch.float32, n=64, d=4, v=512)
+    found, bits = [], []
+    for free in (2**30, 2**25, 2**14):
+        pages["SC_AVPHYS_PAGES"] = free // 4096
+        found.append(sizes())
+        bits.append(linear_logprobs(hidden, weight, targets))
+    assert found == [[2**27 // 2048, 2**34 // 64 // 2048]] * 3
+    assert all(torch.equal(bits[0], again) for again in bits)
+    pages["SC_PHYS_PAGES"] = 2**26 // 4096  # a 64th of it is less than the budget
+    assert sizes() == [512, 512]
 
 
 @on_gpu
