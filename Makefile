@@ -22,15 +22,15 @@ help:  ## list the targets
 
 setup: .venv/installed  ## create .venv and install what is needed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is older than 3.10; name another with PYTHON=python3.12."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e '.[dev]'
 	@touch $@
 
 .venv/parity: .venv/installed
-	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[parity]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -e '.[parity]'
 	@touch $@
 
 # -------------------------------------------------------------------------------------------------- demo

@@ -111,3 +111,22 @@ def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {*re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)}
     assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "clean"}
+
+
+def test_pyproject_bounds_no_version_from_above_and_the_tested_ones_are_those_that_make_installs():
+    """A torch that is newer than the tests' own is nobody's mistake."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.findall(
+        r'"([A-Za-z][\w-]*)([<>=!~,.\d]*)"', project.split("[tool.")[0].split("dependencies = [", 1)[1]
+    )
+    assert {"torch", "numpy", "tiktoken", "pytest", "trl"} < {name for name, _ in needed}
+    assert [bound for _, bound in needed if not re.fullmatch(r"(>=[\d.]+)?", bound)] == []
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(re.match(r"([\w-]+)==([\d.]+)", line).groups() for line in lines if line[0] != "#")
+    optional = {"matplotlib", "huggingface_hub", "safetensors", "datasets"}  # no test needs them
+    assert {name for name, _ in needed} - optional == tested.keys()
+    for target in (".venv/installed", ".venv/parity"):
+        flags = ["--dry-run", "--always-make", "--no-print-directory"]
+        done = subprocess.run(["make", target, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+        installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+        assert installs and all("--constraint constraints.txt" in line for line in installs)
