@@ -63,7 +63,7 @@ JSONL = (".jsonl", ".json", ".ndjson", ".jsonlines")
 
 
 def parse_json(line: str) -> dict:
-    """A line → an object of valid Unicode, without the fields that are null."""
+    """A line → an object of valid Unicode."""
     try:
         row = json.loads(line)
         spelt = json.dumps(row, ensure_ascii=False) if "\\ud" in line.lower() else ""
@@ -73,7 +73,7 @@ def parse_json(line: str) -> dict:
         raise RowError("a \\ud… escape is half of a character: not valid Unicode")
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, found {line[:40]!r}")
-    return {field: value for field, value in row.items() if value is not None}
+    return row
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -90,10 +90,11 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def renamed(row: dict, names: dict[str, str]) -> dict:
-    """The row with its fields under the names that are read here."""
+    """The row with its fields under the names that are read here, without those that are null."""
     given = {ours: theirs for ours, theirs in names.items() if not theirs or theirs in row}
     kept = {field: row[field] for field in row if field not in given and field not in given.values()}
-    return kept | {ours: row[theirs] for ours, theirs in given.items() if theirs}
+    kept |= {ours: row[theirs] for ours, theirs in given.items() if theirs}
+    return {field: value for field, value in kept.items() if value is not None}
 
 
 def check_unread(row: dict) -> None:

@@ -462,6 +462,8 @@ def test_fields_may_have_other_names_and_what_they_hide_is_gone(file):
     swapped = read_rows(file(pair("Hi", "A", "B")), "pairs", fields="chosen=rejected,rejected=chosen")
     assert swapped == [pair([user("Hi")], "B", "A")]
     assert read_rows(file({"content": "Once."}), "text", fields="text=content") == [{"text": "Once."}]
+    row = {"prompt": "Hi", "system_prompt": None}
+    assert read_rows(file(row), "prompts", fields="system=system_prompt")[0]["prompt"] == [user("Hi")]
     row = {"input": "What?", "system": "Be brief.", "chosen": "A", "rejected": "B"}
     assert read_rows(file(row), "pairs", fields="prompt=input")[0]["prompt"] == [BRIEF, user("What?")]
 
