@@ -47,8 +47,8 @@ WORDS = [
 # ----------------------------------------------------------------------------------------------- models
 
 
-def some_policy(seed: int, tied=True) -> GPT:
-    """A GPT that is far from uniform, and ends about every eighth token."""
+def some_policy(seed: int, tied=True, lines=False) -> GPT:
+    """A GPT that is far from uniform, and ends about every eighth token; with `lines` as many lines end."""
     torch.manual_seed(seed)
     policy = GPT(copy.copy(SHAPE) if tied else GPTConfig(**{**vars(SHAPE), "tied": False}))
     with torch.no_grad():
@@ -57,6 +57,7 @@ def some_policy(seed: int, tied=True) -> GPT:
         policy.embed.weight[:, 0] = 2.0  # a direction that all hidden states share …
         policy.head.weight[:, 0] = 2.0
         policy.head.weight[WORLD.end, 0] += 1.4  # … in which the likelier tokens lie
+        policy.head.weight[WORLD.newlines[0], 0] += 1.5 * lines
         for word in WORDS:
             policy.head.weight[WORLD.encode(" " + word)[0], 0] += 0.9
     return policy
@@ -82,6 +83,8 @@ def write_models(folder) -> None:
         "rm": ("rm", False, some_scalar(4), norm),
         "critic": ("rm", False, some_scalar(5), norm),
         "prm": ("prm", False, some_scalar(6), {}),
+        "orm": ("prm", False, some_scalar(9), {}),
+        "solver": ("sft", True, some_policy(8, lines=True), {}),
     }.items():
         config = training_config()
         save(
@@ -290,6 +293,7 @@ def watch_all(monkeypatch, script):
     names = "rollout", "load_policy", "load_reference", "load_critic", "BatchOrder"
     seen = {name: spy(monkeypatch, script, name) for name in names if hasattr(script, name)}
     seen["batches"], seen["scored"] = spy_on_batches(monkeypatch), []
+    seen["made"] = spy(monkeypatch, script, "make_reward")
     original = script.make_reward
 
     def make_reward(*args):
@@ -310,6 +314,8 @@ def watch_all(monkeypatch, script):
 def assert_sampled(config, seen):
     """The policy answered whole batches of prompts, by the flags of sampling, on another seed each time; the
     reward was shown those answers beside their prompts."""
+    loads = "load_policy", "load_reference", "load_critic"
+    assert_on(config.device, seen["made"], *(seen[name] for name in loads if name in seen))
     policy = seen["load_policy"][0].result[0]
     sampled = [x for call in seen["rollout"] for x in seen["scored"] if x[1] is call.result]
     assert len(sampled) == len(seen["rollout"]) == config.steps

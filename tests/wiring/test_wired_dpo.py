@@ -96,8 +96,9 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     double, config, monkeypatch, capsys, loss, sft_weight
 ):
     config.loss, config.sft_weight = loss, sft_weight
-    names = "load_policy", "make_optimizer", "BatchOrder", "collate", "respond", "sample_kl", "freeze"
-    seen = {name: spy(monkeypatch, train_dpo, name) for name in names}
+    names = "load_policy", "BatchOrder", "collate", "respond", "sample_kl"
+    told = "load_policy", "evaluate", "measure", "soft_labels"
+    seen = {name: spy(monkeypatch, train_dpo, name) for name in {*names, *told}}
     train_dpo.main(config)
     out = capsys.readouterr().out
 
@@ -121,6 +122,7 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     kls = []
     wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look))
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
+    wires.assert_on("cpu:0", *(seen[name] for name in told))
     wires.assert_pieces(config, seen["collate"][:2])
     ours = seen["load_policy"][0].result[0]
     asked = list(dict.fromkeys(row["prompt"] for row in HELD_OUT))

@@ -49,8 +49,9 @@ def usable(rows, max_length):
 def test_kto_is_its_formulas_from_rows_to_weights_and_log(double, config, monkeypatch, capsys, by_rule):
     if by_rule:
         config.desirable_weight = config.undesirable_weight = 0.0
-    names = "load_policy", "make_optimizer", "BatchOrder", "collate", "respond", "sample_kl"
-    seen = {name: spy(monkeypatch, train_kto, name) for name in names}
+    names = "load_policy", "BatchOrder", "collate", "respond", "sample_kl"
+    told = "load_policy", "evaluate", "reference_point", "sequence_log_ratios"
+    seen = {name: spy(monkeypatch, train_kto, name) for name in {*names, *told}}
     train_kto.main(config)
     out = capsys.readouterr().out
 
@@ -100,6 +101,7 @@ def test_kto_is_its_formulas_from_rows_to_weights_and_log(double, config, monkey
     wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look))
     assert zs[0] == 0 and sum(z > 0 for z in zs) >= 2  # or the clamp would hide it
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
+    wires.assert_on("cpu:0", *(seen[name] for name in told))
     wires.assert_pieces(config, seen["collate"][:8])
     ours = seen["load_policy"][0].result[0]
     _, _, kept = usable(HELD_OUT, 20)

@@ -64,7 +64,7 @@ def measured(config, policy, both):
 @pytest.mark.parametrize("nll", ["all", "response"])
 def test_orpo_is_its_formulas_from_pairs_to_weights_and_log(double, config, monkeypatch, capsys, nll):
     config.nll = nll
-    names = "load_policy", "BatchOrder", "collate", "respond"
+    names = "load_policy", "BatchOrder", "collate", "respond", "evaluate", "measure"
     seen = {name: spy(monkeypatch, train_orpo, name) for name in names}
     train_orpo.main(config)
     out = capsys.readouterr().out
@@ -85,6 +85,7 @@ def test_orpo_is_its_formulas_from_pairs_to_weights_and_log(double, config, monk
     )  # fmt: skip
     wires.assert_logged(config, *logged)
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
+    wires.assert_on("cpu:0", *(seen[name] for name in ("load_policy", "evaluate", "measure")))
     wires.assert_pieces(config, seen["collate"][:2])
     asked = list(dict.fromkeys(row["prompt"] for row in HELD_OUT if "probability" not in row))
     prompts = [WORLD.prompt(user(prompt))[-12:] for prompt in asked][:4]

@@ -64,11 +64,17 @@ def by_hand(config, rollouts, batches, rewards, policy, ref, critic):
         with torch.no_grad():
             old, ref_logp = (logprobs(model, ids, mask, T) for model in (policy, ref))
             V, entropy = values(critic, ids, policy) * mask, entropies(policy, ids, mask, T)
-        score = torch.where(drawn.ended, scores, config.missing_eos_score)
         kl = (old - ref_logp).sum(1)
-        R = -beta * (old - ref_logp)
+        R, score = -beta * (old - ref_logp), torch.zeros(B)
         for b in range(B):
-            R[b, mask[b].nonzero().max()] += score[b]
+            last, own = mask[b].nonzero().max(), torch.zeros(mask.shape[1])
+            if not drawn.ended[b]:
+                own[last] = config.missing_eos_score
+            elif scores.dim() == 2:  # one at every step's end
+                own += scores[b]
+            else:
+                own[last] = scores[b]
+            R[b], score[b] = R[b] + own, own.sum()
         A = advantages_of(R, V, mask, config.gamma, config.lam)
         G = (A + V) * mask
         spread = G[mask] - V[mask]
@@ -107,11 +113,14 @@ def by_hand(config, rollouts, batches, rewards, policy, ref, critic):
     return logged
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["critic", "head"])
-def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(double, config, monkeypatch, shared, capsys):
+@pytest.mark.parametrize("shared", [False, True], ids=["critic", "head and dense reward"])
+def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(
+    double, config, monkeypatch, capsys, tiny, shared
+):
     if shared:
         config.shared_critic, config.kl_target = True, 0.0
         config.micro_batch, config.micro_tokens = 0, 50
+        config.init, config.reward = f"{tiny}/solver.pt", f"prm-steps:{tiny}/prm.pt - 0.05*length"
     seen = wires.watch_all(monkeypatch, train_ppo)
     train_ppo.main(config)
     out = capsys.readouterr().out
@@ -156,7 +165,12 @@ def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mon
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("ppo", True, 3)
     head = "critic (a head)" if shared else "critic"
-    assert models(config.out) == ["policy", "reference", head, config.reward.split()[0]]
+    assert models(config.out) == [
+        "policy",
+        "reference",
+        head,
+        f"{tiny}/prm.pt" if shared else f"{tiny}/rm.pt",
+    ]
     shown = next(line for line in out.splitlines() if line.startswith("step "))
     assert all(f" {name} " in shown for name in train_ppo.SHOWN) and " entropy " not in shown
     order = seen["BatchOrder"][0]
