@@ -8,9 +8,11 @@ where the log-prob kernel will find it.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -82,11 +84,11 @@ def decode(model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: 
 
 
 @functools.cache
-def decoder(device_type: str) -> Callable:
-    """`decode`, on a GPU as one CUDA graph for each number of rows and of slots."""
-    if device_type != "cuda":
-        return decode
-    compiled = compile_or_eager(decode, mode="reduce-overhead", dynamic=False)
+def decoder(rows: int, slots: int, how: tuple) -> Callable:
+    """`decode` as one CUDA graph for so many rows, slots and this sampling. Each is a function with code of
+    its own: of one code dynamo makes eight graphs at most, and runs what comes after without a graph."""
+    own = FunctionType(decode.__code__.replace(), decode.__globals__, decode.__name__)
+    compiled = compile_or_eager(own, mode="reduce-overhead", dynamic=False)
 
     def step(*args):
         torch.compiler.cudagraph_mark_step_begin()
@@ -111,7 +113,7 @@ def take_cache(config: GPTConfig, rows: int, slots: int, device: torch.device, d
 
 
 def bucket(rows: int, device_type: str) -> int:
-    """How many rows to decode with: on a GPU a power of two, so that few graphs serve all."""
+    """How many rows to decode: on a GPU a power of two, so that few graphs serve all."""
     return 1 << (rows - 1).bit_length() if device_type == "cuda" else rows
 
 
@@ -134,29 +136,35 @@ def stream(
             f"{max_new_tokens}: expected temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 and max_new_tokens ≥ 1."
         )
     (N, P), context, device = prompts.shape, model.config.context, prompts.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.embed.weight.dtype
     if context <= P:
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
     B = N if of is None else len(of)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     # a row's own numbers, whatever becomes of the others
     u = torch.rand(B, max_new_tokens, generator=generator, device=device)
+    more = bucket(B, device.type) - B  # rows that fill up the first batch: the last ones, of no use
+    if more:
+        of = torch.arange(N, device=device) if of is None else of
+        of, u = F.pad(of, (0, more)), F.pad(u, (0, 0, 0, more))
     on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
     slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
     slots += -slots % 64 * on_gpu  # few lengths: few graphs
 
-    key = (model.config, max(N, B), slots, device, model.embed.weight.dtype)
+    key = (model.config, max(N, B + more), slots, device, dtype)
     cache = take_cache(*key)
-    rows, position = torch.arange(B, device=device), lengths
+    rows, position = torch.arange(B + more, device=device), lengths
     hidden = model.hidden(prompts, torch.arange(P, device=device).expand(N, P), cache=cache)
     logits = next_token_logits(model, hidden[torch.arange(N, device=device), lengths - 1])
     if of is not None:
         cache.rearrange(of, P)
         logits, position = logits[of], lengths[of]
     token, logp = sample(logits, u[:, 0], *sampling)
-    alive = torch.ones_like(rows, dtype=torch.bool)
+    alive = rows < B
     try:
         for t in range(max_new_tokens):
-            yield rows, token, logp, alive
+            yield tuple(x[:B] for x in (rows, token, logp, alive))
             position = position + 1
             alive = alive & (position < context)
             if end_id is not None:
@@ -170,12 +178,14 @@ def stream(
                 if not living:
                     return
                 if (keep := bucket(living, device.type)) <= KEEP * len(rows):
-                    kept = (~alive).int().argsort(stable=True)[:keep]
+                    kept = (~alive).int().argsort(stable=True)[:keep]  # what fills up stays last
                     cache.rearrange(kept, min(P + t, slots))
+                    B = min(B, keep)
                     rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
             # a row at the limit is no longer alive; what it writes is not looked at
             at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
-            token, logp = decoder(device.type)(model, token, cache, at, length, u[rows, t + 1], sampling)
+            step = decoder(len(rows), slots, sampling) if on_gpu else decode
+            token, logp = step(model, token, cache, at, length, u[rows, t + 1], sampling)
     finally:
         if on_gpu:
             _spare[key] = cache

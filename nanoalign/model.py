@@ -274,7 +274,8 @@ class GPT(nn.Module):
 
 
 class ScalarHead(nn.Linear):
-    """Hidden states (B, T, D) → one number per position (B, T), in the head's own precision, autocast or not.
+    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not (of
+    fp32 a GPU makes its products in TF32: training.setup).
 
     Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
     """

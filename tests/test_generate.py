@@ -8,10 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoalign import UserError
-from nanoalign.generate import generate, respond, rollout, rollouts, sample, sample_kl, truncate
+from nanoalign import UserError, compiler
+from nanoalign.generate import (
+    bucket,
+    decode,
+    decoder,
+    generate,
+    respond,
+    rollout,
+    rollouts,
+    sample,
+    sample_kl,
+    truncate,
+)
 from nanoalign.logprobs import token_logprobs
-from nanoalign.model import GPT, GPTConfig
+from nanoalign.model import GPT, GPTConfig, KVCache
 from nanoalign.tokenizer import get_tokenizer
 
 END, PAD, V = 8, 9, 10
@@ -319,6 +330,72 @@ def test_a_token_without_probability_is_never_sampled():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(3, 5)
     tokens, _ = sample(logits, torch.tensor([0.0, 0.1, 1 - 2.0**-24]), 1.0, 0, 1.0)  # the ends of [0, 1)
     assert tokens.tolist() == [1, 1, 3]
+
+
+@torch.no_grad()
+def test_every_shape_of_a_batch_has_a_graph_of_its_own_however_many_there_are(monkeypatch):
+    """Of one code dynamo makes as many as its limit, and runs what comes after eager; a backend counts."""
+    made, compile = [], torch.compile
+    backend = lambda graph, inputs: made.append(len(inputs)) or graph.forward  # noqa: E731
+    counted = lambda function, dynamic, mode: compile(function, dynamic=dynamic, backend=backend)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", counted)
+    monkeypatch.setattr(compiler, "_works", True)
+    torch._dynamo.reset()
+    decoder.cache_clear()
+    model, how = lively(replace(LLAMA, layers=1)), (1.0, 0, 1.0)
+    for number, rows in enumerate((2, 4), start=1):
+        u, token = torch.rand(rows, generator=torch.Generator().manual_seed(rows)), torch.arange(rows) % V
+        for _ in ("compiled", "and taken again"):
+            cache = KVCache(model.config, rows, 8, u.device, torch.float64)
+            at = token, cache, torch.zeros_like(token), 8, u, how
+            with torch._dynamo.config.patch(recompile_limit=1):
+                found = decoder(rows, 8, how)(model, *at)
+            for ours, eager in zip(found, decode(model, *at)):
+                torch.testing.assert_close(ours, eager)
+            assert len(made) == number
+    decoder.cache_clear()
+    torch._dynamo.reset()
+
+
+@family
+@pytest.mark.parametrize("many", [False, True])
+def test_a_batch_that_is_filled_up_to_a_power_of_two_is_answered_as_it_is_without(config, many, monkeypatch):
+    """As on a GPU, also the first batch, which nobody has left yet."""
+    model, (ids, lengths), end = lively(config, seed=3), ragged(3, 7, 5, 2, 6), END if many else None
+    of = torch.tensor([2, 0, 0, 1, 2, 2, 4, 3, 3, 1, 0, 2, 4]) if many else None
+    sizes, hidden = [], GPT.hidden
+
+    def spy(self, x, *args, **more):
+        sizes.append(len(x))
+        return hidden(self, x, *args, **more)
+
+    plain = generate(model, ids, lengths, 14, end, PAD, of, seed=5)
+    monkeypatch.setattr("nanoalign.generate.bucket", lambda rows, device_type: bucket(rows, "cuda"))
+    monkeypatch.setattr(GPT, "hidden", spy)
+    filled = generate(model, ids, lengths, 14, end, PAD, of, seed=5)
+    for ours, theirs in zip(vars(filled).values(), vars(plain).values()):
+        torch.testing.assert_close(ours, theirs)
+    assert set(sizes[1:]) == ({16, 8} if many else {8})
+
+
+@family
+@torch.no_grad()
+def test_keys_and_values_are_kept_in_the_dtype_of_the_autocast_in_force(config, monkeypatch):
+    """Half the memory, nothing is cast at every token, and no token changes: they came in that dtype."""
+    model, (ids, lengths) = lively(config).float(), ragged(*(3, 7, 5, 2) * 5)
+    made, out = [], []
+
+    def take(config, rows, slots, device, dtype):
+        made.append(dtype)
+        return KVCache(config, rows, slots, device, torch.float32 if len(made) == 2 else dtype)
+
+    monkeypatch.setattr("nanoalign.generate.take_cache", take)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = [generate(model, ids, lengths, 14, END, PAD, seed=5) for _ in range(2)]
+    generate(model, ids, lengths, 2, END, PAD, seed=5)
+    assert made == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for ours, wide in zip(*(vars(drawn).values() for drawn in out)):
+        assert torch.equal(ours, wide)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
