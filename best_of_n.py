@@ -25,7 +25,6 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from nanoalign import UserError, cli
 from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import thin
+from nanoalign.files import writing
 from nanoalign.generate import Rollout, rollouts
 from nanoalign.rewards import load_function, make_reward
 from nanoalign.rows import read_rows
@@ -259,8 +259,7 @@ def main(config: Config) -> None:
             print(f"{name:>12}" + "".join(f"{cell:>14}" for cell in cells))
         for kind in config.search:
             table[kind] = search(kind, policy, prm, tokenizer, rows, drawn, config)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    with Path(config.out).open("w", newline="") as file:
+    with writing(config.out) as file:
         lines = [(name, n, *table[name][n]) for name in table for n in table[name]]
         csv.writer(file).writerows([("selector", "n", "right", "error"), *lines])
     print(f"wrote {config.out}")

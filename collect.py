@@ -39,6 +39,7 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy, load_scalar
 from nanoalign.data import prompt_examples, prompt_key
 from nanoalign.feedback import ai_votes, read_constitution, vote
+from nanoalign.files import beside
 from nanoalign.generate import respond
 from nanoalign.rewards import load_function, model_reward, score_texts
 from nanoalign.rows import parse_compared, read_rows, write_rows
@@ -71,6 +72,8 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other field names: prompt=instruction,completion=output
+
+    beside_out = (".votes.jsonl", ".thumbs.jsonl")
 
 
 # ------------------------------------------------------------------------------------------- comparisons
@@ -217,7 +220,7 @@ def collect(config: Config, function: str, device) -> tuple[list, list]:
 
 
 def main(config: Config) -> None:
-    record = Path(config.out).with_suffix(".votes.jsonl")
+    record = beside(config.out, ".votes.jsonl")
     kind, path = check_flags(config, record)
     principles = read_constitution(config.constitution) if kind == "ai" else []
     device, autocast = setup(config)
@@ -253,7 +256,7 @@ def main(config: Config) -> None:
     print(f"collect: labels of {len(pairs):,} of {len(comparisons):,} pairs → {config.out}")
     if thumbs:
         up = sum(row["label"] for row in thumbs)
-        write_rows(str(Path(config.out).with_suffix(".thumbs.jsonl")), thumbs)
+        write_rows(str(beside(config.out, ".thumbs.jsonl")), thumbs)
         print(f"collect: {up:,} thumbs up, {len(thumbs) - up:,} down")
 
 

@@ -24,12 +24,12 @@ taught the task (the world's assistant.pt), or knows it as any instructed model 
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitution
+from nanoalign.files import beside
 from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
@@ -54,6 +54,8 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other field names: prompt=instruction,completion=output
+
+    beside_out = (".trail.jsonl",)
 
 
 def whole(policy, tokenizer, asked: list, **options) -> list[str | None]:
@@ -85,7 +87,7 @@ def main(config: Config) -> None:
     reward = make_reward(config.watch, tokenizer, device) if config.watch else None
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, prompts = prompt_examples(rows, tokenizer, context - 1, config.count)
-    trail = str(Path(config.out).with_suffix(".trail.jsonl"))
+    trail = str(beside(config.out, ".trail.jsonl"))
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")
     options = {name: getattr(config, name) for name in flags}
 

@@ -27,7 +27,6 @@ run as such: name none that you would not run. What is read from prompts and che
 model has never seen a role token: it gets the prompt as plain text, and goes on from there.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -257,8 +256,7 @@ def main(config: Config) -> None:
     with autocast:
         found = [answer(path, rows, checks, ref, config, device) for path in paths]
     card = report(config, rows, found, stages, reference)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.out).write_text(json.dumps(card, indent=1).replace("NaN", "null"))
+    cli.write_json(config.out, card)
     print(f"\nwrote {config.out}")
 
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from nanoalign import UserError, cli
-from nanoalign.terminal import print_anything, visible
+from nanoalign.terminal import print_anything
 
 
 def run_command(commands: dict, description: str = "") -> None:
@@ -37,7 +37,5 @@ def run_on_paths(main) -> None:
     print_anything()
     if {"-h", "--help"} & set(sys.argv):
         sys.exit(print(sys.modules["__main__"].__doc__))
-    try:
+    with cli.sentences():
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {visible(' '.join(str(error).splitlines()))}")

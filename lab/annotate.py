@@ -21,6 +21,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+try:
+    import termios
+    import tty
+except ImportError:  # Windows, whose terminal hands over lines
+    termios = None
+
 from collect import decide
 from lab.agreement import report
 from nanoalign import UserError, cli
@@ -37,6 +43,8 @@ class Config:
     min_agreement: float = 0.0  # leave out pairs whose chosen side has a smaller share of the votes
     soft: bool = True  # that share is the label's "probability"; --no-soft: the majority's label, no ties
     seed: int = 0  # of the sides on which responses stand
+
+    also_written = ("votes",)
 
 
 KEYS = {"1": "left", "2": "right", "t": "tie", "s": "skip", "u": "undo", "q": "quit"}
@@ -95,7 +103,7 @@ def ask(keys: str) -> str:
     """The next of these keys: a key of a terminal, a line (the key or its name) of anything else."""
     print("  ".join(f"{key} {KEYS[key]}" for key in keys), end="  > ", flush=True)
     while True:
-        typed = sys.stdin.read(1) if sys.stdin.isatty() else sys.stdin.readline()
+        typed = sys.stdin.read(1) if sys.stdin.isatty() and termios else sys.stdin.readline()
         word = typed.strip().lower() if typed not in ("", "\x04") else "q"
         for key in keys:
             if word in (key, KEYS[key]):
@@ -107,12 +115,9 @@ def ask(keys: str) -> str:
 @contextlib.contextmanager
 def single_keys():
     """While this lasts a terminal hands over each key at once, without Enter."""
-    if not sys.stdin.isatty():
+    if not (sys.stdin.isatty() and termios):
         yield
         return
-    import termios  # not on Windows, which has lines all the same
-    import tty
-
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)

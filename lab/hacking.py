@@ -22,9 +22,12 @@ from statistics import mean, stdev
 import numpy as np
 
 from best_of_n import best_at
+from lab import run_on_paths
+from lab.plot import write
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples, thin
+from nanoalign.files import writing
 from nanoalign.generate import rollouts
 from nanoalign.rewards import make_reward
 from nanoalign.rows import read_rows, write_rows
@@ -131,7 +134,7 @@ def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) ->
         cells = [spread([points[-1][key] for points in curves]) for key in ("kl", "proxy", "judge")]
         cells += [spread([at_kl(points, kl, "judge") for points in curves]) for kl in kls]
         print(f"| {name} | {' | '.join(cells)} |")
-    with (Path(folders[0]) / "curves.csv").open("w", newline="") as file:
+    with writing(f"{folders[0]}/curves.csv") as file:
         table = csv.writer(file)
         table.writerow(("run", "seed", "evaluation", "kl", "proxy", "judge"))
         for name, curves in runs.items():
@@ -165,7 +168,7 @@ def failure_modes(folders: list[str]) -> dict[str, dict[str, list[float]]]:
     for folder in folders:
         path = Path(folder) / "scorecard.json"
         if path.exists():
-            for checkpoint, card in json.loads(path.read_text())["checkpoints"].items():
+            for checkpoint, card in json.loads(path.read_text(encoding="utf-8"))["checkpoints"].items():
                 for name, (value, _) in card["overall"].items():
                     cards.setdefault(Path(checkpoint).stem, {}).setdefault(name, []).append(value)
     return dict(sorted(cards.items(), key=lambda item: mean(item[1]["KL to reference"])))
@@ -203,9 +206,7 @@ def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
         axis.set(xlabel="√KL(policy ‖ SFT), √nats", title=f"{title}, held-out prompts")
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(folder / "curves.png", dpi=120)
-    print(f"wrote {folder}/curves.png")
+    write(figure, f"{folder}/curves.png")
     if not cards:
         return
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
@@ -216,17 +217,13 @@ def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
             axis.annotate(run, (x, mean(card[name])), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(title=FAILURES[name], xlabel="KL to SFT, nats")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(folder / "failures.png", dpi=120)
-    print(f"wrote {folder}/failures.png")
+    write(figure, f"{folder}/failures.png")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["report"]:
-        try:
-            report(sys.argv[2:])
-        except (UserError, OSError) as error:
-            sys.exit(f"error: {error}")
+        del sys.argv[1]
+        run_on_paths(report)
     elif sys.argv[1:2] == ["best-of-n"]:
         del sys.argv[1]
         cli.run(draw, Config, __doc__)

@@ -24,6 +24,7 @@ import train_grpo
 import train_ppo
 import train_rm
 from lab import pyplot
+from lab.plot import write
 from nanoalign import cli
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
@@ -258,9 +259,7 @@ def draw(world: World, policies: dict, curves: dict, best: Tensor, path: str) ->
         right.semilogy(curve, lw=1.2, label=name, ls="--" if "in loss" in name else "-")
     right.set(xlabel="iteration", ylabel="total variation from π*", title="on the way there")
     right.legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    write(figure, path)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from lab.plot import write
 from lab.scoreboard import print_time, table
 from lab.seeds import scorecards
 from nanoalign import UserError
+from nanoalign.files import writing
 from nanoalign.rows import read_rows, write_rows
 
 BETTER = {"helpfulness": 1, "harmful compliance": -1, "over-refusal": -1, "KL to reference": 0}
@@ -50,6 +51,9 @@ class Mix:
 class Report:
     folders: tuple[str, ...] = ("out/demo/pareto",)  # one per seed, with a scorecard.json each
     plot: str = ""  # a picture of both fronts to write (needs the `plot` extra)
+
+    def outputs(self) -> list[str]:
+        return [f"{self.folders[0]}/pareto.csv", *filter(None, [self.plot])]
 
 
 def mix(config: Mix) -> None:
@@ -111,8 +115,8 @@ def report(config: Report) -> None:
     ]
     table([f"seeds: {seeds}", *BETTER, *FRONTS], rows)
     print_time(config.folders)
-    path = Path(config.folders[0]) / "pareto.csv"
-    with path.open("w", newline="") as file:
+    (path, *_) = config.outputs()
+    with writing(path) as file:
         lines = csv.writer(file)
         lines.writerow(("policy", "seed", *(name for m in BETTER for name in (m, "error"))))
         for seed, own in enumerate(found):

@@ -13,12 +13,13 @@ import numpy as np
 from lab import pyplot, run_on_paths
 from lab.seeds import read_report
 from nanoalign import UserError
+from nanoalign.files import same_file, writing
 
 
 def write(figure, path: str) -> None:
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path, "wb") as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
     pyplot(path).close(figure)
     print(f"wrote {path}")
 
@@ -95,6 +96,8 @@ def main(paths: list[str]) -> None:
         raise UserError("name a scorecard.json or a best_of_n.csv, and the picture to draw of it.")
     source, picture = paths
     pyplot(picture)
+    if same_file(source, picture):
+        raise UserError(f"{picture} is what is drawn; name another file for the picture.")
     if source.endswith(".csv"):
         plot_curves(read_curves(source), picture)
     else:

@@ -287,9 +287,7 @@ def main(config: Config) -> None:
     attack = red_team_reward if config.reward else red_team_policies
     with autocast:
         found = attack(rows, held_out, partial(measure, checks=checks), config, device)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    report = {"config": asdict(config), "found": found}
-    Path(config.out).write_text(json.dumps(report, indent=1).replace("NaN", "null"))
+    cli.write_json(config.out, {"config": asdict(config), "found": found})
     print(f"\nwrote {config.out}")
 
 

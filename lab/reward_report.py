@@ -13,7 +13,6 @@ Prints, of the pairs that train_rm.py held out, and writes to X.report.json, bes
   so on, beside what the world's people and its judge would say
 """
 
-import json
 import math
 import random
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import beside, load_scalar
+from nanoalign.checkpoint import load_scalar
 from nanoalign.data import pair_examples, read_split, without_ties
+from nanoalign.files import beside, write_json
 from nanoalign.rewards import model_reward, score_texts
 from nanoalign.terminal import visible
 from nanoalign.training import freeze, setup
@@ -52,6 +52,10 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other field names: prompt=instruction,completion=output
+
+    @property
+    def out(self) -> str:
+        return str(beside(self.model, ".report.json"))
 
 
 def hits(margins: np.ndarray) -> np.ndarray:
@@ -142,15 +146,6 @@ def report(model, prompts: list[Prompt], tokenizer, seed: int, device, autocast)
     }
 
 
-def without_nan(found):
-    """NaN, for which JSON has no word, → null."""
-    if isinstance(found, dict):
-        return {name: without_nan(value) for name, value in found.items()}
-    if isinstance(found, list):
-        return [without_nan(value) for value in found]
-    return None if isinstance(found, float) and math.isnan(found) else found
-
-
 def show(found: dict) -> None:
     """Print the report."""
     print(f"\nheld out: {found['pairs']:,} pairs of {found['prompts']:,} prompts")
@@ -186,9 +181,8 @@ def main(config: Config) -> None:
     prompts = by_prompt(*pair_examples(without_ties(rows, "held-out"), tokenizer, max_length, "held-out"))
     found = report(freeze(model), prompts, tokenizer, config.seed, device, autocast)
     show(found)
-    out = beside(config.model, ".report.json")
-    out.write_text(json.dumps(without_nan(found), indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"saved {out}")
+    write_json(config.out, found)
+    print(f"saved {config.out}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ python -m lab.score --model out/demo/rm.pt --data rows.jsonl        # → rows.s
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_scalar
+from nanoalign.files import beside
 from nanoalign.rewards import model_reward, score_texts
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
@@ -22,6 +22,10 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other field names: prompt=instruction,completion=output
+
+    @property
+    def out(self) -> str:
+        return str(beside(self.data, ".scored.jsonl")) if self.data else ""
 
 
 def main(config: Config) -> None:
@@ -38,9 +42,8 @@ def main(config: Config) -> None:
     with autocast:
         scores = score_texts(reward, asked, texts, tokenizer, context, device, "score")
     known = [None if math.isnan(score) else round(score, 6) for score in scores.tolist()]
-    out = str(Path(config.data).with_suffix(".scored.jsonl"))
-    write_rows(out, ({**row, "score": score} for row, score in zip(rows, known)))
-    print(f"scored {len(rows):,} responses, mean {scores.nanmean():.3f} → {out}")
+    write_rows(config.out, ({**row, "score": score} for row, score in zip(rows, known)))
+    print(f"scored {len(rows):,} responses, mean {scores.nanmean():.3f} → {config.out}")
     if None in known:
         print(f"{known.count(None):,} prompts leave no room in {context} tokens: score null")
 

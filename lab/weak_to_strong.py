@@ -55,6 +55,9 @@ class Split:
     out: str = "out/demo/weak-to-strong"  # the folder to write to
     seed: int = 0  # of the split, and of the order in which the weak model sees two responses
 
+    def outputs(self) -> list[str]:
+        return [f"{self.out}/{name}.jsonl" for name in ("weak", "ceiling", "test", "unlabelled")]
+
 
 @dataclass(kw_only=True)
 class Student(train_rm.Config):

@@ -5,6 +5,7 @@ the random state; `--resume` continues from there bit for bit, and the finished 
 """
 
 import dataclasses
+import errno
 import os
 import random
 from pathlib import Path
@@ -13,16 +14,13 @@ import torch
 
 from nanoalign import UserError
 from nanoalign.expressions import spelled_out
+from nanoalign.files import beside, writing
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
 FORMAT = "nanoalign-1"
+FULL = (errno.ENOSPC, "the disk may be full")
 NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
-
-
-def beside(path: str, ending: str) -> Path:
-    """out/dpo.pt, ".metrics.jsonl" → out/dpo.metrics.jsonl"""
-    return Path(path).with_name(Path(path).name.removesuffix(".pt") + ending)
 
 
 def partial_path(path: str) -> Path:
@@ -30,17 +28,12 @@ def partial_path(path: str) -> Path:
 
 
 def write(path: Path, content: dict) -> None:
-    """torch.save to a temporary name, then rename: a crash or a full disk leaves the old file as it was."""
-    temporary = path.with_name(f"{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        sentence = f"could not write {path} ({reason}); the file before it, if any, is untouched."
-        raise UserError(sentence) from None
+    """torch.save, whole or not at all: a crash or a full disk leaves the old file as it was."""
+    with writing(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's word for a file that it could not write
+            raise (error.__context__ if isinstance(error.__context__, OSError) else OSError(*FULL)) from None
 
 
 def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest) -> None:

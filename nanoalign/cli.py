@@ -4,6 +4,7 @@ Every field's comment in the source is its help text, so flag and documentation 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -12,7 +13,6 @@ import math
 import os
 import platform
 import re
-import resource
 import sys
 import time
 from functools import partial
@@ -20,8 +20,13 @@ from pathlib import Path
 
 import torch
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 from nanoalign import UserError
-from nanoalign.checkpoint import beside
+from nanoalign.files import at_home, beside, reserved, write_json, write_text  # noqa: F401
 from nanoalign.terminal import print_anything, visible
 
 
@@ -113,7 +118,8 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
             options["metavar"] = type(default).__name__.upper()
         groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return at_home(config)
 
 
 NO_MEMORY = "allocate memory|out of memory|too many elements|[Ss]torage size calculation overflowed"
@@ -124,8 +130,15 @@ def run(main, config_class, description: str = "") -> None:
     """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1."""
     print_anything()
     config = parse(config_class, description)
-    try:
+    with sentences(config), reserved(config):
         main(config)
+
+
+@contextlib.contextmanager
+def sentences(config=None):
+    """What a user, a file or the machine did wrong is one sentence on stderr, whatever stands in it."""
+    try:
+        yield
     except UserError as error:
         sys.exit(f"error: {visible(' '.join(str(error).splitlines()))}")
     except KeyboardInterrupt:
@@ -174,6 +187,8 @@ def peak_memory(device: torch.device) -> int:
     """The most memory this process has held so far, in MB: on a GPU the tensors, on a CPU all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
+    if resource is None:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB on Linux, bytes on macOS
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -181,11 +196,15 @@ def peak_memory(device: torch.device) -> int:
 def readable_rows(path: Path) -> list[dict]:
     """The rows of a metrics file, up to one that a crash cut short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        numbers = [row.get(name, 0) for name in ("step", "tokens")] if isinstance(row, dict) else [None]
+        if not all(type(x) in (int, float) for x in numbers):
+            raise UserError(f"{path}, line {number} is no row of a run's metrics; move the file away.")
+        rows.append(row)
     return rows
 
 
@@ -199,12 +218,11 @@ class Metrics:
     def __init__(self, config, steps: int, device: torch.device, start_step: int = 0, shown: tuple = ()):
         self.device, self.steps, self.start_step, self.shown = device, steps, start_step, shown
         path = beside(config.out, ".metrics.jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start_step and path.exists():  # a resumed run forgets what was logged beyond its checkpoint
             kept = [row for row in readable_rows(path) if row.get("step", 0) <= start_step]
-        self.file = path.open("w", encoding="utf-8", buffering=1)
-        self.file.writelines(json.dumps(row) + "\n" for row in kept)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", encoding="utf-8", buffering=1)
         on_gpu, processor = device.type == "cuda", platform.processor() or platform.machine()
         self.note(
             event="start", at_step=start_step, time=time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -33,6 +33,7 @@ from itertools import combinations
 from pathlib import Path
 
 from nanoalign import UserError
+from nanoalign.files import writing
 from nanoalign.messages import (
     RowError,
     asked,
@@ -309,12 +310,9 @@ def read_rows(
 
 
 def write_rows(path: str, rows) -> None:
-    """Write rows as JSONL, whole or not at all: to a temporary name, then renamed."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.writing")
-    with partial.open("w", encoding="utf-8") as file:
+    """Write rows as JSONL, whole or not at all."""
+    with writing(path) as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class Flags:
     fields: str = ""  # other names of the fields, in --data and --eval-data alike: ours=theirs,…, such as
     # prompt=instruction,completion=output
 
+    beside_out = (".partial.pt", ".metrics.jsonl")  # X.pt: what else is written
+
 
 class Run:
     """Iterates over the optimiser steps (PPO's iterations) that are left, and logs, saves, stops and resumes.

@@ -111,8 +111,8 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, 
     before = path.read_bytes()
 
     def fail(content, file):
-        with open(file, "wb") as half:
-            half.write(b"half a file")
+        file.write(b"half a file")
+        file.flush()
         raise error
 
     monkeypatch.setattr(torch, "save", fail)

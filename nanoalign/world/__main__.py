@@ -29,11 +29,20 @@ SIZES = {  # pages, demonstrations, prompts, held-out prompts per family, proble
 }
 
 
+FILES = (
+    "pretrain", "pretrain_held_out", "sft", "sft_held_out", "prompts", "prompts_held_out", "problems",
+    "problems_held_out", "solutions", "feedback",
+)  # fmt: skip
+
+
 @dataclass
 class Config:
     out: str = "out/demo/world"  # folder to write to
     size: str = "small"  # tiny (seconds, for tests), small (minutes on a CPU) or large (minutes on a GPU)
     seed: int = 0  # another seed writes another text about the same world
+
+    def outputs(self) -> list[str]:
+        return [f"{self.out}/{name}.jsonl" for name in FILES]
 
 
 def demonstration(rng: random.Random, held_out: bool) -> dict:

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import regex  # comes with tiktoken
 
+from nanoalign.files import write_text
 from nanoalign.tokenizer import SPECIALS, WORLD_BPE, WORLD_PATTERN
 from nanoalign.world.text import answer, documents, request
 
@@ -54,7 +55,7 @@ def main() -> None:
     """Write the vocabulary file."""
     vocabulary = train(sample_text(), VOCAB_SIZE, WORLD_PATTERN)
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(vocabulary)]
-    WORLD_BPE.write_text("\n".join(lines) + "\n")
+    write_text(WORLD_BPE, "\n".join(lines) + "\n")
     print(f"wrote {len(vocabulary)} tokens to {WORLD_BPE}")
 
 

@@ -1,0 +1,277 @@
+"""What a run writes: whole files or none, never over what it reads, and one run at a time.
+
+    with writing("out/table.csv") as file:    # the old table stays until the new one is whole
+        ...
+    with reserved(config):                    # by cli.run: the outputs are checked, --out is locked
+        ...
+
+A script's `Config` says what it writes: the flags of OUTPUTS and those in its `also_written`; the endings in
+its `beside_out`, beside --out; or whatever its method `outputs` says. All other flags are what it reads.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import json
+import math
+import os
+import platform
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from nanoalign import UserError
+from nanoalign.expressions import parse_reward, parse_rewards
+
+OUTPUTS = ("out", "plot", "adversarial_pairs")
+HOME = re.compile(r"(^|[,:*(]\s*|\s[+-]\s+)(~)(?=[/\\]|$)")  # at the start of a path, in whatever expression
+
+
+def beside(path: str, ending: str) -> Path:
+    """out/dpo.pt, ".metrics.jsonl" → out/dpo.metrics.jsonl"""
+    return Path(path).with_name(re.sub(r"\.(pt|jsonl)$", "", Path(path).name) + ending)
+
+
+def reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def regular(path: str | Path) -> Path:
+    """The file that a path leads to, links followed: a regular one, or none yet."""
+    path, target = Path(path), Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise UserError(f"{path} is {what}, no file that can be written; name another.")
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed, or no such file yet
+            if stat.S_ISREG(os.fstat(stream).st_mode) and os.path.samestat(os.fstat(stream), target.stat()):
+                raise UserError(f"{path} is where this run's printed lines go; name another file.")
+    return target
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """A file that takes the place of `path` once it is whole. Until then it has a name beside it that nobody
+    can foresee; whatever goes wrong, the old file stays as it is and the new one goes. A link is followed."""
+    target = regular(path)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(".writing", f".{target.name[:100]}.", target.parent)
+        with open(handle, mode, **text) as file:
+            yield file
+        os.chmod(temporary, permissions(target))
+        os.replace(temporary, target)
+    except BaseException as error:  # Ctrl-C as well
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            sentence = f"could not write {path} ({reason(error)}); the file before it, if any, is untouched."
+            raise UserError(sentence) from None
+        raise
+
+
+def permissions(target: Path) -> int:
+    """Those of the file that is replaced; of a new one what the umask leaves."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with writing(path) as file:
+        file.write(text)
+
+
+def without_nan(found):
+    """JSON has no NaN: null."""
+    if isinstance(found, dict):
+        return {key: without_nan(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [without_nan(value) for value in found]
+    return None if isinstance(found, float) and math.isnan(found) else found
+
+
+def write_json(path: str | Path, report) -> None:
+    write_text(path, json.dumps(without_nan(report), indent=1, ensure_ascii=False))
+
+
+# --------------------------------------------------------------------------------------------- what is named
+
+
+def at_home(config):
+    """The flags with every ~ that begins a path written out."""
+    home = os.path.expanduser("~").replace("\\", "\\\\")
+
+    def full(value):
+        if isinstance(value, tuple):
+            return tuple(map(full, value))
+        return HOME.sub(rf"\g<1>{home}", value) if isinstance(value, str) and "~" in value else value
+
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: full(value) for name, value in values.items()})
+
+
+def outputs(config) -> list[str]:
+    """All files that a script writes, --out first."""
+    if hasattr(config, "outputs"):
+        return config.outputs()
+    named = [path for name in output_flags(config) if (path := getattr(config, name, ""))]
+    if getattr(config, "out", ""):
+        named += [str(beside(config.out, ending)) for ending in getattr(config, "beside_out", ())]
+    return named
+
+
+def output_flags(config) -> tuple[str, ...]:
+    return OUTPUTS + getattr(config, "also_written", ())
+
+
+def inputs(config) -> list[tuple[str, str]]:
+    """(flag, path) of all files that the other flags name: a path, several, a glob, or an expression's."""
+    found = []
+    for name in [field.name for field in dataclasses.fields(config)]:
+        value = getattr(config, name)
+        texts = value if isinstance(value, tuple) else (value,)
+        for text in texts if name not in output_flags(config) else ():
+            paths = {text, *expression_files(text)} if isinstance(text, str) and text else ()
+            found += [("--" + name.replace("_", "-"), path) for path in paths if os.path.exists(path)]
+    return found
+
+
+def expression_files(text: str) -> list[str]:
+    """The files in "min:a*.pt - 0.5*b.pt, judge", "rules.py:score(a.pt)" or "rm:a.pt"."""
+    words = [word for part in re.split(r"[\s,()]+", text) for word in (part, part.partition(":")[2])]
+    found = [path for word in words if word for path in [word, *glob.glob(word)]]
+    with contextlib.suppress(UserError, ValueError):  # no reward: other flags hold other words
+        found += [file for one in parse_rewards(text) for term in parse_reward(one) for file in term.files]
+    return found
+
+
+def same_file(a: str, b: str) -> bool:
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def check_outputs(config, written: list[str]) -> None:
+    """Complain now about an output that cannot be written, and about one that would overwrite an input."""
+    read = inputs(config)
+    for i, path in enumerate(written):
+        target = regular(path)
+        for flag, other in read:
+            if same_file(path, other):
+                raise UserError(f"{path} is to be written, but {flag} reads it; name another file.")
+        if any(same_file(path, other) for other in written[:i]):
+            raise UserError(f"{path} is to be written twice; name another file.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name}.").close()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({reason(error)}); name another file.") from None
+
+
+# --------------------------------------------------------------------------------------------------- the lock
+
+
+@contextlib.contextmanager
+def reserved(config) -> Iterator[None]:
+    """While this lasts the outputs are this run's: another one with the same --out is refused."""
+    written = outputs(config)
+    if not written:
+        yield
+        return
+    check_outputs(config, written)
+    target = Path(os.path.realpath(written[0]))
+    lock = target.with_name(f"{target.name}.lock")
+    take(lock, written[0])
+    try:
+        for path in map(Path, map(os.path.realpath, written)):  # what a killed run was about to write
+            for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.writing"):
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        if holder(lock) == ourselves():
+            lock.unlink(missing_ok=True)
+
+
+def started(pid: int) -> str:
+    """When a process began, in ticks of this boot, where the system tells; of one that has ended, "over"."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return "over" if state in "ZX" else rest[18]
+    except (OSError, IndexError, ValueError):
+        return ""
+
+
+def ourselves() -> dict:
+    pid = os.getpid()
+    return {"pid": pid, "host": platform.node(), "started": started(pid)}
+
+
+def holder(lock: Path) -> dict:
+    """Who holds a lock; {} if nobody does that it could name."""
+    try:
+        found = json.loads(lock.read_text(encoding="utf-8"))
+        known = isinstance(found["pid"], int) and isinstance(found["host"], str)
+        return {name: found.get(name) for name in ourselves()} if known else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def is_over(one: dict) -> bool:
+    """Has the process that holds a lock ended, as far as this machine can tell?"""
+    if not one:
+        return True
+    if one["host"] != platform.node() or os.name == "nt":  # where os.kill would end it
+        return False
+    try:
+        os.kill(one["pid"], 0)
+    except PermissionError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return one["started"] != started(one["pid"])
+
+
+def take(lock: Path, out: str) -> None:
+    """Make a lock that says who holds it, whole from the start; take over one whose holder has ended."""
+    with tempfile.NamedTemporaryFile("w", dir=lock.parent, encoding="utf-8", delete=False) as mine:
+        json.dump({**ourselves(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, mine)
+    try:
+        for _ in range(3):
+            with contextlib.suppress(FileExistsError):
+                link(mine.name, lock)
+                return
+            one = holder(lock)
+            if not is_over(one) and one != ourselves():
+                break
+            over = Path(f"{mine.name}.over")
+            with contextlib.suppress(FileNotFoundError):  # another run was faster
+                os.replace(lock, over)
+                if holder(over) != one:  # and has taken it over
+                    link(str(over), lock)
+                over.unlink()
+    finally:
+        Path(mine.name).unlink(missing_ok=True)
+    raise UserError(
+        f"{out} is being written by process {one['pid']} on {one['host']}: wait for it, or name another "
+        f"--out (if it is over, delete {lock})."
+    )
+
+
+def link(source: str, target: Path) -> None:
+    """A second name for a file, if there is none such; by copying where the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(Path(source).read_text(encoding="utf-8"))
