@@ -85,10 +85,9 @@ def one_of(row: dict, *fields: str) -> None:
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 TURN = r"(?:^|\n\n)(Human|Assistant):"
 TRANSCRIPT = re.compile(r"\s*\n\nHuman:|\s*Human:.*\n\nAssistant:", re.DOTALL)
-TEMPLATE = re.compile(  # a conversation that some chat format has made a string of
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<extra_id_1>|\[/INST\]|^### Response:",
-    re.MULTILINE,
-)
+TEMPLATES = (  # in a conversation that some chat format has made a string of
+    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<extra_id_1>", "[/INST]", "\n### Response:",
+)  # fmt: skip
 MEANT = (  # of a message, and what it would say is lost without them
     "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content", "thinking", "refusal",
     "images", "audio", "train",
@@ -123,8 +122,8 @@ def read_messages(row: dict, field: str, weighted: bool = False) -> list[dict]:
     if is_transcript(value):
         return transcript(value)
     if isinstance(value, str):
-        if template := TEMPLATE.search(value):
-            what = f"{template[0]!r}: a conversation in another format; expected messages"
+        if marks := [mark for mark in TEMPLATES if mark in value]:
+            what = f"{marks[0]!r}: a conversation in another format; expected messages"
             raise RowError(f'field "{field}": holds {what}')
         return [user(value)]
     messages = [read_message(m, f'field "{field}", message {i}') for i, m in enumerate(value)]
@@ -185,6 +184,21 @@ def asked(messages: list[dict], field: str) -> list[dict]:
     return asked(before, field)
 
 
+def holds(messages: list[dict], piece: list[dict]) -> bool:
+    """Do these messages follow each other somewhere in those, but for white space around them?"""
+    said, part = ([(m["role"], m["content"].strip()) for m in each] for each in (messages, piece))
+    return any(said[i : i + len(part)] == part for i in range(len(said) - len(part) + 1))
+
+
+def read_talk(row: dict, weighted: bool = False) -> list[dict]:
+    """The row's "messages", after its "system"; a "prompt" beside them is a piece of them."""
+    messages = read_messages(row, "messages", weighted)
+    if "prompt" in row and not holds(messages, read_messages(row, "prompt")):
+        what = "messages that hold the prompt (--fields prompt= ignores it)"
+        raise RowError(f'fields "prompt" and "messages": expected {what}')
+    return with_system(row, messages)
+
+
 def read_prompt(row: dict) -> list[dict]:
     """The row's "prompt" or GSM8K's "question", after its "system" → messages that do not end with the
     assistant."""
@@ -226,19 +240,14 @@ def read_side(row: dict, field: str) -> list[dict]:
 def conversations(prompt: list[dict], sides: list[list[dict]]) -> list[list[dict]]:
     """A pair's prompt and its two sides → two whole conversations, nothing in them twice. The sides go on
     after the prompt, or repeat all of it, or its end, or hold it as a piece."""
-
-    def same(some: list[dict], others: list[dict]) -> bool:
-        said = [[(m["role"], m["content"].strip()) for m in messages] for messages in (some, others)]
-        return said[0] == said[1]
-
     n, shared = len(prompt), []
     for one, other in zip(*(side[:-1] for side in sides)):
         if one != other:
             break
         shared.append(one)
-    if any(same(shared[i : i + n], prompt) for i in range(len(shared) - n + 1)):
+    if holds(shared, prompt):
         return sides
-    k = next(k for k in range(min(n, len(shared)), -1, -1) if same(prompt[n - k :], shared[:k]))
+    k = next(k for k in range(min(n, len(shared)), -1, -1) if holds(shared[:k], prompt[n - k :]))
     if k == 0 and shared and shared[0]["role"] in ("system", prompt[-1]["role"]):
         what = "two sides that repeat the prompt or go on after it"
         raise RowError(f'fields "prompt", "chosen" and "rejected": expected {what}')

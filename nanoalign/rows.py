@@ -42,10 +42,10 @@ from nanoalign.messages import (
     names_of,
     one_of,
     read,
-    read_messages,
     read_prompt,
     read_response,
     read_side,
+    read_talk,
     with_system,
 )
 
@@ -63,10 +63,20 @@ NAMES = (  # what --fields may give another name to
 JSONL = (".jsonl", ".json", ".ndjson", ".jsonlines")
 
 
+def named_once(fields: list[tuple]) -> dict:
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise RowError("a field is there twice")
+    return row
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=named_once)
+
+
 def parse_json(line: str) -> dict:
     """A line → an object of valid Unicode."""
     try:
-        row = json.loads(line)
+        row = DECODER.decode(line)
         spelt = json.dumps(row, ensure_ascii=False) if "\\ud" in line.lower() else ""
     except (ValueError, RecursionError) as error:  # malformed, a number of too many digits, nested too deeply
         raise RowError(f"not valid JSON ({getattr(error, 'msg', error)})") from None
@@ -168,7 +178,7 @@ def parse_chat(row: dict) -> dict:
     """→ {"messages", "meta"}, with at least one assistant turn to learn from."""
     one_of(row, "messages", "completion")
     if "messages" in row:
-        messages = with_system(row, read_messages(row, "messages", weighted=True))
+        messages = read_talk(row, weighted=True)
     elif "chosen" in row:
         pair = parse_pair(row)
         messages = [*pair["prompt"], assistant(pair["chosen"])]
@@ -177,6 +187,9 @@ def parse_chat(row: dict) -> dict:
         messages = [*read_prompt(row), assistant(read_response(row, said))]
     if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
         raise RowError('field "messages": expected at least one assistant message to learn from')
+    if row.get("label") is False:
+        what = "expected an answer to imitate (--fields label= takes it for one)"
+        raise RowError(f'field "label": false, a thumb down; {what}')
     return {"messages": messages, "meta": read_meta(row)}
 
 
@@ -190,7 +203,7 @@ def parse_labelled(row: dict) -> list[dict]:
         sides = [] if pair.get("probability") == 0.5 else (("chosen", True), ("rejected", False))
         return [{**shared, "completion": pair[side], "label": label} for side, label in sides]
     if "messages" in row:
-        *prompt, last = with_system(row, read_messages(row, "messages"))
+        *prompt, last = read_talk(row)
         if not prompt or last["role"] != "assistant":
             raise RowError('field "messages": expected a prompt and, at the end, the assistant\'s message')
         prompt, said = asked(prompt, "messages"), last["content"]
@@ -231,12 +244,11 @@ def parse_prompt(row: dict) -> dict:
     if "chosen" in row:
         prompt = parse_pair(row)["prompt"]
     elif "messages" in row:
-        messages = read_messages(row, "messages", weighted=True)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
+        prompt = [{"role": m["role"], "content": m["content"]} for m in read_talk(row, weighted=True)]
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        if not any(m["role"] != "system" for m in prompt):
             raise RowError("expected a prompt before the first assistant message")
-        prompt = with_system(row, [{"role": m["role"], "content": m["content"]} for m in messages])
     else:
         prompt = read_prompt(row)
     gold = {"answer": row["answer"]} if "answer" in row else {}

@@ -151,7 +151,7 @@ def test_a_system_column_comes_first_in_every_kind(file):
     assert read_rows(path, "chat")[0]["messages"] == [BRIEF, BIRD, DUCK]
     assert read_rows(path, "labelled")[0]["prompt"] == [BRIEF, BIRD]
     assert read_rows(path, "prompts")[0]["prompt"] == [BRIEF, BIRD]
-    path = file({**both, "prompt": [BIRD], **answer, "label": False})
+    path = file({**both, "prompt": [BIRD], **answer, "label": True})
     assert read_rows(path, "chat")[0]["messages"] == [BRIEF, BIRD, DUCK]
     assert read_rows(path, "labelled")[0]["prompt"] == [BRIEF, BIRD]
     path = file({**both, "question": "Which bird swims?", **steps})
@@ -384,6 +384,31 @@ def test_a_column_that_may_change_the_meaning_is_refused_unless_it_is_empty_or_t
         rows = read_rows(file({**row, field: UNREAD[field]}), kind, fields=f"{field}=")
         assert rows == read_rows(file({**row, field: type(UNREAD[field])()}), kind)
         assert rows == read_rows(file({**row, "prompt_id": 3, "source": "x"}), kind)
+
+
+def test_a_prompt_beside_messages_is_a_piece_of_them_or_refused(file):
+    row = {"messages": [BRIEF, BIRD, DUCK], "label": True}
+    for prompt in ("Which bird swims? ", [BIRD], [BRIEF, BIRD], [BRIEF]):
+        assert read_rows(file({**row, "prompt": prompt}), "chat")[0]["messages"] == [BRIEF, BIRD, DUCK]
+    for kind in ("chat", "labelled", "prompts"):
+        path = file({**row, "prompt": "You are a dog."})
+        refused(path, kind, "line 1", '"prompt" and "messages"', "--fields prompt=")
+        assert read_rows(path, kind, fields="prompt=") == read_rows(file(row), kind)
+
+
+def test_a_thumb_down_is_no_demonstration(file):
+    rows = [{"prompt": "Hi", "completion": "Hello.", "label": label} for label in (True, False)]
+    refused(file(*rows), "chat", "line 2", '"label"', "thumb down", "--fields label=")
+    assert len(read_rows(file(*rows), "chat", skip_bad_rows=True)) == 1
+    assert len(read_rows(file(*rows), "chat", fields="label=")) == 2
+    assert len(read_rows(file(*rows), "prompts")) == 2
+
+
+def test_a_field_that_is_there_twice_is_refused(file):
+    refused(file('{"prompt": "a", "completion": "b", "prompt": "c"}'), "chat", "line 1", "twice")
+    refused(
+        file('{"messages": [{"role": "user", "content": "a", "content": "b"}]}'), "chat", "line 1", "twice"
+    )
 
 
 @pytest.mark.parametrize(
