@@ -20,7 +20,7 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import BatchOrder, chat_examples, collate, read_split, thin
+from nanoalign.data import BatchOrder, chat_examples, collate, questions, read_split
 from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.packing import packed_hidden
@@ -74,8 +74,7 @@ def main(config: Config) -> None:
     examples = chat_examples(rows, tokenizer, max_length)
     eval_examples = chat_examples(eval_rows, tokenizer, max_length, "held-out")
     asked = [row for row in eval_rows if row["messages"][0]["role"] != "assistant"]
-    shown = [parse_prompt(row) for row in thin(asked, 4)]
-    prompts = [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in shown]
+    shown, prompts = questions(list(map(parse_prompt, asked)), tokenizer, max_length, 4)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     prepare(config, policy)

@@ -95,9 +95,16 @@ def one_per_prompt(rows: list[dict]) -> list[dict]:
 
 
 def questions(rows: list[dict], tokenizer: Tokenizer, max_length: int, count: int = 128) -> tuple[list, list]:
-    """One row of each prompt, `count` at most, and their ids: the last ones, half of `max_length`."""
-    rows = thin(one_per_prompt(rows), count)
-    return rows, [tokenizer.prompt(row["prompt"])[-max_length // 2 :] for row in rows]
+    """One row of each prompt that `max_length` leaves room to answer, `count` at most, and their ids. Prints
+    how many are left out: a prompt without its beginning would be another one."""
+    rows = one_per_prompt(rows)
+    asked = [(row, tokenizer.prompt(row["prompt"])) for row in rows]
+    kept = [(row, ids) for row, ids in asked if len(ids) < max_length]
+    if len(kept) < len(rows):
+        left = f"{len(rows) - len(kept):,} of {len(rows):,} held-out prompts are not answered"
+        print(f"data: {left}: no room in {max_length} tokens")
+    kept = thin(kept, count)
+    return [row for row, _ in kept], [ids for _, ids in kept]
 
 
 def without_ties(pairs: list[dict], part: str = "training") -> list[dict]:

@@ -159,3 +159,31 @@ def test_the_elo_ratings_of_two_checkpoints_are_the_log_odds_of_their_win_rate(
     for name, path in (("sft", sft), ("brief", brief)):
         assert elo[path]["low"] <= elo[path]["rating"] <= elo[path]["high"]
         assert re.search(rf"{name} +{elo[path]['rating']:.0f} ", printed)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto", "orpo"])
+def test_held_out_prompts_are_answered_whole_or_left_out_and_counted(
+    stage, job, tmp_path, monkeypatch, capsys
+):
+    """None loses its beginning, where its question may stand, in the samples or in the KL on them."""
+    asked = [f"Is it {' very' * n} cold?" for n in (1, 20, 60)]
+    rows = [{"prompt": prompt, "chosen": "Yes.", "rejected": "No."} for prompt in asked]
+    short, long, too_long = (WORLD.prompt([{"role": "user", "content": prompt}]) for prompt in asked)
+    assert len(short) < 20 <= len(long) < 40 < len(too_long)
+    script, config = job(
+        stage, steps=1, max_length=40, eval_data=write_lines(tmp_path / "held_out.jsonl", rows)
+    )
+    answered = {}
+
+    def keep(name, call, *args):
+        [answered[name]] = [arg for arg in args if isinstance(arg, list)]
+        return call(*args)
+
+    for name in {"respond", "sample_kl"} & vars(script).keys():
+        monkeypatch.setattr(script, name, functools.partial(keep, name, getattr(script, name)))
+    script.main(config)
+    said = "1 of 3 held-out prompts are not answered: no room in 40 tokens"
+    assert ("2 dropped" if stage == "kto" else said) in capsys.readouterr().out  # its rows, an up and a down
+    assert answered.keys() >= ({"respond", "sample_kl"} if stage in ("dpo", "kto") else {"respond"})
+    for prompts in answered.values():
+        assert [ids.tolist() for ids in prompts] == [short.tolist(), long.tolist()]
