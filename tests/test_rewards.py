@@ -180,7 +180,7 @@ def test_weights_may_have_exponents():
 
 
 def test_rewards_of_one_name_are_watched_side_by_side(members, sft, world, monkeypatch):
-    """--watch a/rm.pt, b/rm.pt: neither takes the place of the other, nor of the score."""
+    """--watch a/rm.pt, b/rm.pt: neither takes the place of the other, nor of the reward."""
     folder, _ = members
     names = []
     for place in ("a", "b"):
@@ -190,7 +190,7 @@ def test_rewards_of_one_name_are_watched_side_by_side(members, sft, world, monke
     policy, _, _ = load_policy(sft)
     config = OnPolicy(watch=", ".join(["length", *names]), doctor="")
     watch = Watch(config, (policy, policy, TOKENIZER), ([], []), make_reward("judge", TOKENIZER, "cpu"), None)
-    assert [*watch.asked[-1]] == ["score", "length", "rm", names[1]]
+    assert [*watch.asked[-1]] == ["reward", "length", "rm", names[1]]
 
 
 # ------------------------------------------------------------------------------------ a reward of one's own
