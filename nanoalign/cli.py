@@ -15,7 +15,7 @@ import platform
 import re
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from nanoalign.files import at_home, beside, reserved, write_json, write_text  #
 from nanoalign.terminal import print_anything, visible
 
 
+@cache
 def field_comments(config_class) -> dict[str, str]:
     """{field: its trailing comment} from the source of a dataclass and of those it extends.
 
@@ -57,10 +58,14 @@ def program() -> str:
     return f"-m {spec.name.removesuffix('.__main__')}"
 
 
+def one_line(message) -> str:
+    """What a file's or a flag's text may be part of, for the terminal."""
+    return visible(" ".join(str(message).splitlines()))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        message = visible(" ".join(message.splitlines()))
-        self.exit(2, f"error: {message}. `python {self.prog} --help` lists the flags.\n")
+        self.exit(2, f"error: {one_line(message)}. `python {self.prog} --help` lists the flags.\n")
 
 
 SIZES = {  # the memory that a run takes at once is a multiple of them: a million is a slip of the hand
@@ -78,7 +83,8 @@ def bounds(name: str, default: float) -> tuple[float, float]:
     return LEAST.get(name, SINGLE.tiny), 10**6 if name == "epochs" else SINGLE.max
 
 
-def _number(text: str, name: str, default: float):
+def number(text: str, name: str, default: float):
+    """A flag's text → its value: digits, and within the flag's bounds."""
     whole = isinstance(default, int)
     digits = "[0-9]{1,99}" if whole else r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
     if not re.fullmatch(f"[+-]?{digits}", text):
@@ -114,10 +120,13 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
         elif isinstance(default, tuple):
             options["nargs"] = "+"
         elif isinstance(default, (int, float)):
-            options["type"] = partial(_number, name=field.name, default=default)
+            options["type"] = partial(number, name=field.name, default=default)
             options["metavar"] = type(default).__name__.upper()
         groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():  # argparse makes an empty list of "--flag=--"
+        if value == [] or (isinstance(value, list) and not isinstance(getattr(config_class, name), tuple)):
+            parser.error(f"argument --{name.replace('_', '-')}: expected a value, not '--'")
     config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return at_home(config)
 
@@ -140,7 +149,7 @@ def sentences(config=None):
     try:
         yield
     except UserError as error:
-        sys.exit(f"error: {visible(' '.join(str(error).splitlines()))}")
+        sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         print("\ninterrupted.", file=sys.stderr)
         sys.exit(130)
@@ -149,7 +158,7 @@ def sentences(config=None):
     except OSError as error:
         file = f": {error.filename}" if error.filename else ""
         hint = "; free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        sys.exit(f"error: {error.strerror or error}{file}{hint}.")
+        sys.exit(f"error: {one_line(f'{error.strerror or error}{file}{hint}.')}")
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator raises either
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if not (on_gpu or isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error))):

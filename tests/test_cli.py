@@ -98,6 +98,8 @@ def test_every_flag_of_every_script_is_explained(script):
         ("--steps -1", "≥ 0"),
         ("--steps", "--steps"),
         ("stray", "stray"),
+        ("--steps=--", "--steps"),  # which argparse takes for an empty list
+        ("--files=--", "--files"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence_and_status_two(flags, key, capsys):

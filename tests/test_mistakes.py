@@ -65,6 +65,7 @@ MISTAKES = [  # script, flags, what the sentence names
     ("train_pretrain", PRETRAIN + "--tokenizer nonsense", ["nonsense", "world"]),
     ("train_pretrain", PRETRAIN + "--model nonsense", ["nonsense", "world-tiny"]),
     ("train_pretrain", PRETRAIN + "--device nonsense", ["nonsense", "--device cpu"]),
+    ("train_pretrain", PRETRAIN + "--device hpu", ["hpu", "--device cpu"]),  # torch looks for a module
     ("train_pretrain", PRETRAIN + "--batch-size 0", ["--batch-size"]),
     ("train_pretrain", PRETRAIN + "--context 0", ["context"]),
     ("train_pretrain", PRETRAIN + "--context 1", ["context"]),
