@@ -33,6 +33,8 @@ HOME = re.compile(r"(^|[,:*(]\s*|\s[+-]\s+)(~)(?=[/\\]|$)")  # at the start of a
 
 def beside(path: str, ending: str) -> Path:
     """out/dpo.pt, ".metrics.jsonl" → out/dpo.metrics.jsonl"""
+    if Path(path).name in ("", ".."):
+        raise UserError(f"{str(path)!r} is not the name of a file.")
     return Path(path).with_name(re.sub(r"\.(pt|jsonl)$", "", Path(path).name) + ending)
 
 
