@@ -31,9 +31,7 @@ class Config:
     tokenizer: str = "world"  # world, or the name of a tiktoken encoding
     fields: str = ""  # other field names: prompt=instruction,completion=output
     count: int = 3  # how many rows to print
-    max_length: int = (
-        0  # tokens, to see what a training script's --max-length leaves; 0: all, of a text 1,000
-    )
+    max_length: int = 0  # tokens: what a training script's --max-length leaves; 0: all, of a text 1,000
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
 
 

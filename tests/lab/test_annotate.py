@@ -161,13 +161,11 @@ def test_pairs_are_decided_by_all_votes_and_agreement_is_printed(tmp_path, monke
 
 def test_without_a_standard_input_and_for_a_share_above_one_there_is_one_sentence(tmp_path):
     command = f"{sys.executable} -m lab.annotate --votes {tmp_path}/x.votes.jsonl"
-    for more, said in (
-        ("<&-", "nobody to ask"),
-        ("--min-agreement 2", "--min-agreement 2"),
-        ("", "does not exist"),
-    ):
-        done = subprocess.run(f"{command} {more}", shell=True, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and said in done.stderr and done.stderr.startswith("error: ")
+    done = subprocess.run(f"{command} <&-", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "nobody to ask" in done.stderr
+    for flags, said in (({"min_agreement": 2.0}, "--min-agreement 2"), ({}, "does not exist")):
+        with pytest.raises(UserError, match=said):
+            annotate.main(annotate.Config(votes=f"{tmp_path}/x.votes.jsonl", **flags))
 
 
 def test_a_killed_session_at_a_terminal_loses_no_key_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
