@@ -190,8 +190,7 @@ def main(config: Config) -> None:
         trained=trained, shown=SHOWN,
     )  # fmt: skip
     beta = run.state.get("beta", config.beta)
-    critic.load_state_dict(run.state.get("critic", critic.state_dict()))
-    run.keep["critic"] = critic.state_dict()
+    run.keeps("critic", critic)
     watch.begin(run)
 
     for step in run:

@@ -13,12 +13,21 @@ from pathlib import Path
 import torch
 
 from nanoalign import UserError
+from nanoalign.contents import (
+    FORMAT,
+    DamagedError,
+    build,
+    check,
+    check_moments,
+    checksum,
+    damaged,
+    unpack,
+)
 from nanoalign.expressions import spelled_out
 from nanoalign.files import beside, writing
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
-FORMAT = "nanoalign-1"
 FULL = (errno.ENOSPC, "the disk may be full")
 NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
 
@@ -45,19 +54,15 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
     weights = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
     head = {"format": FORMAT, "chat": chat, "tokenizer": tokenizer.name, "model_config": shape}
-    write(Path(path), {**head, "model": weights, "config": flags, **rest})
+    content = {**head, "model": weights, "config": flags, **rest}
+    write(Path(path), {**content, "checksum": checksum(content)})
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
-    """Read a checkpoint onto the CPU; `stages`: the kinds the caller can use (empty: any)."""
+    """Read a checkpoint onto the CPU, checked; `stages`: the kinds the caller can use (empty: any)."""
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}; train it first, or check the path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can fail in any way
-        content = None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a nanoalign checkpoint (or is damaged).")
+    content = check(path, unpack(path))
     if stages and content["stage"] not in stages:
         expected = " or ".join(map(repr, stages))
         raise UserError(f"{path} is a {content['stage']!r} checkpoint; expected {expected}.")
@@ -66,12 +71,14 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
 
 
 def _load_model(kind, path, device, content: dict, what: str):
-    model = kind(GPTConfig(**content["model_config"]))
+    model = build(path, content, kind, what)
     try:
-        model.load_state_dict(content.pop("model"))
-    except RuntimeError:
-        raise UserError(f"{path} is a {content['stage']!r} checkpoint, not {what}'s.") from None
-    return model.to(device), get_tokenizer(content["tokenizer"]), content
+        tokenizer = get_tokenizer(content["tokenizer"])
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise damaged(path, f"its model has fewer tokens than {content['tokenizer']!r}")
+    return model.to(device), tokenizer, content
 
 
 def load_policy(path, device="cpu", chat: bool = False) -> tuple[GPT, Tokenizer, dict]:
@@ -119,13 +126,23 @@ def flags_that_count(config) -> dict:
 
 def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> None:
     """Save all that continuing after `step` steps needs. `data`: the fingerprint of what it trains on."""
+    must_be_finite(model, step)
     state = {"optimizer": optimizer.state_dict(), "random": random_state(), "flags": flags_that_count(config)}
     save(partial_path(config.out), model, config=config, step=step, data=data, **state, **rest)
 
 
-def finish(config, model, **rest) -> None:
+def must_be_finite(model, step: int) -> None:
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise UserError(
+            f"the model's weights are no longer finite numbers at step {step}; nothing was saved since the "
+            "last checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."
+        )
+
+
+def finish(config, model, *, step: int, **rest) -> None:
     """Write the finished stage to `config.out` and remove its partial checkpoint."""
-    save(config.out, model, config=config, **rest)
+    must_be_finite(model, step)
+    save(config.out, model, config=config, step=step, **rest)
     partial_path(config.out).unlink(missing_ok=True)
     print(f"saved {config.out}")
 
@@ -139,7 +156,12 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     path = partial_path(config.out)
     if not config.resume or not path.exists():
         return {"step": 0}
-    content = load(path, (stage,))
+    try:
+        content = load(path, (stage,))
+        if missing := [name for name in ("data", "optimizer", "random") if name not in content]:
+            raise damaged(path, f'it has no field "{missing[0]}"')
+    except DamagedError as error:
+        raise UserError(f"{error} Delete it to start afresh.") from None
     before, given = content.get("flags", content["config"]), dataclasses.asdict(config)
     changed = [
         f"--{name.replace('_', '-')} was {content['config'].get(name)!r} and is {given[name]!r}"
@@ -150,8 +172,12 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
         changed.append("the data or the starting checkpoint changed")
     if changed:
         raise UserError(f"cannot resume {path}: {'; '.join(changed)}. Delete it to start afresh.")
-    model.load_state_dict(content.pop("model"))
-    optimizer.load_state_dict(content.pop("optimizer"))
-    set_random_state(content.pop("random"))
+    try:
+        model.load_state_dict(content.pop("model"))
+        optimizer.load_state_dict(check_moments(path, optimizer, content.pop("optimizer")))
+        set_random_state(content.pop("random"))
+    except (UserError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, AttributeError):
+        sentence = f"{path} is damaged: its model, optimiser or random numbers do not fit this run's."
+        raise UserError(f"{sentence} Delete it to start afresh.") from None
     print(f"resume: {path} at step {content['step']:,}")
     return content

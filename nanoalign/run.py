@@ -88,6 +88,9 @@ class Run:
         self.data = fingerprint(*made_from)
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
         self.first, self.keep = self.state["step"], {}
+        if self.first > self.steps:
+            where = partial_path(config.out)
+            raise UserError(f"{where} is damaged: it is at step {self.first}. Delete it to start afresh.")
         self.device = next(model.parameters()).device
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
@@ -122,6 +125,17 @@ class Run:
     @property
     def seed(self) -> int:  # of the samples that this step draws
         return derived_seed(self.config.seed, "rollout", self.step)
+
+    def keeps(self, name: str, module: nn.Module) -> None:
+        """Save a module beside the model, and go on with what a stopped run kept of it."""
+        if name in self.state:
+            try:
+                module.load_state_dict(self.state[name])
+            except RuntimeError:
+                where = partial_path(self.config.out)
+                sentence = f"{where} is damaged: its {name} does not fit. Delete it to start afresh."
+                raise UserError(sentence) from None
+        self.keep[name] = module.state_dict()
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
         """The step's examples and their indices, in pieces that --micro-batch and --micro-tokens allow.

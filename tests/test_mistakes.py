@@ -154,7 +154,7 @@ MISTAKES = [  # script, flags, what the sentence names
     ("collect", COLLECT + "--annotator world:3", ["world:3"]),
     ("collect", COLLECT + "--annotator rm:{none}", ["none", "checkpoint"]),
     ("collect", COLLECT + "--annotator rm:{sft} --count 4", ["'sft'", "'rm'"]),
-    ("collect", COLLECT + "--annotator rm:{tmp}/nan.pt --count 4", ["nan.pt", "no scale"]),
+    ("collect", COLLECT + "--annotator rm:{tmp}/nan.pt --count 4", ["nan.pt", "not a finite number"]),
     ("collect", COLLECT + "--annotator ai:", ["ai:PATH"]),
     ("collect", COLLECT + "--annotator ai:{none}", ["none", "checkpoint"]),
     ("collect", COLLECT + "--annotator ai:{rm} --count 4", ["'rm'", "'sft'"]),

@@ -274,7 +274,7 @@ def test_a_value_is_read_before_its_token_is_emitted(double, shared):
 
 
 def test_a_critic_starts_from_a_model_with_a_head_that_expects_nothing(tmp_path, capsys):
-    tokenizer, shape = get_tokenizer("world"), GPTConfig(1024, context=8, layers=1, width=8, heads=2)
+    tokenizer, shape = get_tokenizer("world"), GPTConfig(2048, context=8, layers=1, width=8, heads=2)
     policy, reward, path = GPT(shape), ScalarGPT(shape), str(tmp_path / "x.pt")
     ids = torch.arange(6)[None]
     for stage, model, trunk in (("rm", reward, reward.gpt), ("sft", policy, policy)):

@@ -355,7 +355,7 @@ def test_another_tokenizer_is_an_error(members, r50k):
 def test_scores_that_are_not_numbers_stop_the_run(members):
     folder, _ = members
     model = ScalarGPT(SMALL)
-    torch.nn.init.constant_(model.score.weight, float("nan"))
+    torch.nn.init.constant_(model.score.weight, 3e38)  # finite itself, its sums are not
     save(folder / "nan.pt", model, stage="rm", tokenizer=TOKENIZER, config=Config(), step=1)
     with pytest.raises(UserError, match="not a finite number for 3 of 3"):
         score(f"{folder}/nan.pt")
