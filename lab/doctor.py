@@ -38,11 +38,8 @@ def read_run(path: str) -> dict:
     """X.metrics.jsonl → the run."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; a run writes its metrics to X.metrics.jsonl, beside X.pt.")
-    try:
-        rows = readable_rows(Path(path))
-    except UnicodeDecodeError:
-        rows = []
-    if not all(isinstance(row, dict) for row in rows) or not any("step" in row for row in rows):
+    rows = readable_rows(Path(path))
+    if not any("step" in row for row in rows):
         raise UserError(f"{path} has no row of metrics; name the X.metrics.jsonl of a run, not X.pt.")
     return columns(rows)
 

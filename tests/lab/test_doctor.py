@@ -345,5 +345,5 @@ def test_what_is_no_metrics_file_is_one_sentence(content, tmp_path):
     path = tmp_path / "x.pt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pt .*metrics"):
+    with pytest.raises(UserError, match=r"x\.pt.*metrics"):
         main([str(path)])
