@@ -11,7 +11,6 @@ forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − �
 """
 
 import csv
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from best_of_n import best_at
 from lab import run_on_paths
 from lab.plot import write
+from lab.seeds import scorecards
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples, thin
@@ -168,7 +168,7 @@ def failure_modes(folders: list[str]) -> dict[str, dict[str, list[float]]]:
     for folder in folders:
         path = Path(folder) / "scorecard.json"
         if path.exists():
-            for checkpoint, card in json.loads(path.read_text(encoding="utf-8"))["checkpoints"].items():
+            for checkpoint, card in scorecards([path])[0].items():
                 for name, (value, _) in card["overall"].items():
                     cards.setdefault(Path(checkpoint).stem, {}).setdefault(name, []).append(value)
     return dict(sorted(cards.items(), key=lambda item: mean(item[1]["KL to reference"])))

@@ -60,7 +60,7 @@ def curves(config: Curves) -> None:
         raise UserError("name the tables: best_of_n.csv of one or more seeds.")
     seeds = []
     for path in config.tables:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             seeds.append({(r["selector"], int(r["n"])): float(r["right"]) for r in csv.DictReader(file)})
     shared = [key for key in seeds[0] if all(key in seed for seed in seeds)]
     names, sizes = list(dict.fromkeys(k for k, _ in shared)), sorted({n for _, n in shared})

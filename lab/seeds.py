@@ -30,7 +30,19 @@ def read_report(path, part: str, what: str) -> dict:
 
 def scorecards(paths: list) -> list[dict]:
     """Reports of evaluate.py → the checkpoints of each."""
-    return [read_report(path, "checkpoints", "a scorecard: evaluate.py") for path in paths]
+    reports = [read_report(path, "checkpoints", "a scorecard: evaluate.py") for path in paths]
+    for path, report in zip(paths, reports):
+        cards = report.values() if isinstance(report, dict) else [None]
+        if not report or not all(isinstance(card, dict) and is_card(card.get("overall")) for card in cards):
+            raise UserError(f"{path} cannot be read as a scorecard: evaluate.py writes it.")
+    return reports
+
+
+def is_card(overall) -> bool:
+    """{metric: [mean, standard error]}, null where there is none?"""
+    values = overall.values() if isinstance(overall, dict) else [None]
+    number = (int, float, type(None))
+    return all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, number) for x in v) for v in values)
 
 
 def main(paths: list[str]) -> None:

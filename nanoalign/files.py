@@ -6,7 +6,8 @@
         ...
 
 A script's `Config` says what it writes: the flags of OUTPUTS and those in its `also_written`; the endings in
-its `beside_out`, beside --out; or whatever its method `outputs` says. All other flags are what it reads.
+its `beside_out`, beside --out; or whatever its method `outputs` says. All other flags are what it reads. No
+device is written to, /dev/stdout included: what a script prints goes there, a report goes to a file.
 """
 
 import contextlib

@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from nanoalign import run
+from nanoalign import cli, run
 from nanoalign.checkpoint import load
 from nanoalign.tokenizer import get_tokenizer
 
@@ -125,3 +127,36 @@ def interrupt(monkeypatch, step, action):
         return original(*args)
 
     monkeypatch.setattr(run, "optimizer_step", optimizer_step)
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def flags(config):
+    """A Config as the flags of a command line."""
+    words = []
+    for name, value in asdict(config).items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def in_a_process(script, config, prepare=lambda: None):
+    """Run a script by its command line in a process of its own → the exit status, or minus the signal."""
+    if (child := os.fork()) == 0:
+        status = 70
+        try:
+            sys.argv = [f"{script.__name__}.py", *flags(config)]
+            prepare()
+            cli.run(script.main, script.Config, script.__doc__)
+            status = 0
+        except SystemExit as left:
+            status = left.code if isinstance(left.code, int) else 1
+            print(left.code)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -271,6 +271,19 @@ def test_a_resume_survives_a_row_that_a_crash_cut_short(metrics):
     assert [r.get("step") for r in read(path)] == [None, 2, None]
 
 
+@pytest.mark.parametrize(
+    "odd", ["3", "[1]", '"step"', '{"step": "4"}', '{"step": 2, "tokens": [1]}', '{"step": null}'], ids=str
+)
+def test_a_metrics_file_that_holds_something_else_is_one_sentence(metrics, odd):
+    log, path = metrics()
+    log.log(2, loss=1.0)
+    text = path.read_text(encoding="utf-8") + odd + "\n"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"x\.metrics\.jsonl, line 3 is no row of a run's metrics"):
+        metrics(start_step=2)
+    assert path.read_text(encoding="utf-8") == text  # it is as it was
+
+
 def test_durations_read_like_a_clock():
     assert [cli.duration(s) for s in (0, 59.9, 60, 3599, 3600, 3725)] == [
         "0s", "59s", "1m00s", "59m59s", "1h00m", "1h02m",

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import random
 import signal
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,14 +16,16 @@ from runs import (
     Killed,
     crash,
     hang_up,
+    in_a_process,
     interrupt,
+    kill,
     same_run,
     same_weights,
     terminate,
     write_lines,
 )
 
-from nanoalign import UserError
+from nanoalign import UserError, checkpoint
 from nanoalign.checkpoint import load, load_scalar, partial_path, resume, save, save_partial
 from nanoalign.model import GPT, preset
 from nanoalign.rows import read_rows
@@ -87,6 +90,64 @@ def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(number, status, le
     assert load(partial_path(config.out))["step"] == left_at and not Path(config.out).exists()
     script.main(config)
     same_run(whole, config)
+
+
+def at_step(patch, number):
+    """Kill in the middle of this optimiser step."""
+    interrupt(patch, number, kill)
+
+
+def at_save(patch, number, name, moment):
+    """Kill at the save of this number of a file of this name: half-way through its bytes, when they are all
+    there under another name, or just after it has its own."""
+    count, replace, write = iter(range(1, 1000)), os.replace, torch.save
+
+    def half(content, file):
+        if moment == "half" and saving[0] and next(count) == number:
+            file.write(b"PK half a file")
+            file.flush()
+            kill()
+        return write(content, file)
+
+    def rename(source, target):
+        mine = Path(target).name == name and moment != "half" and next(count) == number
+        if mine and moment == "whole":
+            kill()
+        replace(source, target)
+        if mine:
+            kill()
+
+    def content(path, *rest, original=checkpoint.write):
+        saving[0] = Path(path).name == name
+        original(path, *rest)
+
+    saving = [False]
+    patch.setattr(torch, "save", half)
+    patch.setattr(os, "replace", rename)
+    patch.setattr(checkpoint, "write", content)
+
+
+def test_a_run_that_is_killed_again_and_again_resumes_bit_for_bit(whole, job, monkeypatch):
+    """kill -9 of real processes, at random: in a step, in a save on the way, in the last one of all. No lock
+    and no half a file stands in the way of the next, and nothing is left."""
+    stage, uninterrupted = whole
+    script, config = job(stage, resume=True)
+    folder, rng = Path(config.out).parent, random.Random(f"kill {stage}")
+    moments = ("half", "whole", "after")
+    steps = rng.randint(1, 16 if stage in ON_POLICY else 8)
+    kills = [
+        lambda: at_step(monkeypatch, steps),
+        lambda: at_save(monkeypatch, 1, "x.partial.pt", rng.choice(moments)),
+        lambda: at_save(monkeypatch, 1, "x.pt", "after"),
+        lambda: at_save(monkeypatch, 1, "x.pt", rng.choice(moments)),
+    ]
+    for prepare in kills:
+        assert in_a_process(script, config, prepare) == -signal.SIGKILL
+        assert (folder / "x.pt.lock").exists()
+    assert partial_path(config.out).exists() and load(config.out)["step"] == load(uninterrupted.out)["step"]
+    assert in_a_process(script, config) == 0
+    same_run(uninterrupted, config)
+    assert sorted(os.listdir(folder)) == ["x.metrics.jsonl", "x.pt"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
