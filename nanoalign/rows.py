@@ -279,6 +279,15 @@ def read_text(path: str) -> str:
     return content
 
 
+def numbered_lines(path: str) -> list[tuple[int, str]]:
+    """The lines of a file of rows that are not blank, counted from 1."""
+    content = read_text(path)
+    if content.lstrip().startswith("["):
+        how = "`jq -c '.[]' OLD > NEW` writes it so"
+        raise UserError(f"{path} is a JSON array; expected one object a line ({how}).")
+    return [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+
+
 def read_rows(
     path: str, kind: str, skip_bad_rows: bool = False, fields: str = "", parse: Callable | None = None
 ) -> list[dict]:
@@ -287,14 +296,11 @@ def read_rows(
 
     Raises UserError naming file, line, field and what was expected; `skip_bad_rows` drops and counts.
     """
-    content, names = read_text(path), parse_fields(fields)
+    names = parse_fields(fields)
     if kind == "text" and not path.lower().endswith(JSONL):
-        return [{"text": content}]
-    if content.lstrip().startswith("["):
-        how = "`jq -c '.[]' OLD > NEW` writes it so"
-        raise UserError(f"{path} is a JSON array; expected one object a line ({how}).")
+        return [{"text": read_text(path)}]
     rows, bad, none, unseen = [], 0, 0, set(filter(None, names.values()))
-    lines = [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    lines = numbered_lines(path)
     for number, line in lines:
         try:
             row = parse_json(line)

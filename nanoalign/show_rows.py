@@ -17,8 +17,8 @@ import numpy as np
 
 from nanoalign import UserError, cli
 from nanoalign.data import chat_examples, labelled_examples, pair_examples, prompt_examples
-from nanoalign.messages import names_of
-from nanoalign.rows import JSONL, PARSERS, RowError, parse_fields, parse_json, read_rows, read_text, renamed
+from nanoalign.messages import RowError, names_of
+from nanoalign.rows import JSONL, PARSERS, numbered_lines, parse_fields, parse_json, read_rows, renamed
 from nanoalign.steps import step_example
 from nanoalign.terminal import visible
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
@@ -63,10 +63,9 @@ def kind_of(path: str, fields: str) -> str:
     """The kind of a file, by its first row."""
     if not path.lower().endswith(JSONL):
         return "text"
-    names, lines = parse_fields(fields), enumerate(read_text(path).split("\n"), 1)
-    number, line = next((number, line) for number, line in lines if line.strip())
+    number, line = numbered_lines(path)[0]
     try:
-        return recognise(renamed(parse_json(line), names))
+        return recognise(renamed(parse_json(line), parse_fields(fields)))
     except RowError as error:
         raise UserError(f"{path}, line {number}: {error} (--kind says which it is).") from None
 

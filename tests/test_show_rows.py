@@ -92,6 +92,8 @@ def test_text_of_a_file_cannot_drive_the_terminal(show):
     [
         ([{"a": 1}], {}, r"line 1: no kind of rows.*'a'.*--fields.*--kind"),
         (["", "x"], {}, "line 2: not valid JSON"),
+        (['[{"text": "a"}]'], {}, "JSON array"),
+        ([" "], {}, "empty"),
         ([{"prompt": "Hi"}], {"kind": "pair"}, "--kind pair is unknown.*pairs"),
         ([{"prompt": "Hi"}], {"tokenizer": "none"}, "no tokenizer"),
         ([{"prompt": "Hi", "chosen": "a"}], {}, 'line 1: field "rejected"'),
