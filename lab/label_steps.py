@@ -1,4 +1,4 @@
-"""Collect step labels for train_prm.py: sample solutions to the world's problems, and label each step.
+"""Collect step labels for train_prm.py: sample solutions to problems, and label each step.
 
     python -m lab.label_steps                                       # the world's checker: exact
     python -m lab.label_steps --by rollouts --samples 1 --count 1000 --out out/demo/steps.rollouts.jsonl
@@ -17,7 +17,7 @@ from collect import sample
 from nanoalign import UserError, cli
 from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import prompt_examples
+from nanoalign.data import prompt_examples, prompt_key
 from nanoalign.generate import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.seeds import derived_seed
@@ -28,7 +28,7 @@ from nanoalign.world.steps import check_steps
 @dataclass
 class Config:
     policy: str = "out/demo/solver.pt"  # the checkpoint to sample from
-    prompts: str = "out/demo/world/problems.jsonl"  # prompt rows of the world's problems
+    prompts: str = "out/demo/world/problems.jsonl"  # prompt rows with answers; for the checker the world's
     out: str = "out/demo/steps.jsonl"  # rows of steps
     by: str = "checker"  # who labels: the world's checker, or rollouts (Monte Carlo)
     continuations: int = 8  # M: of rollouts, from each step
@@ -75,8 +75,7 @@ def monte_carlo(policy, tokenizer, solutions: list, right: list[bool], config: C
     """(problem, steps) → for each step the share of M continuations from it that reach the right answer."""
     M, keys, asked = config.continuations, [], {}
     for row, steps in solutions:
-        question = row["prompt"][-1]["content"]
-        keys.append([(question, *steps[:i]) for i in range(1, len(steps))])
+        keys.append([(prompt_key(row), *steps[:i]) for i in range(1, len(steps))])
         asked.update((key, row) for key in keys[-1])  # a prefix that two solutions share is continued once
     ids = []
     for key, row in asked.items():

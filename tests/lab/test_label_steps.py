@@ -47,6 +47,21 @@ def test_monte_carlo_labels_are_the_share_of_continuations_that_reach_the_answer
     assert sorted(prefixes) == sorted(shares)  # a shared prefix is continued once
 
 
+def test_a_beginning_is_shared_by_solutions_to_one_prompt_only(monkeypatch):
+    rows = [{"prompt": [{"role": "system", "content": s}, *asked("Q")], "meta": {"answer": 4}} for s in "ab"]
+    solutions = [(row, ["1 + 1 = 2", "Answer: 4"]) for row in (*rows, rows[0])]
+    counted = []
+
+    def respond(policy, tokenizer, prompts, **options):
+        counted.append(len(prompts))
+        return ["Answer: 4"] * 2 + ["Answer: 5"] * 2, [True] * 4
+
+    monkeypatch.setattr(label_steps, "respond", respond)
+    config = label_steps.Config(continuations=2)
+    labels = label_steps.monte_carlo(None, WORLD, solutions, [True] * 3, config)
+    assert counted == [4] and labels == [[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]
+
+
 def test_a_solution_cut_off_loses_its_unfinished_last_line():
     row = {"prompt": asked("Q"), "meta": META}
     drawn = [("7 + 5 = 12\n12 * 3 = 3", False), ("7 + 5 = 12\n12 * 3 = 36", True), ("7 + 5", False)]
