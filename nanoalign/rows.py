@@ -247,7 +247,7 @@ def parse_prompt(row: dict) -> dict:
         prompt = [{"role": m["role"], "content": m["content"]} for m in read_talk(row, weighted=True)]
         while prompt and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
-        if not any(m["role"] != "system" for m in prompt):
+        if not prompt:
             raise RowError("expected a prompt before the first assistant message")
     else:
         prompt = read_prompt(row)

@@ -13,7 +13,7 @@ from conftest import ROOT, SHARED
 
 from nanoalign import UserError
 from nanoalign.data import chat_examples, labelled_examples, read_split
-from nanoalign.rows import read_rows
+from nanoalign.rows import parse_prompt, read_rows
 from nanoalign.tokenizer import RUN, get_tokenizer
 
 WORLD = get_tokenizer("world")
@@ -170,6 +170,13 @@ def test_a_system_column_that_the_messages_repeat_is_there_once_and_another_one_
     assert read_rows(file({**row, "system": ""}), "chat")[0]["messages"] == [BRIEF, BIRD, DUCK]
     refused(file({**row, "system": "Be long."}), "chat", "line 1", '"system"')
     refused(file({**row, "system": ["Be brief."]}), "chat", "line 1", '"system"', "a string")
+
+
+def test_an_assistant_may_speak_first_after_a_system_message(file):
+    path = file({"messages": [BRIEF, DUCK]}, {"system": "Be brief.", "messages": [DUCK]})
+    assert [row["messages"] for row in read_rows(path, "chat")] == [[BRIEF, DUCK]] * 2
+    assert [parse_prompt(row) for row in read_rows(path, "chat")] == read_rows(path, "prompts")
+    assert read_rows(path, "prompts") == [{"prompt": [BRIEF], "meta": {}}] * 2
 
 
 def test_the_cases_of_a_system_column(case):
