@@ -10,7 +10,8 @@ from test_data import GOOD
 
 from lab.convert_steps import convert
 from nanoalign import UserError
-from nanoalign.rows import NAMES, PARSERS, UNREAD, read_rows
+from nanoalign.data import place
+from nanoalign.rows import NAMES, PARSERS, UNREAD, parse_prompt, read_rows
 from nanoalign.show_rows import examples, marked, recognise
 from nanoalign.terminal import visible
 from nanoalign.tokenizer import get_tokenizer
@@ -159,6 +160,9 @@ def test_an_edited_row_is_read_or_refused_in_one_sentence(kind, fuzz, tmp_path, 
 def check(kind: str, rows: list[dict]) -> None:
     """What was read goes through every function that makes examples of it."""
     json.dumps(rows, allow_nan=False)
+    assert all(0 <= place(row) < 1 for row in rows)  # of the split
+    if kind == "chat":  # train_sft.py shows answers to these
+        assert all(parse_prompt(row) for row in rows if row["messages"][0]["role"] != "assistant")
     try:
         for _, _, ids, mask in examples(kind, rows, WORLD, 10**6):
             assert ids.dtype == np.int64 and mask.dtype == bool and len(ids) == len(mask)
