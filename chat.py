@@ -62,6 +62,8 @@ def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> 
 
 
 def main(config: Config) -> None:
+    if not sys.stdin:
+        raise UserError("there is nobody to talk to: standard input is closed.")
     device, autocast = setup(config)
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
     plain = not checkpoint["chat"]
@@ -96,5 +98,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdin.reconfigure(errors="replace")  # piped text need not be UTF-8
+    if sys.stdin:  # None where it is closed
+        sys.stdin.reconfigure(errors="replace")  # piped text need not be UTF-8
     cli.run(main, Config, __doc__)

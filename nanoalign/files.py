@@ -195,8 +195,10 @@ def reserved(config) -> Iterator[None]:
     lock = target.with_name(f"{target.name}.lock")
     take(lock, written[0])
     try:
-        for path in map(Path, map(os.path.realpath, written)):  # what a killed run was about to write
-            for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.writing"):
+        for path in map(
+            Path, map(os.path.realpath, [*written, lock])
+        ):  # what a killed run was about to write
+            for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.writing*"):
                 left.unlink(missing_ok=True)
         yield
     finally:
@@ -245,24 +247,25 @@ def is_over(one: dict) -> bool:
 
 def take(lock: Path, out: str) -> None:
     """Make a lock that says who holds it, whole from the start; take over one whose holder has ended."""
-    with tempfile.NamedTemporaryFile("w", dir=lock.parent, encoding="utf-8", delete=False) as mine:
-        json.dump({**ourselves(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, mine)
+    handle, mine = tempfile.mkstemp(".writing", f".{lock.name[:100]}.", lock.parent)
+    with open(handle, "w", encoding="utf-8") as file:
+        json.dump({**ourselves(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
     try:
         for _ in range(3):
             with contextlib.suppress(FileExistsError):
-                link(mine.name, lock)
+                link(mine, lock)
                 return
             one = holder(lock)
             if not is_over(one) and one != ourselves():
                 break
-            over = Path(f"{mine.name}.over")
+            over = Path(f"{mine}.over")
             with contextlib.suppress(FileNotFoundError):  # another run was faster
                 os.replace(lock, over)
                 if holder(over) != one:  # and has taken it over
                     link(str(over), lock)
                 over.unlink()
     finally:
-        Path(mine.name).unlink(missing_ok=True)
+        Path(mine).unlink(missing_ok=True)
     raise UserError(
         f"{out} is being written by process {one['pid']} on {one['host']}: wait for it, or name another "
         f"--out (if it is over, delete {lock})."

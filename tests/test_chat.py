@@ -69,3 +69,10 @@ def test_piped_questions_are_answered_by_a_real_process(run, sft):
 def test_a_base_model_continues_the_text(converse, base):
     seen, _ = converse("one", "two", checkpoint=base)
     assert seen == ["one\n", "one\nA1\ntwo\n"]
+
+
+def test_a_chat_with_nobody_is_one_sentence(run):
+    code, _, errors = run(
+        "-c", "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, 'chat.py'])"
+    )
+    assert code == 1 and errors == "error: there is nobody to talk to: standard input is closed.\n"

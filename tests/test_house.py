@@ -24,7 +24,7 @@ BUDGETS = {
     "nanoalign/checkpoint.py": 255, "nanoalign/cli.py": 300,
     "nanoalign/expressions.py": 170,
     "nanoalign/compiler.py": 30, "nanoalign/contents.py": 245, "nanoalign/data.py": 304,
-    "nanoalign/feedback.py": 219, "nanoalign/files.py": 280,
+    "nanoalign/feedback.py": 219, "nanoalign/files.py": 285,
     "nanoalign/generate.py": 360, "nanoalign/kernels.py": 335, "nanoalign/logprobs.py": 210,
     "nanoalign/messages.py": 260, "nanoalign/show_rows.py": 145,
     "nanoalign/model.py": 400, "nanoalign/packing.py": 170, "nanoalign/rewards.py": 308,

@@ -133,18 +133,17 @@ def test_a_run_that_is_killed_again_and_again_resumes_bit_for_bit(whole, job, mo
     stage, uninterrupted = whole
     script, config = job(stage, resume=True)
     folder, rng = Path(config.out).parent, random.Random(f"kill {stage}")
-    moments = ("half", "whole", "after")
     steps = rng.randint(1, 16 if stage in ON_POLICY else 8)
+    on_the_way, at_the_end = rng.choices(("half", "whole", "after"), k=2)
     kills = [
         lambda: at_step(monkeypatch, steps),
-        lambda: at_save(monkeypatch, 1, "x.partial.pt", rng.choice(moments)),
-        lambda: at_save(monkeypatch, 1, "x.pt", "after"),
-        lambda: at_save(monkeypatch, 1, "x.pt", rng.choice(moments)),
+        lambda: at_save(monkeypatch, 1, "x.partial.pt", on_the_way),
+        lambda: at_save(monkeypatch, 1, "x.pt", at_the_end),
     ]
     for prepare in kills:
         assert in_a_process(script, config, prepare) == -signal.SIGKILL
         assert (folder / "x.pt.lock").exists()
-    assert partial_path(config.out).exists() and load(config.out)["step"] == load(uninterrupted.out)["step"]
+    assert partial_path(config.out).exists()  # whatever became of the finished one
     assert in_a_process(script, config) == 0
     same_run(uninterrupted, config)
     assert sorted(os.listdir(folder)) == ["x.metrics.jsonl", "x.pt"]
