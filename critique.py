@@ -26,6 +26,7 @@ import random
 from dataclasses import dataclass
 
 from nanoalign import UserError, cli
+from nanoalign.answers import check_answers
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitution
@@ -87,6 +88,7 @@ def main(config: Config) -> None:
     reward = make_reward(config.watch, tokenizer, device) if config.watch else None
     rows = read_rows(config.prompts, "prompts", config.skip_bad_rows, config.fields)
     rows, prompts = prompt_examples(rows, tokenizer, context - 1, config.count)
+    check_answers(config.watch, rows)
     trail = str(beside(config.out, ".trail.jsonl"))
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")
     options = {name: getattr(config, name) for name in flags}

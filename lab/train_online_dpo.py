@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from nanoalign import UserError, cli
+from nanoalign.answers import check_answers
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import (
     BatchOrder,
@@ -146,6 +147,7 @@ def main(config: Config) -> None:
     shown, eval_prompts = questions(eval_rows, tokenizer, max_length)
     room = policy.config.context - config.max_new_tokens
     rows, prompts = prompt_examples(one_per_prompt(rows), tokenizer, room)
+    check_answers(config.reward, rows)
 
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     prepare(config, policy, ref)

@@ -19,6 +19,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from nanoalign import UserError
+from nanoalign.expressions import parse_reward
 
 MARK = re.compile(
     r"""\#{4,} | <answer> | (?<![^\W_])answer[*_`]*\s*(?:is\b|[:=：])\s*[:=]?
@@ -136,6 +137,13 @@ def gold_answer(row: dict) -> Number:
             f"its meta.answer is {what}."
         )
     return found
+
+
+def check_answers(reward: str, rows: list[dict]) -> None:
+    """If a reward compares answers, read that of every row: a bad one is found now, not after hours."""
+    if reward and any(term.kind == "answer" for term in parse_reward(reward)):
+        for row in rows:
+            gold_answer(row)
 
 
 def answers(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
-from nanoalign.answers import gold_answer
-from nanoalign.expressions import parse_reward
+from nanoalign.answers import check_answers
 from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import Tokenizer
@@ -218,9 +217,7 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int, count: in
 def read_prompts(config, tokenizer: Tokenizer, room: int):
     """--prompts → (rows, ids) to train on, and as many held-out ones as --eval-prompts asks for."""
     rows, eval_rows = read_split(config, config.prompts, "prompts", config.eval_prompts)
-    if any(term.kind == "answer" for term in parse_reward(config.reward)):
-        for row in (*rows, *eval_rows):
-            gold_answer(row)  # a row without one is found now, not after hours
+    check_answers(config.reward, [*rows, *eval_rows])
     training = prompt_examples(rows, tokenizer, room)
     evaluated = prompt_examples(eval_rows, tokenizer, room)
     print(f"data: {len(training[0]):,} training prompts, {len(evaluated[0]):,} held out")

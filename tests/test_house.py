@@ -20,7 +20,7 @@ BUDGETS = {
     "train_dpo.py": 230, "train_kto.py": 220, "train_orpo.py": 170, "train_ppo.py": 290,
     "train_grpo.py": 280, "collect.py": 280, "critique.py": 160, "best_of_n.py": 280, "evaluate.py": 270,
     "chat.py": 130,
-    "nanoalign/__init__.py": 5, "nanoalign/answers.py": 150,
+    "nanoalign/__init__.py": 5, "nanoalign/answers.py": 160,
     "nanoalign/checkpoint.py": 255, "nanoalign/cli.py": 300,
     "nanoalign/expressions.py": 170,
     "nanoalign/compiler.py": 30, "nanoalign/contents.py": 245, "nanoalign/data.py": 304,

@@ -185,6 +185,7 @@ MISTAKES = [  # script, flags, what the sentence names
     ("critique", CRITIQUE + "--prompts {thumbs}x", ["thumbs.jsonlx", "exist"]),
     ("critique", CRITIQUE + "--prompts {rows}", ["rows, line 1", "prompt"]),
     ("critique", CRITIQUE + "--prompts {long}", ["no prompt leaves room", "127"]),
+    ("critique", CRITIQUE + "--watch answer", ["final answer", "meta.answer is missing"]),
     ("critique", CRITIQUE + "--max-new-tokens 0", ["max_new_tokens"]),
     ("critique", CRITIQUE + "--max-new-tokens 1 --count 4", ["round 1", "critique"]),
     ("evaluate", EVALUATE + "--checkpoints {sft} {none}", ["none", "checkpoint"]),
