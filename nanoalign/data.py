@@ -70,7 +70,7 @@ def split_rows(rows: list[dict], path: str) -> tuple[list[dict], list[dict]]:
     if count > max(1, len(rows) / 10):
         side = "held out" if places[most] <= max(first, HELD_OUT) else "trained on"
         asked = opening(rows[openings.index(most)])[-1][:60]
-        print(f"warning: {count:,} of {len(rows):,} rows in {path} have one prompt, {side}: {asked!r}")
+        print(f"warning: {count:,} of {len(rows):,} rows in {path} ask or say the same, {side}: {asked!r}")
     out = [places[own] < HELD_OUT or places[own] == first for own in openings]
     return [r for r, o in zip(rows, out) if not o], [r for r, o in zip(rows, out) if o]
 

@@ -100,7 +100,7 @@ def test_a_prompt_with_more_than_a_tenth_of_the_rows_is_named(chosen, capsys):
     train, _ = split_rows(rows, "x.jsonl")
     said = capsys.readouterr().out
     assert len(train) == 99
-    assert f"90 of 100 rows in x.jsonl have one prompt, trained on: 'question {kept[1]}'" in said
+    assert f"90 of 100 rows in x.jsonl ask or say the same, trained on: 'question {kept[1]}'" in said
     split_rows([asking(i) for i in range(100)], "x.jsonl")
     assert capsys.readouterr().out == ""
 
