@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from runs import WORLD, interrupt, metrics, terminate
 from nanoalign import UserError, training, watch
 from nanoalign import run as runs_module
 from nanoalign.checkpoint import load, load_policy, save
+from nanoalign.data import micro_batches
 from nanoalign.model import GPT, GPTConfig, ScalarGPT
 
 SHAPE = GPTConfig(vocab_size=WORLD.vocab_size, context=40, layers=1, width=8, heads=2, mlp_width=8)
@@ -345,6 +347,21 @@ def assert_batches(config, seen, group=1):
         assert all(len(piece) <= config.micro_batch for pieces in batch.steps for piece in pieces)
 
 
+def write_doctor(folder) -> str:
+    """A doctor who warns once of every row that he sees."""
+    source = """def diagnose(rows):
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return [(f"doctor: seen {loss}", "a cause", "a remedy") for loss in losses]"""
+    (folder / "doctor.py").write_text(source)
+    return f"{folder}/doctor.py:diagnose"
+
+
+def assert_counted(config, found, seen):
+    """The tokens that were trained on: of each response with its prompt, once an epoch."""
+    sizes = [sum(int(row.nonzero().max()) + 1 for row in call.result.mask) for call in seen["rollout"]]
+    assert [row["tokens"] for row in found] == (config.epochs * np.cumsum(sizes)).tolist()
+
+
 def assert_watched(monkeypatch, script, config):
     """The policy as it then is answers the held-out prompts at every look; the KL and scores are of that."""
     seen, drawn = watch_all(monkeypatch, script), []
@@ -459,14 +476,15 @@ def copied(config, folder, *flags):
 # ------------------------------------------------------------------------------------------ offline runs
 
 
-def descend(model, config, order, measure, look, eps=1e-8, parameters=None):
+def descend(model, config, order, measure, look, sizes, eps=1e-8):
     """Train a model on the rows that an order says: measure(rows) → {"loss": …, what else is logged}; look()
-    → what an evaluation finds → what was logged of steps and of looks."""
-    trainer, logged, seen = Trainer(parameters or model, config, eps), [], []
+    → what an evaluation finds → what was logged of steps and of looks. sizes: the tokens of each example."""
+    trainer, logged, seen, tokens = Trainer(model, config, eps), [], [], 0
     for step in range(config.steps):
         found = measure(order[step])
         row = {name: torch.as_tensor(value).item() for name, value in found.items()}
-        row["lr"] = schedule(step, config, config.steps)
+        tokens += int(sum(sizes[i] for i in order[step]))
+        row |= {"lr": schedule(step, config, config.steps), "tokens": tokens}
         row["grad_norm"] = trainer.step(found["loss"], row["lr"])
         logged.append(row)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
@@ -483,9 +501,38 @@ def assert_logged(config, logged, seen):
         assert_close(row, expected)
 
 
-def assert_pieces(config, calls):
-    """What was read at once, as `collate` made it, has no more tokens than --micro-tokens."""
-    assert calls and all(call.result[0].numel() <= config.micro_tokens for call in calls)
+def spy_on_pieces(monkeypatch) -> list[list]:
+    """The indices of every piece that a run hands to its script."""
+    original, drawn = runs_module.Run.pieces, []
+
+    def pieces(self, *args):
+        for batch, where in original(self, *args):
+            drawn.append(where.tolist())
+            yield batch, where
+
+    monkeypatch.setattr(runs_module.Run, "pieces", pieces)
+    return drawn
+
+
+def assert_pieces(config, order, pieces, costs):
+    """A step's rows come in as few pieces as --micro-tokens allows, an example at these costs."""
+    costs = np.asarray(costs)
+    steps = (order[step] for step in range(config.steps))
+    due = [micro for rows in steps for micro in micro_batches(rows, 0, costs[rows], config.micro_tokens)]
+    assert pieces == [rows.tolist() for rows in due] and len(due) > config.steps
+
+
+def assert_split(calls, kind, most=10**9):
+    """Rows of this kind were read, and so many held out at most."""
+    assert [(call.kind, call.most) for call in calls] == [(kind, most)]
+
+
+def assert_shown(out, calls, prompts):
+    """At every look each prompt stands beside its answer, and nothing else."""
+    due = []
+    for call in calls:
+        due += [f"  {prompt[:80]!r} → {text!r}" for prompt, text in zip(prompts, call.result[0])]
+    assert [line for line in out.splitlines() if " → " in line] == due and due
 
 
 def assert_answered(calls, model, prompts, seed, tokens):

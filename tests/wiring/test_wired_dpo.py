@@ -99,6 +99,7 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     names = "load_policy", "BatchOrder", "collate", "respond", "sample_kl"
     told = "load_policy", "evaluate", "measure", "soft_labels"
     seen = {name: spy(monkeypatch, train_dpo, name) for name in {*names, *told}}
+    splits, pieces = spy(monkeypatch, train_dpo, "read_split"), wires.spy_on_pieces(monkeypatch)
     train_dpo.main(config)
     out = capsys.readouterr().out
 
@@ -119,11 +120,13 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
         kls.append(kl)
         return {"loss": found["loss"].mean(), "accuracy": found["accuracy"].mean(), **kl}
 
-    kls = []
-    wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look))
+    sizes, kls = [len(a[0]) + len(b[0]) for a, b in zip(*both)], []
+    wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look, sizes))
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
     wires.assert_on("cpu:0", *(seen[name] for name in told))
-    wires.assert_pieces(config, seen["collate"][:2])
+    wires.assert_pieces(config, order.result, pieces, 2 * order.result.lengths)
+    wires.assert_split(splits, "pairs", 500)
+    wires.assert_shown(out, seen["respond"], list(dict.fromkeys(row["prompt"] for row in HELD_OUT)))
     ours = seen["load_policy"][0].result[0]
     asked = list(dict.fromkeys(row["prompt"] for row in HELD_OUT))
     prompts = [WORLD.prompt(user(prompt))[-12:] for prompt in asked]
@@ -137,7 +140,8 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("dpo", True, 4)
     assert models(config.out) == (["policy"] if loss == "simpo" else ["policy", "reference"])
-    assert ("step-0 check: loss" in out) == (loss != "simpo" and not sft_weight)
+    assert out.count("held-out pairs") == 2
+    assert out.count("step-0 check: loss") == (loss != "simpo" and not sft_weight)
     begin = {"ipo": 1 / (4 * 0.3**2)}.get(loss, math.log(2))
     assert loss == "simpo" or sft_weight or f"= {begin:.6f}\n" in out
 

@@ -5,17 +5,17 @@ import pytest
 import torch
 import wires
 from runs import models, steps, write_lines
-from wires import asked, assert_close, entropies, logprobs, policy_at
+from wires import asked, assert_close, entropies, logprobs, policy_at, spy
 
 import train_grpo
+from nanoalign import UserError
 from nanoalign.checkpoint import load
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "group_size": 3, "clip_low": 0.04, "clip_high": 0.07, "steps": 3, "batch_size": 9,
-    "epochs": 3, "minibatch": 6, "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 5,
+    "epochs": 2, "minibatch": 6, "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 5,
     "temperature": 0.7, "lr": 0.01, "warmup": 2, "weight_decay": 0.3,
-    "clip": 0.4, "seed": 5, "eval_every": 2, "eval_prompts": 3, "save_every": 2, "doctor": "",
-    "device": "cpu:0",
+    "clip": 0.4, "seed": 5, "eval_every": 2, "eval_prompts": 3, "save_every": 2, "device": "cpu:0",
 }  # fmt: skip
 
 ASKED = [*asked(4), wires.prompt_of(35), wires.prompt_of(36)]  # the last leaves no room
@@ -28,6 +28,7 @@ def config(tiny, tmp_path):
         "reward": f"{tiny}/rm.pt - 0.05*length", "prompts": write_lines(tmp_path / "asked.jsonl", ASKED),
         "eval_data": write_lines(tmp_path / "held.jsonl", asked(4, first=50)),
     }  # fmt: skip
+    files["doctor"] = wires.write_doctor(tmp_path)
     return train_grpo.Config(**files, **OFF, out=str(tmp_path / "grpo.pt"))
 
 
@@ -100,6 +101,7 @@ def by_hand(config, rollouts, batches, rewards, policy, ref):
 def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, monkeypatch, capsys, kind, kl):
     config.kind, config.kl = kind, kl
     seen = wires.watch_all(monkeypatch, train_grpo)
+    packed = spy(monkeypatch, train_grpo, "packed_hidden")
     train_grpo.main(config)
     out = capsys.readouterr().out
 
@@ -118,6 +120,11 @@ def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mo
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
     wires.assert_unmoved(seen["load_reference"][0].result, policy_at(config.reference))
 
+    assert packed and all(
+        call.sizes == [3] * (len(call.ids) // 3) for call in packed
+    )  # prompts are read once
+    assert out.count("ratio 1, off by at most") == 1 and out.count("doctor: seen") == 3
+    wires.assert_counted(config, found, seen)
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("grpo", True, 3)
     assert models(config.out) == ["policy", "reference", config.reward.split()[0]]
@@ -133,7 +140,7 @@ def test_grpo_is_watched_on_held_out_prompts(double, config, monkeypatch):
 
 
 def test_grpo_resumes(config, monkeypatch, tmp_path):
-    wires.assert_resumes(monkeypatch, train_grpo, config, tmp_path, step=7)
+    wires.assert_resumes(monkeypatch, train_grpo, config, tmp_path, step=5)
 
 
 def test_grpo_resumes_only_what_was_made_from_the_same_files(config, monkeypatch, tmp_path, tiny):
@@ -150,3 +157,20 @@ def test_grpo_refuses_what_it_cannot_do(config, monkeypatch, tiny):
         ("--group-size", {"group_size": 1}), ("multiples", {"minibatch": 4}), ("--kl", {"kl": "k4"}),
         ("chat model", {"init": f"{tiny}/base.pt"}),
     )  # fmt: skip
+
+
+def test_grpo_starts_at_its_reference_and_from_the_log_probs_of_the_rollout_or_not_at_all(
+    config, monkeypatch
+):
+    own = wires.replaced(config, reference="", steps=1)
+    train_grpo.main(own)
+    assert steps(own.out)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    original = train_grpo.token_logprobs
+
+    def token_logprobs(*args, **options):
+        found = original(*args, **options)
+        return 1.1 * found if torch.is_grad_enabled() else found
+
+    monkeypatch.setattr(train_grpo, "token_logprobs", token_logprobs)
+    with pytest.raises(UserError, match="ratio must start at 1"):
+        train_grpo.main(own)

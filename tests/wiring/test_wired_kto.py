@@ -52,6 +52,7 @@ def test_kto_is_its_formulas_from_rows_to_weights_and_log(double, config, monkey
     names = "load_policy", "BatchOrder", "collate", "respond", "sample_kl"
     told = "load_policy", "evaluate", "reference_point", "sequence_log_ratios"
     seen = {name: spy(monkeypatch, train_kto, name) for name in {*names, *told}}
+    splits, pieces = spy(monkeypatch, train_kto, "read_split"), wires.spy_on_pieces(monkeypatch)
     train_kto.main(config)
     out = capsys.readouterr().out
 
@@ -98,16 +99,19 @@ def test_kto_is_its_formulas_from_rows_to_weights_and_log(double, config, monkey
         return {"auc": sum(above) / len(above), "margin": margin, "kl": kls[-1]}
 
     kls, zs = [], []
-    wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look))
+    wires.assert_logged(config, *wires.descend(policy, config, order.result, measure, look, order.lengths))
     assert zs[0] == 0 and sum(z > 0 for z in zs) >= 2  # or the clamp would hide it
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
     wires.assert_on("cpu:0", *(seen[name] for name in told))
-    wires.assert_pieces(config, seen["collate"][:8])
+    wires.assert_pieces(config, order.result, pieces, order.lengths)
+    wires.assert_split(splits, "labelled", 1000)
     ours = seen["load_policy"][0].result[0]
     _, _, kept = usable(HELD_OUT, 20)
     asked = list(dict.fromkeys(row["prompt"] for row in kept))
     prompts = [WORLD.prompt(user(prompt))[-10:] for prompt in asked]
     wires.assert_answered(seen["respond"], ours, prompts[:4], 5, 96)
+    wires.assert_shown(out, seen["respond"], asked)
+    assert out.count("held-out labelled rows") == 1 and out.count("step-0 check") == 1
     assert len(seen["respond"]) == len(seen["sample_kl"]) == 2
     for call in seen["sample_kl"]:
         assert call.policy is ours and call.seed == 5

@@ -12,14 +12,15 @@ from torch import nn
 from wires import asked, assert_close, entropies, logprobs, policy_at, spy
 
 import train_ppo
+from nanoalign import UserError
 from nanoalign.checkpoint import load, load_scalar
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "gamma": 0.9, "lam": 0.7, "clip_ratio": 0.05, "clip_value": 0.04, "vf_coef": 0.6,
-    "kl_target": 0.5, "kl_horizon": 9.0, "steps": 3, "batch_size": 6, "epochs": 3, "minibatch": 4,
+    "kl_target": 0.5, "kl_horizon": 9.0, "steps": 3, "batch_size": 6, "epochs": 2, "minibatch": 4,
     "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 7, "temperature": 0.7,
     "lr": 0.01, "warmup": 2, "weight_decay": 0.3, "clip": 0.4, "seed": 5, "eval_every": 2,
-    "eval_prompts": 3, "save_every": 2, "doctor": "", "device": "cpu:0",
+    "eval_prompts": 3, "save_every": 2, "device": "cpu:0",
 }  # fmt: skip
 
 ASKED = [*asked(8), wires.prompt_of(33), wires.prompt_of(34)]  # the last leaves no room
@@ -33,6 +34,7 @@ def config(tiny, tmp_path):
         "prompts": write_lines(tmp_path / "asked.jsonl", ASKED),
         "eval_data": write_lines(tmp_path / "held.jsonl", asked(4, first=50)),
     }  # fmt: skip
+    files["doctor"] = wires.write_doctor(tmp_path)
     return train_ppo.Config(**files, **OFF, out=str(tmp_path / "ppo.pt"))
 
 
@@ -162,6 +164,8 @@ def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(
     wires.assert_unmoved(seen["load_reference"][0].result, policy_at(config.reference))
 
     # what is kept, and said
+    assert out.count("ratio 1, off by at most") == 1 and out.count("doctor: seen") == 3
+    wires.assert_counted(config, found, seen)
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("ppo", True, 3)
     head = "critic (a head)" if shared else "critic"
@@ -183,7 +187,7 @@ def test_ppo_is_watched_on_held_out_prompts(double, config, monkeypatch):
 
 
 def test_ppo_resumes_with_beta_critic_and_history(config, monkeypatch, tmp_path):
-    wires.assert_resumes(monkeypatch, train_ppo, config, tmp_path, step=7)
+    wires.assert_resumes(monkeypatch, train_ppo, config, tmp_path, step=5)
 
 
 def test_ppo_resumes_only_what_was_made_from_the_same_files(config, monkeypatch, tmp_path, tiny):
@@ -214,3 +218,18 @@ def test_ppo_refuses_what_it_cannot_do(config, monkeypatch, tiny):
         ("--lam", {"lam": -0.1}), ("--lam", {"lam": 1.5}),
         ("", at_bounds), ("", {"lam": 0.0}), ("chat model", {"init": f"{tiny}/base.pt"}),
     )  # fmt: skip
+
+
+def test_ppo_starts_at_its_reference_and_from_the_log_probs_of_the_rollout_or_not_at_all(config, monkeypatch):
+    own = wires.replaced(config, reference="", steps=1)
+    train_ppo.main(own)
+    assert steps(own.out)[0]["kl"] == pytest.approx(0, abs=1e-5)
+    original = train_ppo.token_logprobs
+
+    def token_logprobs(*args, **options):
+        found = original(*args, **options)
+        return 1.1 * found if torch.is_grad_enabled() else found
+
+    monkeypatch.setattr(train_ppo, "token_logprobs", token_logprobs)
+    with pytest.raises(UserError, match="ratio must start at 1"):
+        train_ppo.main(own)

@@ -54,6 +54,7 @@ def test_pretraining_is_cross_entropy_from_text_to_weights_and_log(
         monkeypatch, train_pretrain, "make_optimizer", keep=lambda given: copy.deepcopy(given["model"])
     )
     pieces = spy(monkeypatch, train_pretrain, "token_losses")
+    batches = wires.spy_on_pieces(monkeypatch)
     train_pretrain.main(config)
     out = capsys.readouterr().out
 
@@ -75,11 +76,14 @@ def test_pretraining_is_cross_entropy_from_text_to_weights_and_log(
         loss = loss_of(held_out)
         return {"loss": loss, "perplexity": loss.exp()}
 
-    logged = wires.descend(policy, config, order.result, lambda rows: {"loss": loss_of(blocks[rows])}, look)
+    logged = wires.descend(
+        policy, config, order.result, lambda rows: {"loss": loss_of(blocks[rows])}, look, order.lengths
+    )
     wires.assert_logged(config, *logged)
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
     wires.assert_on("cpu:0", seen["evaluate"])
-    assert len(pieces) == 8 and all(call.ids.numel() <= 30 for call in pieces)
+    wires.assert_pieces(config, order.result, batches, order.lengths)
+    assert len(pieces) == len(batches) and pieces[0].ids.shape == (2, 12)
     wires.assert_answered(seen["respond"], made[0].model, [held_out[0, :6].tolist()], 5, 64)
     assert len(seen["respond"]) == 2
     [first, *later] = seen["evaluate"]
@@ -94,7 +98,7 @@ def test_pretraining_is_cross_entropy_from_text_to_weights_and_log(
     assert f"  sample: {text!r} → {seen['respond'][0].result[0][0]!r}\n" in out
 
 
-@pytest.mark.parametrize("off, refused", [(0.09, False), (0.12, True), (-0.12, True)])
+@pytest.mark.parametrize("off, refused", [(0.104, False), (0.109, True), (-0.104, False), (-0.109, True)])
 def test_pretraining_starts_at_ln_vocabulary_or_not_at_all(config, monkeypatch, off, refused):
     """Half a nano model's variance adds 0.0064 to the room of 0.1."""
     monkeypatch.setattr(train_pretrain, "evaluate", lambda *args: {"loss": math.log(WORLD.vocab_size) + off})

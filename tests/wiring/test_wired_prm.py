@@ -95,6 +95,7 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
     names = "load_policy", "BatchOrder", "collate", "evaluate"
     seen = {name: spy(monkeypatch, train_prm, name) for name in names}
     made = spy(monkeypatch, train_prm, "make_optimizer", keep=lambda given: copy.deepcopy(given["model"]))
+    splits, pieces = spy(monkeypatch, train_prm, "read_split"), wires.spy_on_pieces(monkeypatch)
     train_prm.main(config)
     out = capsys.readouterr().out
 
@@ -145,7 +146,7 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
         }
 
     logged = []
-    steps, looks = wires.descend(model, config, order.result, measure, look)
+    steps, looks = wires.descend(model, config, order.result, measure, look, order.lengths)
     steps = [
         {**row, "loss": loss} for row, loss in zip(steps, logged)
     ]  # the part of the language is not logged
@@ -153,8 +154,9 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
     wires.assert_same_weights(load(config.out)["model"], model, moved_from=start)
     wires.assert_on("cpu:0", seen["load_policy"], seen["evaluate"])
     assert len(seen["evaluate"]) == 3
-    wide = [call.result[0].numel() > 60 for call in seen["collate"]]
-    assert sum(wide) <= 3  # the evaluations'
+    wires.assert_pieces(config, order.result, pieces, order.lengths)
+    wires.assert_split(splits, "steps")
+    assert out.count("held-out solutions") == 1
 
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("prm", False, 4)

@@ -70,6 +70,7 @@ def test_the_reward_loss_is_its_formula_from_pairs_to_weights_and_log(double, co
     names = "load_policy", "BatchOrder", "collate", "normalise", "evaluate"
     seen = {name: spy(monkeypatch, train_rm, name) for name in names}
     made = spy(monkeypatch, train_rm, "make_optimizer", keep=lambda given: copy.deepcopy(given["model"]))
+    splits, pieces = spy(monkeypatch, train_rm, "read_split"), wires.spy_on_pieces(monkeypatch)
     train_rm.main(config)
     out = capsys.readouterr().out
 
@@ -117,7 +118,8 @@ def test_the_reward_loss_is_its_formula_from_pairs_to_weights_and_log(double, co
             "loss": sum(losses) / len(losses),
         }
 
-    wires.assert_logged(config, *wires.descend(model, config, order.result, measure, look))
+    sizes = [sum(len(ids) for ids, _ in distinct(prompt).values()) for prompt in prompts]
+    wires.assert_logged(config, *wires.descend(model, config, order.result, measure, look, sizes))
     every = [side for prompt in prompts for side in distinct(prompt).values()]
     with torch.no_grad():
         raw = torch.stack([score(model, one) for one in every])
@@ -130,27 +132,15 @@ def test_the_reward_loss_is_its_formula_from_pairs_to_weights_and_log(double, co
     assert content["normalisation"] == pytest.approx({"mean": mean.item(), "std": std.item()}, rel=1e-6)
     wires.assert_on("cpu:0", seen["load_policy"], seen["normalise"], seen["evaluate"])
     assert len(seen["evaluate"]) == 3  # with a random head, too
-    training = [call.result[0] for call in seen["collate"]]
-    assert sum(ids.numel() > 100 for ids in training) <= 4  # the evaluations', and the normalisation's
+    costs = order.result.lengths * [len(distinct(prompt)) for prompt in prompts]  # each response a row
+    wires.assert_pieces(config, order.result, pieces, costs)
+    wires.assert_split(splits, "pairs")
+    assert out.count("held-out pairs") == 2
 
     assert (content["stage"], content["chat"], content["step"]) == ("rm", False, 4)
     assert models(config.out) == ["reward"]
     ended = sum(one[0][-1] == WORLD.end for one in every)
     assert f"step-0 check: {ended:,} of {len(every):,} responses scored at their end token" in out
-
-
-def test_a_reward_model_reads_as_many_tokens_at_once_as_it_may(config, monkeypatch):
-    """A prompt costs its longest response's length for each of its responses."""
-    config.micro_tokens, calls = 60, []
-    original = train_rm.pair_scores
-    watched = lambda model, batch, *rest: calls.append(batch) or original(model, batch, *rest)  # noqa: E731
-    monkeypatch.setattr(train_rm, "pair_scores", watched)
-    monkeypatch.setattr(train_rm, "evaluate", lambda *args: ({"accuracy": 0.5, "accuracy_error": 0.1}, None))
-    train_rm.main(config)
-    for batch in calls:
-        cost = len(batch) * max(len(p.responses) * max(len(ids) for ids, _ in p.responses) for p in batch)
-        assert len(batch) == 1 or cost <= 60
-    assert any(len(batch) > 1 for batch in calls)
 
 
 def test_scores_are_normalised_on_the_first_2000_responses(config, monkeypatch, tmp_path):

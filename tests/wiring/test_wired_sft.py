@@ -63,6 +63,7 @@ def test_sft_is_cross_entropy_on_answers_from_chats_to_weights_and_log(
     config.packing = packing
     names = "load_policy", "BatchOrder", "collate", "respond", "packed_hidden", "evaluate"
     seen = {name: spy(monkeypatch, train_sft, name) for name in names}
+    splits, pieces = spy(monkeypatch, train_sft, "read_split"), wires.spy_on_pieces(monkeypatch)
     train_sft.main(config)
     out = capsys.readouterr().out
 
@@ -79,16 +80,20 @@ def test_sft_is_cross_entropy_on_answers_from_chats_to_weights_and_log(
     def measure(rows):
         return loss_of([examples[i] for i in rows])
 
-    logged = wires.descend(policy, config, order.result, measure, lambda: loss_of(held_out), eps=1e-4)
+    logged = wires.descend(
+        policy, config, order.result, measure, lambda: loss_of(held_out), order.lengths, eps=1e-4
+    )
     wires.assert_logged(config, *logged)
     wires.assert_same_weights(load(config.out)["model"], policy, moved_from=start)
     wires.assert_on("cpu:0", seen["load_policy"], seen["evaluate"])
-    wires.assert_pieces(config, seen["collate"][:2])
+    wires.assert_pieces(config, order.result, pieces, order.lengths)
+    wires.assert_split(splits, "chat", 500)
     asked = [row["messages"][:-1] for row in HELD_OUT if row["messages"][0]["role"] == "user"]
     asked = [asked[i * len(asked) // 4] for i in range(4)]
     prompts = [WORLD.prompt(messages)[-12:] for messages in asked]
     wires.assert_answered(seen["respond"], seen["load_policy"][0].result[0], prompts, 5, 64)
-    assert len(seen["respond"]) == 2
+    wires.assert_shown(out, seen["respond"], [messages[-1]["content"] for messages in asked])
+    assert len(seen["respond"]) == 2 and out.count("held-out chat rows") == 1
 
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("sft", True, 4)
