@@ -108,7 +108,7 @@ def test_kto_is_its_formulas_from_rows_to_weights_and_log(double, config, monkey
     ours = seen["load_policy"][0].result[0]
     _, _, kept = usable(HELD_OUT, 20)
     asked = list(dict.fromkeys(row["prompt"] for row in kept))
-    prompts = [WORLD.prompt(user(prompt))[-10:] for prompt in asked]
+    prompts = [WORLD.prompt(user(prompt)) for prompt in asked]
     wires.assert_answered(seen["respond"], ours, prompts[:4], 5, 96)
     wires.assert_shown(out, seen["respond"], asked)
     assert out.count("held-out labelled rows") == 1 and out.count("step-0 check") == 1
