@@ -125,11 +125,8 @@ def gold_answer(row: dict) -> Number:
     """The right answer to a prompt row: its meta.answer, a number, "5", or a worked solution that ends in
     "#### 5". Raises UserError where it is not understood."""
     given = row["meta"].get("answer")
-    found = None
-    if isinstance(given, str):
-        found = final_answer(given) if MARK.search(given) else number(given)
-    elif isinstance(given, (int, float)) and not isinstance(given, bool):
-        found = number(str(given))
+    text = str(given) if isinstance(given, (str, int, float)) and not isinstance(given, bool) else ""
+    found = final_answer(text) if MARK.search(text) else number(text)
     if found is None:
         asked, what = row["prompt"][-1]["content"][:80], "missing" if given is None else repr(given)[-80:]
         raise UserError(
