@@ -55,11 +55,7 @@ def are_weights(x) -> bool:
 def are_rows(x) -> bool:
     """What was logged: numbers by name."""
     rows = isinstance(x, list) and all(isinstance(row, dict) for row in x)
-    return rows and all(isinstance(k, str) and is_number(v) for row in x for k, v in row.items())
-
-
-def is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return rows and all(isinstance(k, str) and type(v) in (int, float) for row in x for k, v in row.items())
 
 
 def are_flags(x) -> bool:
@@ -172,6 +168,8 @@ def config_of(path, content: dict) -> GPTConfig:
             good = type(value) is type(default) and (type(value) is not int or 0 <= value <= LARGEST)
         if not good:
             raise damaged(path, f"the {name} of its model cannot be {str(value)[:40]!r}")
+    if 0 in [given.get(name) for name in ("vocab_size", "context", "width", "heads")]:
+        raise damaged(path, "its model has no tokens, no context, no width or no heads")
     if given.get("layers", 1) > len(content["model"]):
         raise damaged(path, "it has fewer weights than layers")
     try:

@@ -178,7 +178,7 @@ def use(stage, path, config):
     ids = torch.zeros(1, 4, dtype=torch.long)
     if path.name == "x.pt":
         loaded, _, content = load_policy(path, chat=True) if stage == "sft" else load_scalar(path)
-        loaded(ids)
+        loaded(ids[:, : loaded.config.context])
         f"{content['stage']} {content['step']:,} {content.get('normalisation', {}).get('std')}"
         return
     model = (GPT if stage == "sft" else ScalarGPT)(SHAPE)
