@@ -124,6 +124,7 @@ def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mo
         call.sizes == [3] * (len(call.ids) // 3) for call in packed
     )  # prompts are read once
     assert out.count("ratio 1, off by at most") == 1 and out.count("doctor: seen") == 3
+    assert out.count("\nheld out ") == 1  # the table of all looks
     wires.assert_counted(config, found, seen)
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("grpo", True, 3)

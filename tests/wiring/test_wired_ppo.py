@@ -17,7 +17,7 @@ from nanoalign.checkpoint import load, load_scalar
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "gamma": 0.9, "lam": 0.7, "clip_ratio": 0.05, "clip_value": 0.04, "vf_coef": 0.6,
-    "kl_target": 0.5, "kl_horizon": 9.0, "steps": 3, "batch_size": 6, "epochs": 2, "minibatch": 4,
+    "kl_target": 0.12, "kl_horizon": 9.0, "steps": 3, "batch_size": 6, "epochs": 2, "minibatch": 4,
     "micro_batch": 3, "missing_eos_score": -0.6, "max_new_tokens": 7, "temperature": 0.7,
     "lr": 0.01, "warmup": 2, "weight_decay": 0.3, "clip": 0.4, "seed": 5, "eval_every": 2,
     "eval_prompts": 3, "save_every": 2, "device": "cpu:0",
@@ -165,6 +165,7 @@ def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(
 
     # what is kept, and said
     assert out.count("ratio 1, off by at most") == 1 and out.count("doctor: seen") == 3
+    assert out.count("\nheld out ") == 1  # the table of all looks
     wires.assert_counted(config, found, seen)
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("ppo", True, 3)
