@@ -49,6 +49,7 @@ class Config:
     out: str = "docs/mutation.md"  # the report to write
     share: float = 1.0  # of the mutants, picked by a hash; those that once survived are always run
     cache: str = "out/mutation.jsonl"  # verdicts, by what was run
+    report: bool = False  # judge nothing: write the report of what the cache knows
     show: bool = False  # print every mutant as it is judged
 
 
@@ -205,7 +206,7 @@ def report(judged: list[tuple[Mutant, str, float]], share: float) -> str:
     lines += ["", "## What once survived", "", "| what is wrong | where | now |", "|---|---|---|"]
     verdicts = {key_of(mutant): verdict for mutant, verdict, _ in judged}
     for what, *own in KNOWN:
-        verdict = verdicts[key_of(mutant_by_hand(*own))]
+        verdict = verdicts.get(key_of(mutant_by_hand(*own)), "not judged")
         lines.append(f"| {what} | {own[0]}.{own[1]} | {verdict.replace('|', ' ')} |")
     lines += ["", "## What survives, and why", ""]
     alive = [mutant for mutant, verdict, _ in judged if verdict == "survives"]
@@ -238,7 +239,10 @@ def main(config: Config) -> None:
     judged = []
     for file in files:
         mutants = picked(file, config.share, known)
-        judge_all(file, mutants, known, note)
+        if config.report:
+            mutants = [mutant for mutant in mutants if key_of(mutant) in known]
+        else:
+            judge_all(file, mutants, known, note)
         judged += [(mutant, known[key_of(mutant)], took[key_of(mutant)]) for mutant in mutants]
     judged = [own for own in judged if own[1] != "none"]
     alive = [mutant for mutant, verdict, _ in judged if verdict == "survives"]

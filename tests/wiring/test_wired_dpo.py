@@ -158,7 +158,7 @@ def test_dpo_resumes_only_what_was_made_from_the_same_files(config, monkeypatch,
     surer = [{**row, "probability": 0.95} if "probability" in row else row for row in PAIRS]
     wires.assert_made_from(monkeypatch, train_dpo, config, init=f"{tiny}/reference.pt",
                            data=write_lines(tmp_path / "surer.jsonl", surer))  # fmt: skip
-    others = write_lines(tmp_path / "others.jsonl", PAIRS[::-1])
+    others = write_lines(tmp_path / "others.jsonl", [{**row, "chosen": "Yes"} for row in PAIRS])
     wires.assert_made_from(monkeypatch, train_dpo, config, data=others)
 
 
