@@ -212,7 +212,8 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
             steps.flat[i] = own[end].tolist()
     said = [[final_answer(text) for text in own] for own in texts]
     right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
-    numbers = {None: math.nan}  # equal answers have equal numbers
+    numbers = {None: math.nan}  # equal answers have equal numbers, 50% and 50 as well
+    said = [[answer and answer.value for answer in own] for own in said]
     answers = np.array([[numbers.setdefault(a, len(numbers)) for a in own] for own in said], float)
     found = {"texts": texts, "steps": steps, "answers": answers, "tokens": tokens}
     return found | {"scores": scores, "right": right}

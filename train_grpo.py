@@ -73,10 +73,12 @@ class Config(OnPolicy):
 
 
 def group_scale(spread: Tensor) -> Tensor:
-    """The spreads of the groups' rewards (N,) → what their advantages are divided by: its own spread; of a
-    group of equal rewards the others' mean; 1 if all groups' are equal."""
-    some = spread > 0
-    mean = spread.sum() / some.sum()  # NaN without any
+    """The spreads of the groups' rewards (N,) → what their advantages, a price of KL among them, are divided
+    by: its own spread; where that is less than a tenth of the others' mean, as of equal rewards, this mean;
+    1 if no group has a spread."""
+    some = spread > 1e-4  # less is rounding
+    mean = spread.masked_fill(~some, 0).sum() / some.sum()  # NaN without any
+    some = some & (spread > 0.1 * mean)
     return torch.where(some, spread, torch.where(some.any(), mean, 1.0)) + 1e-4
 
 
@@ -98,7 +100,9 @@ def group_advantages(
     if kind == "rloo":  # r_i − (G mean − r_i) / (G − 1)
         centred = centred * (group_size / (group_size - 1))
     elif kind != "dr_grpo":
-        centred = centred / group_scale(groups.std(1))[:, None]
+        spread = groups.std(1)
+        scale = spread + 1e-4 if penalty is None else group_scale(spread)
+        centred = centred / scale[:, None]
     return centred.flatten()
 
 

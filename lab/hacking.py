@@ -85,7 +85,11 @@ def curve(path: Path) -> list[dict]:
     """The held-out evaluations of a metrics file: kl, proxy and judge, in order."""
     rows = cli.readable_rows(path)
     return [
-        {"kl": row["eval_kl"], "proxy": row.get("eval_rm", row["eval_reward"]), "judge": row["eval_judge"]}
+        {
+            "kl": row["eval_kl"],
+            "proxy": row.get("eval_rm", row.get("eval_reward", row.get("eval_score"))),
+            "judge": row["eval_judge"],
+        }
         for row in rows
         if "eval_judge" in row
     ]

@@ -61,10 +61,9 @@ def step_advantages(
 
     advantages = centred(rewards if penalty is None else rewards - penalty)
     if kind != "dr_grpo":
-        variance = centred(rewards).square().sum(1) / (count[:, 0] - 1).clamp(min=1)
-        least, most = (rewards.reshape(counted.shape).masked_fill(~counted, x) for x in (1e9, -1e9))
-        equal = least.amin(1) == most.amax(1)  # exactly, which a mean in fp32 is not
-        advantages = advantages / group_scale(variance.sqrt().masked_fill(equal, 0))[:, None]
+        spread = (centred(rewards).square().sum(1) / (count[:, 0] - 1).clamp(min=1)).sqrt()
+        scale = spread + 1e-4 if penalty is None else group_scale(spread)
+        advantages = advantages / scale[:, None]
     return advantages.view(B, T).flip(1).cumsum(1).flip(1)
 
 

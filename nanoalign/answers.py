@@ -36,6 +36,8 @@ PLAIN = (  # how to write plainly what LaTeX and typography write otherwise
     (r"\\[,;: ()\[\]]|~", " "),
     (r"\\times|\\cdot|[×·]", "*"),
     (r"\^\{([^{}]*)\}", r"^\1"),
+    (r"\^?\\circ", "°"),
+    (r"\*\*|`", ""),
     (r"\\([$%])", r"\1"),
     (r"⁄", "/"),
 )
@@ -53,11 +55,13 @@ NUMBER = re.compile(
 )
 WORD = r"(?:%|°?[^\W\d_]+(?:\^?[23])?|°)"
 UNIT = re.compile(rf"(?:[ /-]?{WORD}(?:[ /*-]{WORD}){{0,4}})?")
-NO_UNITS = {
-    *("and", "or", "not", "plus", "minus", "than", "pi", "sqrt", "squared", "cubed", "factorial"),
-    *("bn", "mn", "mil", "half", "halves", "third", "thirds", "fifth", "fifths", "tenth", "tenths"),
-    *("hundredth", "hundredths", "thousandth", "thousandths"),
-}
+FRACTIONS = "half quarter third fourth fifth sixth seventh eighth ninth tenth twelfth hundredth thousandth"
+NO_UNITS = set(  # words that make another number of it
+    "and or not plus minus than times divided over point below above out to pi sqrt squared cubed factorial "
+    "mille bn mn mil halves zero one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty "
+    f"ninety hundred thousand million billion trillion {FRACTIONS}".split()
+).union(f"{word}s" for word in FRACTIONS.split())
 LETTERS = "agmslhtCFJLNVW"  # units of one letter; x and π are no units, k and M are thousands or not
 
 

@@ -70,8 +70,9 @@ class _Parser(argparse.ArgumentParser):
 
 SIZES = {  # the memory that a run takes at once is a multiple of them: a million is a slip of the hand
     *("samples", "subsets", "width", "expansions", "depth", "continuations", "tries", "rounds", "crowd"),
-    *("votes", "context", "max_length", "max_new_tokens", "group_size"),
+    *("votes", "group_size"),
 }
+LENGTHS = ("context", "max_length", "max_new_tokens")  # as long as a checkpoint's context may be
 SINGLE = torch.finfo(torch.float32)
 LEAST = {"temperature": 1e-4}  # where it is not 0: a smaller one is greed, and beyond single precision
 
@@ -79,7 +80,8 @@ LEAST = {"temperature": 1e-4}  # where it is not 0: a smaller one is greed, and 
 def bounds(name: str, default: float) -> tuple[float, float]:
     """The least value but for 0, and the largest, of a flag that is a number."""
     if isinstance(default, int):
-        return 1, 2**64 - 1 if name == "seed" else 10**5 if name in SIZES else 2**31 - 1
+        most = {"seed": 2**64 - 1, **dict.fromkeys(SIZES, 10**5), **dict.fromkeys(LENGTHS, 2**22)}
+        return 1, most.get(name, 2**31 - 1)
     return LEAST.get(name, SINGLE.tiny), 10**6 if name == "epochs" else SINGLE.max
 
 

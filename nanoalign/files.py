@@ -25,6 +25,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
+
 from nanoalign import UserError
 from nanoalign.expressions import parse_reward, parse_rewards
 
@@ -36,7 +45,7 @@ def beside(path: str, ending: str) -> Path:
     """out/dpo.pt, ".metrics.jsonl" → out/dpo.metrics.jsonl"""
     if Path(path).name in ("", ".."):
         raise UserError(f"{str(path)!r} is not the name of a file.")
-    return Path(path).with_name(re.sub(r"\.(pt|jsonl)$", "", Path(path).name) + ending)
+    return Path(path).with_name(re.sub(r"\.(pt|json|jsonl|ndjson|jsonlines)$", "", Path(path).name) + ending)
 
 
 def reason(error: OSError) -> str:
@@ -191,93 +200,54 @@ def reserved(config) -> Iterator[None]:
         yield
         return
     check_outputs(config, written)
-    target = Path(os.path.realpath(written[0]))
-    lock = target.with_name(f"{target.name}.lock")
-    take(lock, written[0])
-    try:
-        for path in map(
-            Path, map(os.path.realpath, [*written, lock])
-        ):  # what a killed run was about to write
-            for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.writing*"):
-                left.unlink(missing_ok=True)
+    with locked(written[0]):
+        stem = beside(os.path.realpath(written[0]), "").name
+        for path in map(Path, map(os.path.realpath, written)):  # what a killed run was about to write
+            if path.name.startswith(stem):  # other outputs this lock does not cover
+                for left in path.parent.glob(f".{glob.escape(path.name[:100])}.????????.writing*"):
+                    left.unlink(missing_ok=True)
         yield
-    finally:
-        if holder(lock) == ourselves():
-            lock.unlink(missing_ok=True)
 
 
-def started(pid: int) -> str:
-    """When a process began, in ticks of this boot, where the system tells; of one that has ended, "over"."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return "over" if state in "ZX" else rest[18]
-    except (OSError, IndexError, ValueError):
-        return ""
-
-
-def ourselves() -> dict:
-    pid = os.getpid()
-    return {"pid": pid, "host": platform.node(), "started": started(pid)}
-
-
-def holder(lock: Path) -> dict:
-    """Who holds a lock; {} if nobody does that it could name."""
-    try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
-        known = isinstance(found["pid"], int) and isinstance(found["host"], str)
-        return {name: found.get(name) for name in ourselves()} if known else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-
-
-def is_over(one: dict) -> bool:
-    """Has the process that holds a lock ended, as far as this machine can tell?"""
-    if not one:
-        return True
-    if one["host"] != platform.node() or os.name == "nt":  # where os.kill would end it
-        return False
-    try:
-        os.kill(one["pid"], 0)
-    except PermissionError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return one["started"] != started(one["pid"])
-
-
-def take(lock: Path, out: str) -> None:
-    """Make a lock that says who holds it, whole from the start; take over one whose holder has ended."""
-    handle, mine = tempfile.mkstemp(".writing", f".{lock.name[:100]}.", lock.parent)
-    with open(handle, "w", encoding="utf-8") as file:
-        json.dump({**ourselves(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
-    try:
-        for _ in range(3):
-            with contextlib.suppress(FileExistsError):
-                link(mine, lock)
-                return
-            one = holder(lock)
-            if not is_over(one) and one != ourselves():
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold X.lock, which says who does. The system frees it when this process ends, however it does."""
+    lock = Path(f"{os.path.realpath(path)}.lock")
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        handle = os.open(lock, flags, 0o666)
+        file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+        if not hold(file, lock):
+            who = file.read(200).strip() or "another process"
+            file.close()
+            raise UserError(f"{path} is being written by {who}: wait for it, or name another --out.")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 break
-            over = Path(f"{mine}.over")
-            with contextlib.suppress(FileNotFoundError):  # another run was faster
-                os.replace(lock, over)
-                if holder(over) != one:  # and has taken it over
-                    link(str(over), lock)
-                over.unlink()
-    finally:
-        Path(mine).unlink(missing_ok=True)
-    raise UserError(
-        f"{out} is being written by process {one['pid']} on {one['host']}: wait for it, or name another "
-        f"--out (if it is over, delete {lock})."
-    )
+        file.close()  # who held it has just deleted it
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows deletes no open file
+                lock.unlink()
 
 
-def link(source: str, target: Path) -> None:
-    """A second name for a file, if there is none such; by copying where the file system has no links."""
+def hold(file: IO, name: Path) -> bool:
+    """Lock an open file, if nobody else holds it; True also where the file system knows no locks."""
     try:
-        os.link(source, target)
-    except FileExistsError:
-        raise
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            file.seek(2**20)  # what the file says stays readable
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            file.seek(0)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        return False
     except OSError:
-        with target.open("x", encoding="utf-8") as file:
-            file.write(Path(source).read_text(encoding="utf-8"))
+        print(f"warning: {name} cannot be locked here; see to it that one run at a time writes it.")
+    return True

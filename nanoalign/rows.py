@@ -113,6 +113,8 @@ def check_unread(row: dict) -> None:
         if row.get(field):
             how = f"name it by --fields, write it into the prompt, or ignore it by --fields {field}="
             raise RowError(f'field "{field}" is not read, and may change what the row means: {how}')
+    if row.get("weight", 1) != 1:
+        raise RowError('field "weight": rows have no weight (an assistant\'s message may have one, 0 or 1)')
 
 
 def read_meta(row: dict) -> dict:
@@ -177,6 +179,8 @@ def parse_compared(row: dict) -> dict:
 def parse_chat(row: dict) -> dict:
     """→ {"messages", "meta"}, with at least one assistant turn to learn from."""
     one_of(row, "messages", "completion")
+    if "question" in row:
+        one_of(row, "answer", "completion")
     if "messages" in row:
         messages = read_talk(row, weighted=True)
     elif "chosen" in row:
@@ -197,6 +201,7 @@ def parse_labelled(row: dict) -> list[dict]:
     """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}, of a pair with the "probability"
     that it is right, if that is given; of a tie none."""
     one_of(row, "messages", "completion", "chosen")
+    one_of(row, "label", "chosen")
     if "chosen" in row:
         pair = parse_pair(row)
         shared = {name: pair[name] for name in ("prompt", "meta", "probability") if name in pair}

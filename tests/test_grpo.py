@@ -586,6 +586,17 @@ def test_kl_in_the_reward_is_taken_off_it_response_by_response(double, trained, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-3, 1e-2])
+def test_a_group_of_nearly_equal_rewards_does_not_drown_the_others(double, kind, spread):
+    """Over a spread of almost nothing the price of KL would be a hundred times what others' rewards are."""
+    torch.manual_seed(0)
+    scores, price = torch.randn(64), 0.2 * torch.rand(64)
+    scores[:8] = 0.5 + spread * torch.linspace(-1, 1, 8)
+    found = group_advantages(scores, 8, kind, price).view(8, 8)
+    assert 0.01 < found[0].norm() / found[1:].norm(dim=1).mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_where_all_rewards_are_equal_the_gradient_is_proportional_to_beta(double, trained, kind):
     """Divided by its own spread the KL would be noise of unit size, whatever β is."""
     flags = {"kind": kind, "other_reference": True, "minibatch": 24, "epochs": 1, "clip": 1e9}
