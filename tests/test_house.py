@@ -16,21 +16,21 @@ NAMES = {path.stem for path in SCRIPTS}
 
 # Lines, all of them. A budget may fall and never rises: what outgrows its own is in the wrong room.
 BUDGETS = {
-    "train_pretrain.py": 140, "train_sft.py": 140, "train_rm.py": 240, "train_prm.py": 220,
-    "train_dpo.py": 230, "train_kto.py": 220, "train_orpo.py": 170, "train_ppo.py": 290,
-    "train_grpo.py": 280, "collect.py": 280, "critique.py": 160, "best_of_n.py": 280, "evaluate.py": 270,
+    "train_pretrain.py": 125, "train_sft.py": 112, "train_rm.py": 218, "train_prm.py": 202,
+    "train_dpo.py": 211, "train_kto.py": 206, "train_orpo.py": 169, "train_ppo.py": 270,
+    "train_grpo.py": 280, "collect.py": 264, "critique.py": 146, "best_of_n.py": 272, "evaluate.py": 264,
     "chat.py": 130,
-    "nanoalign/__init__.py": 5, "nanoalign/answers.py": 160,
-    "nanoalign/checkpoint.py": 255, "nanoalign/cli.py": 300,
-    "nanoalign/expressions.py": 170,
-    "nanoalign/compiler.py": 30, "nanoalign/contents.py": 245, "nanoalign/data.py": 304,
-    "nanoalign/feedback.py": 219, "nanoalign/files.py": 285,
-    "nanoalign/generate.py": 360, "nanoalign/kernels.py": 335, "nanoalign/logprobs.py": 210,
-    "nanoalign/messages.py": 260, "nanoalign/show_rows.py": 145,
-    "nanoalign/model.py": 400, "nanoalign/packing.py": 170, "nanoalign/rewards.py": 308,
-    "nanoalign/rows.py": 410, "nanoalign/run.py": 341, "nanoalign/statistics.py": 185,
-    "nanoalign/seeds.py": 20, "nanoalign/steps.py": 150, "nanoalign/tokenizer.py": 230,
-    "nanoalign/terminal.py": 110, "nanoalign/training.py": 220, "nanoalign/watch.py": 203,
+    "nanoalign/__init__.py": 5, "nanoalign/answers.py": 152,
+    "nanoalign/checkpoint.py": 183, "nanoalign/cli.py": 279,
+    "nanoalign/expressions.py": 155,
+    "nanoalign/compiler.py": 27, "nanoalign/contents.py": 232, "nanoalign/data.py": 283,
+    "nanoalign/feedback.py": 141, "nanoalign/files.py": 253,
+    "nanoalign/generate.py": 278, "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 100,
+    "nanoalign/messages.py": 254, "nanoalign/show_rows.py": 141,
+    "nanoalign/model.py": 316, "nanoalign/packing.py": 69, "nanoalign/rewards.py": 224,
+    "nanoalign/rows.py": 344, "nanoalign/run.py": 286, "nanoalign/statistics.py": 122,
+    "nanoalign/seeds.py": 13, "nanoalign/steps.py": 70, "nanoalign/tokenizer.py": 143,
+    "nanoalign/terminal.py": 24, "nanoalign/training.py": 140, "nanoalign/watch.py": 140,
     "Makefile": 130, "README.md": 110, "speedrun.sh": 50,
 }  # fmt: skip
 
@@ -104,17 +104,17 @@ def test_every_file_has_a_budget_and_keeps_it():
     files |= {name: lines(ROOT / name) for name in ("Makefile", "README.md", "speedrun.sh")}
     assert {name: n for name, n in files.items() if n > BUDGETS.get(name, 0)} == {}
     assert BUDGETS.keys() == files.keys()
-    assert max(BUDGETS[path.name] for path in SCRIPTS) <= 290
+    assert max(BUDGETS[path.name] for path in SCRIPTS) <= 280
     assert {str(path): lines(path) for path in LAB if lines(path) > 300} == {}
 
 
-def test_the_training_scripts_are_at_most_1850_lines_together():
-    assert len(TRAINING) == 9 and sum(map(lines, TRAINING)) <= 1850
+def test_the_training_scripts_are_at_most_1800_lines_together():
+    assert len(TRAINING) == 9 and sum(map(lines, TRAINING)) <= 1800
 
 
-def test_the_package_is_at_most_4650_lines_without_the_world():
+def test_the_package_is_at_most_4640_lines_without_the_world():
     """To come down to 2,600, of which it is far away."""
-    assert sum(map(lines, PACKAGE)) <= 4650
+    assert sum(map(lines, PACKAGE)) <= 4640
 
 
 def code_lines(path: Path) -> list[str]:
