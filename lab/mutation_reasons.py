@@ -91,4 +91,41 @@ REASONS = {  # (the file, what a mutant's name matches) → why it computes the 
     ("evaluate", r"^Path\(path\) → |^found\.get"): "The progress line's name; a measure that all rows have.",
     ("collect", r"ai_votes|\('rm', 'ai'\)"): "An AI's votes have their tests in tests/test_collect.py.",
     (".*", r"^print\("): "A line on the terminal.",
+    (
+        ".*",
+        r"^(min|max)\([^→]*, [^→]*\) → (min|max)\([^→]*, |^\('[^→]*\) → \('",
+    ): "The same numbers or names, in another order.",
+    (".*", r"^str\((record|beside)"): "A path in place of its name.",
+    (
+        ".*",
+        r"^torch\.tensor\(\[.*device=device\) → |^labels\(batch|^load_policy\(.*device, chat",
+    ): "The device of the test is the CPU, as is the default.",
+    ("train_kto", r"^policy → ref$"): "Two copies of one model, before the first step.",
+    (
+        "train_(dpo|sft)",
+        r"negated\(side\[0\]|^0 → 1$|^list\(map",
+    ): "Of an example's ids and mask either has its length; and a list may be any other container.",
+    ("train_dpo", r"negated\(config\.beta\)"): "Where a loss must start is the same for β and −β.",
+    ("train_sft", r"hidden=hidden\) → "): "What is known already is computed once more.",
+    ("train_prm", r"^config\.lm_weight → "): "A term of weight 0 is 0.",
+    ("train_pretrain", r"'held-out'\) → "): "The words of an error.",
+    ("collect", r"what='collect'"): "The progress line's name.",
+    (
+        "best_of_n",
+        r"negated\(i\)|negated\(np\.zeros|^same\(",
+    ): "The first is 0, as −0 is; equality has no order.",
+    (
+        "best_of_n",
+        r"^numbers\.setdefault|^answer and",
+    ): "tests/test_best_of_n.py fails: votes for equal numbers, tables.",
+    ("evaluate", r"negated\(np\.nan\)"): "−NaN is NaN.",
+    (
+        "evaluate",
+        r"tokenizers|^2 → 3$|^1 → 2$|^\(\*paths",
+    ): "The words of an error, or when it is raised: there "
+    "tests/test_scorecard.py fails; and numpy takes any negative number for the size left open.",
+    (
+        "evaluate",
+        r"^own_seed|^config\.seed → |^not plain → |^ref → policy|^dict\.fromkeys|^config\.skip_bad_rows → ",
+    ): "tests/test_scorecard.py fails, or the seed is another one of the checkpoint's own.",
 }

@@ -166,6 +166,8 @@ def test_best_of_n_refuses_what_it_cannot_do(config, tiny):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=word):
             best_of_n.main(wires.replaced(config, **changes))
+    ones = dict.fromkeys(("samples", "count", "subsets", "width", "expansions", "depth"), 1)
+    best_of_n.main(wires.replaced(config, **ones))  # the least of everything is fine
 
 
 def test_without_an_outcome_model_there_is_no_column_for_it_and_the_checker_marks_steps(

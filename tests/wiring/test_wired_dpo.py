@@ -14,7 +14,7 @@ from nanoalign.checkpoint import load
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "gamma": 0.4, "label_smoothing": 0.2, "sft_weight": 0.5, "max_length": 24,
-    "max_new_tokens": 5, "steps": 4, "batch_size": 4, "micro_tokens": 80, "lr": 0.01, "warmup": 2,
+    "max_new_tokens": 6, "steps": 4, "batch_size": 4, "micro_tokens": 80, "lr": 0.01, "warmup": 2,
     "weight_decay": 0.3, "clip": 0.4, "seed": 5, "eval_every": 3, "save_every": 2, "log_every": 1,
     "device": "cpu:0",
 }  # fmt: skip
@@ -130,11 +130,11 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     asked = list(dict.fromkeys(row["prompt"] for row in HELD_OUT))
     asked = [prompt for prompt in asked if wires.prompt_length({"prompt": prompt}) < 24]
     prompts = [WORLD.prompt(user(prompt)) for prompt in asked]
-    wires.assert_answered(seen["respond"], ours, prompts[:4], 5, 5)
+    wires.assert_answered(seen["respond"], ours, prompts[:4], 5, 6)
     wires.assert_shown(out, seen["respond"], asked)
     assert len(seen["respond"]) == 2 and len(seen["sample_kl"]) == (0 if loss == "simpo" else 2)
     for call in seen["sample_kl"]:
-        assert call.policy is ours and (call.max_new_tokens, call.seed) == (5, 5)
+        assert call.policy is ours and (call.max_new_tokens, call.seed) == (6, 5)
         wires.assert_unmoved(call.ref, start)
         assert [list(x) for x in call.prompts] == [list(x) for x in prompts]
 

@@ -28,7 +28,7 @@ OFF = {  # every flag that has a say in what is computed, off its default
 def config(tiny, tmp_path):
     (tmp_path / "checks.py").write_text(CHECKS)
     rows = [{**row, "meta": {**row["meta"], "kind": "ab"[i % 2]}} for i, row in enumerate(asked(5))]
-    prompts = write_lines(tmp_path / "asked.jsonl", [*rows, wires.prompt_of(39), wires.prompt_of(45)])
+    prompts = write_lines(tmp_path / "asked.jsonl", [*rows, wires.prompt_of(39), wires.prompt_of(40)])
     return evaluate.Config(
         checkpoints=tuple(f"{tiny}/{name}.pt" for name in ("base", "policy", "untied")),
         baseline=f"{tiny}/policy.pt", reference=f"{tiny}/reference.pt",
@@ -136,3 +136,18 @@ def test_evaluate_refuses_what_it_cannot_do(config, tiny):
     ]:  # fmt: skip
         with pytest.raises(UserError, match=word):
             evaluate.main(wires.replaced(config, **changes))
+
+
+def test_a_dense_reward_counts_as_the_sum_of_its_steps(config, tiny, sampled):
+    alone = {"checkpoints": (config.baseline,), "elo": False}
+    evaluate.main(wires.replaced(config, reward=f"prm-steps:{tiny}/prm.pt", **alone))
+    [(_, _, _, _, _, indices, drawn)] = sampled
+    model, due = load_scalar(f"{tiny}/prm.pt", stages=("prm",))[0], np.zeros(len(indices))
+    for at, ids, mask in zip(indices, drawn.ids, drawn.mask):
+        ends = [t for t in mask.nonzero().flatten().tolist() if ids[t] in (*WORLD.newlines, WORLD.end)]
+        marked = ids.clone()
+        marked[ends] = WORLD.step
+        with torch.no_grad():
+            due[at] = torch.sigmoid(model(marked[None])[0, ends]).sum()
+    card = read(config.out)["checkpoints"][config.baseline]["overall"]
+    assert due.std() > 0.01 and card["reward"][0] == pytest.approx(due.mean(), abs=1e-5)

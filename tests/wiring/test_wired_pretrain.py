@@ -14,6 +14,7 @@ from wires import logprobs, said, spy
 import train_pretrain
 from nanoalign import UserError
 from nanoalign.checkpoint import load
+from nanoalign.data import place
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "model": "world-nano", "context": 12, "steps": 4, "batch_size": 4, "micro_tokens": 30, "lr": 0.02,
@@ -120,13 +121,38 @@ def test_pretraining_resumes_only_what_was_made_from_the_same_text(config, monke
     wires.assert_made_from(monkeypatch, train_pretrain, config, data=others)
 
 
+def test_of_several_texts_those_that_the_hash_picks_are_held_out(config, monkeypatch, tmp_path):
+    rows = [{"text": said(i, 25)} for i in range(60)]
+    picked = [row for row in rows if place(row) < 0.05]
+    assert 0 < len(picked) < 10
+    config.data, config.eval_data = write_lines(tmp_path / "texts.jsonl", rows), ""
+    config.steps = 1
+    made, read = spy(monkeypatch, train_pretrain, "BatchOrder"), spy(monkeypatch, train_pretrain, "evaluate")
+    train_pretrain.main(config)
+    assert np.array_equal(read[-1].blocks, blocks_of(picked))
+    assert len(made[0].lengths) == len(blocks_of([row for row in rows if row not in picked]))
+
+
+def test_of_a_single_text_the_last_twentieth_of_the_blocks_is_held_out(config, monkeypatch, tmp_path):
+    text = [{"text": said(1, 1000)}]
+    blocks = blocks_of(text)
+    assert len(blocks) // 20 > len(blocks) // 21 > 1
+    config.data, config.eval_data = write_lines(tmp_path / "text.jsonl", text), ""
+    config.steps = 1
+    read = spy(monkeypatch, train_pretrain, "evaluate")
+    train_pretrain.main(config)
+    assert np.array_equal(read[-1].blocks, blocks[-(len(blocks) // 20) :])
+
+
 def test_at_most_256_blocks_are_held_out_and_samples_go_on_from_at_most_half_of_one(
     config, monkeypatch, tmp_path
 ):
-    many = [{"text": said(i, 60)} for i in range(80)]
+    many = [{"text": said(i, 60)} for i in range(190)]
     config.data = config.eval_data = write_lines(tmp_path / "many.jsonl", many)
     config.context, config.micro_tokens, config.steps = 40, 0, 1
     read, answered = spy(monkeypatch, train_pretrain, "evaluate"), spy(monkeypatch, train_pretrain, "respond")
     train_pretrain.main(config)
     wide = len(blocks_of(many, 40))
-    assert [len(call.blocks) for call in read] == [16, min(256, wide)] and len(answered[0].prompts[0]) == 16
+    assert (
+        wide > 256 and [len(call.blocks) for call in read] == [16, 256] and len(answered[0].prompts[0]) == 16
+    )

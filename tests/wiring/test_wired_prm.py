@@ -154,6 +154,7 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
     wires.assert_same_weights(load(config.out)["model"], model, moved_from=start)
     wires.assert_on("cpu:0", seen["load_policy"], seen["evaluate"])
     assert len(seen["evaluate"]) == 3
+    assert all(call.examples is seen["evaluate"][-1].examples for call in seen["evaluate"])
     wires.assert_pieces(config, order.result, pieces, order.lengths)
     wires.assert_split(splits, "steps")
     assert out.count("held-out solutions") == 1

@@ -132,6 +132,7 @@ def test_the_reward_loss_is_its_formula_from_pairs_to_weights_and_log(double, co
     assert content["normalisation"] == pytest.approx({"mean": mean.item(), "std": std.item()}, rel=1e-6)
     wires.assert_on("cpu:0", seen["load_policy"], seen["normalise"], seen["evaluate"])
     assert len(seen["evaluate"]) == 3  # with a random head, too
+    assert all(call.prompts is seen["evaluate"][-1].prompts for call in seen["evaluate"])
     costs = order.result.lengths * [len(distinct(prompt)) for prompt in prompts]  # each response a row
     wires.assert_pieces(config, order.result, pieces, costs)
     wires.assert_split(splits, "pairs")
