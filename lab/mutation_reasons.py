@@ -100,6 +100,10 @@ REASONS = {  # (the file, what a mutant's name matches) → why it computes the 
         ".*",
         r"^torch\.tensor\(\[.*device=device\) → |^labels\(batch|^load_policy\(.*device, chat",
     ): "The device of the test is the CPU, as is the default.",
+    (
+        "train_kto",
+        r"soft := sum|^row\.get\('probability'|^1 → 2$|^rows → eval_rows",
+    ): "A line on the terminal, for which tests/test_kto.py fails.",
     ("train_kto", r"^policy → ref$"): "Two copies of one model, before the first step.",
     (
         "train_(dpo|sft)",

@@ -104,6 +104,7 @@ def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mo
     packed = spy(monkeypatch, train_grpo, "packed_hidden")
     train_grpo.main(config)
     out = capsys.readouterr().out
+    assert out.count("step-0 check: ratio 1") == 1  # before the first update, and never again
 
     policy, ref = policy_at(config.init), policy_at(config.reference)
     rollouts, scores = wires.assert_sampled(config, seen)

@@ -126,6 +126,7 @@ def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(
     seen = wires.watch_all(monkeypatch, train_ppo)
     train_ppo.main(config)
     out = capsys.readouterr().out
+    assert out.count("step-0 check: ratio 1") == 1  # before the first update, and never again
 
     policy, ref = policy_at(config.init), policy_at(config.reference)
     if shared:
