@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import held_out
 
 import train_kto
 from nanoalign import UserError
@@ -301,7 +302,9 @@ def test_a_step_without_rows_of_a_label_logs_no_values_of_it(trained):
 def test_soft_labels_of_pairs_are_said_to_be_taken_for_certain(job, pairs, tmp_path, capsys):
     rows = [{**row, "probability": 0.8 if i < 30 else 1.0} for i, row in enumerate(read_rows(pairs, "pairs"))]
     write_rows(f"{tmp_path}/soft.jsonl", rows)
-    script, config = job("kto", data=f"{tmp_path}/soft.jsonl", eval_data=pairs, eval_every=99, steps=1)
+    script, config = job(
+        "kto", data=f"{tmp_path}/soft.jsonl", eval_data=held_out(pairs, tmp_path), eval_every=99, steps=1
+    )
     script.main(config)
     assert f'60 of {2 * len(rows):,} labels have a "probability"' in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from nanoalign.rows import read_rows
 def test_every_stage_learns_and_the_scorecard_compares_them(
     world, base, sft, pairs, thumbs, job, tmp_path, capsys
 ):
-    script, config = job("dpo", epochs=2)
+    script, config = job("dpo", epochs=1)
     script.main(config)
     assert [load(path)["stage"] for path in (base, sft, config.out)] == ["base", "sft", "dpo"]
     for path in (base, sft):
