@@ -129,6 +129,10 @@ REASONS = {  # (the file, what a mutant's name matches) → why it computes the 
     ): "The words of an error, or when it is raised: there "
     "tests/test_scorecard.py fails; and numpy takes any negative number for the size left open.",
     (
+        ".*",
+        r"^read_rows\(.*, config\.fields\) → |^config\.skip_bad_rows → ",
+    ): "tests/wiring/test_wired_rows.py, which is of several scripts, fails.",
+    (
         "evaluate",
         r"^own_seed|^config\.seed → |^not plain → |^ref → policy|^dict\.fromkeys|^config\.skip_bad_rows → ",
     ): "tests/test_scorecard.py fails, or the seed is another one of the checkpoint's own.",

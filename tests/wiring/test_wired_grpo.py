@@ -10,6 +10,7 @@ from wires import asked, assert_close, entropies, logprobs, policy_at, spy
 import train_grpo
 from nanoalign import UserError
 from nanoalign.checkpoint import load
+from nanoalign.run import Run
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "group_size": 3, "clip_low": 0.04, "clip_high": 0.07, "steps": 3, "batch_size": 9,
@@ -102,9 +103,11 @@ def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mo
     config.kind, config.kl = kind, kl
     seen = wires.watch_all(monkeypatch, train_grpo)
     packed = spy(monkeypatch, train_grpo, "packed_hidden")
+    updates, check = [], Run.must_be_on_policy
+    monkeypatch.setattr(Run, "must_be_on_policy", lambda run, *a: updates.append(run.count) or check(run, *a))
     train_grpo.main(config)
     out = capsys.readouterr().out
-    assert out.count("step-0 check: ratio 1") == 1  # before the first update, and never again
+    assert updates == [0] and out.count("step-0 check: ratio 1") == 1
 
     policy, ref = policy_at(config.init), policy_at(config.reference)
     rollouts, scores = wires.assert_sampled(config, seen)

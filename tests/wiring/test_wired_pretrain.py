@@ -133,6 +133,15 @@ def test_of_several_texts_those_that_the_hash_picks_are_held_out(config, monkeyp
     assert len(made[0].lengths) == len(blocks_of([row for row in rows if row not in picked]))
 
 
+def test_of_two_texts_one_is_held_out(config, monkeypatch, tmp_path):
+    rows = [{"text": said(i, 60)} for i in range(2)]
+    config.data, config.eval_data = write_lines(tmp_path / "texts.jsonl", rows), ""
+    config.steps = 1
+    read = spy(monkeypatch, train_pretrain, "evaluate")
+    train_pretrain.main(config)
+    assert np.array_equal(read[-1].blocks, blocks_of([min(rows, key=place)]))
+
+
 def test_of_a_single_text_the_last_twentieth_of_the_blocks_is_held_out(config, monkeypatch, tmp_path):
     text = [{"text": said(1, 1000)}]
     blocks = blocks_of(text)
