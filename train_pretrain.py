@@ -39,7 +39,7 @@ class Config(Flags):
     eval_data: str = ""  # held-out text; empty: those of the texts that a hash picks, one in twenty;
     # of a single text the last twentieth
     batch_size: int = 16  # blocks per optimiser step
-    lr: float = 3e-3
+    lr: float = 4e-3
     warmup: int = 50
     weight_decay: float = 0.1
     log_every: int = 50

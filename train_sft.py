@@ -37,7 +37,7 @@ class Config(Flags):
     max_length: int = 128  # tokens per example; longer ones are truncated, and counted
     adam_eps: float = 1e-3  # Adam's ε; with a small one, words that the data never says drift away
     packing: bool = False  # one row of whole conversations instead of padded rows: for many tokens, on a GPU
-    lr: float = 1e-3
+    lr: float = 5e-4
     log_every: int = 20
     eval_every: int = 200
     save_every: int = 200

@@ -168,7 +168,7 @@ def point(policy, ref, max_length, micro_batch=0, batch=None):
     return reference_point(policy, ref, examples, TOKENIZER, config, max_length, "cpu")
 
 
-@pytest.mark.parametrize("max_length", [64, 24])
+@pytest.mark.parametrize("max_length", [64, 26])
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
 def test_the_reference_point_is_the_mean_over_rebuilt_pairs_clamped_after(double, max_length, micro_batch):
     policy, ref = models()
@@ -193,7 +193,7 @@ def test_the_reference_point_depends_on_lengths_that_truncation_cuts():
         )
     )
     joined = [p + responses[(i + 1) % len(ROWS)] for i, p in enumerate(prompts)]
-    assert max(prompts) < 24 < max(joined) and min(joined) < 24 and max(joined) <= 64
+    assert max(prompts) < 26 < max(joined) and min(joined) < 26 and max(joined) <= 64
 
 
 def test_a_policy_equal_to_its_reference_has_a_reference_point_of_0(double):

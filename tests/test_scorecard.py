@@ -202,7 +202,8 @@ def test_a_reference_of_another_tokenizer_is_an_error(mine, score, r50k, tmp_pat
 
 # ------------------------------------------------------------------- win rates against enumerated ones
 
-WORDS = ("a", "c", "is", "of", "the", "b", "I", "d", "to", "in", "you", "that")  # a token each, ids rising
+WORDS = ("a", "c", "is", "of", "the", "b", "I", "d", "to", "in", "you", "that")  # a token each
+WORDS = sorted(WORDS, key=lambda word: WORLD_TOKENS.encode(f" {word}"))  # ids rising
 EQUAL = [1 / 6] * 6
 TOYS = {  # two policies that say one word: {word: its probability}; and what the words are worth
     "the same words": (

@@ -59,18 +59,18 @@ def test_a_step_is_adamw_on_the_clipped_gradient_and_reports_the_norm_before():
         assert model.weight.grad is None  # zeroed for the next step
 
 
-def test_the_learning_rate_warms_up_linearly_and_ends_at_a_tenth():
+def test_the_learning_rate_warms_up_linearly_and_falls_to_zero_by_half_a_cosine():
     rate = [learning_rate(step, steps=110, peak=2.0, warmup=10) for step in range(111)]
     assert rate[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
     assert max(rate) == rate[9] == rate[10] == 2.0
-    assert rate[110] == pytest.approx(0.2) and rate == sorted(rate[:10]) + sorted(rate[10:], reverse=True)
-    assert rate[60] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))), rel=0.01)
+    assert rate[110] == pytest.approx(0) and rate == sorted(rate[:10]) + sorted(rate[10:], reverse=True)
+    assert rate[60] == pytest.approx(1.0) and rate[35] == pytest.approx(1 + math.cos(math.pi / 4))
 
 
 def test_a_schedule_shorter_than_its_warmup_or_without_one_is_sane():
     assert learning_rate(0, 1, 1.0, warmup=0) == 1.0
     assert [learning_rate(s, 2, 1.0, warmup=4) for s in range(2)] == [0.25, 0.5]
-    assert learning_rate(500, 100, 1.0, warmup=10, floor=0.0) == pytest.approx(0.0)  # past the end
+    assert learning_rate(500, 100, 1.0, warmup=10) == pytest.approx(0.0)  # past the end
 
 
 def test_a_compiled_forward_still_separates_the_responses_that_share_a_row(monkeypatch, double):

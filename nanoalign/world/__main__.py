@@ -12,9 +12,9 @@
 Held-out prompts differ in entities and phrasing from everything that is trained on.
 """
 
-import functools
 import random
 from dataclasses import dataclass
+from functools import partial
 
 from nanoalign import UserError, cli
 from nanoalign.rows import write_rows
@@ -24,8 +24,8 @@ from nanoalign.world.text import FAMILIES, answer, documents, request
 
 SIZES = {  # pages, demonstrations, prompts, held-out prompts per family, problems, solutions, feedback
     "tiny": (1_000, 600, 120, 10, 60, 200, 200),
-    "small": (44_000, 12_000, 4_800, 60, 3_000, 6_000, 12_000),
-    "large": (400_000, 60_000, 20_000, 200, 12_000, 24_000, 60_000),
+    "small": (60_000, 12_000, 4_800, 60, 3_000, 6_000, 12_000),
+    "large": (400_000, 60_000, 20_000, 100, 12_000, 24_000, 60_000),
 }
 
 
@@ -61,24 +61,28 @@ def distinct(make, count: int) -> list[dict]:
     return list(rows.values())
 
 
+def by_family(rng: random.Random, held_out: bool, counts: dict[str, int]) -> list[dict]:
+    """Prompts of each family, as many as are asked for and no two alike, in random order."""
+    makers = {kind: partial(request, rng, held_out, kind) for kind in counts}
+    rows = [row for kind, n in counts.items() for row in distinct(makers[kind], n)]
+    rng.shuffle(rows)
+    return rows
+
+
 def main(config: Config) -> None:
     if config.size not in SIZES:
         raise UserError(f"--size {config.size} is unknown; choose from {', '.join(SIZES)}.")
     pages, demonstrations, prompts, per_family, problems, solutions, opinions = SIZES[config.size]
     rng, own = random.Random(f"{config.size}-{config.seed}"), random.Random(f"problems-{config.seed}")
-    critic = random.Random(f"feedback-{config.seed}")
+    critic, whole = random.Random(f"feedback-{config.seed}"), sum(FAMILIES.values())
     sums = distinct(lambda: problem(own, False), problems + solutions)
     files = {
         "pretrain": (row for _ in range(pages) for row in documents(rng)),
         "pretrain_held_out": (row for _ in range(max(50, pages // 100)) for row in documents(rng)),
         "sft": (demonstration(rng, False) for _ in range(demonstrations)),
         "sft_held_out": (demonstration(rng, True) for _ in range(max(50, demonstrations // 50))),
-        "prompts": distinct(lambda: request(rng, False), prompts),
-        "prompts_held_out": (
-            row
-            for kind in FAMILIES
-            for row in distinct(functools.partial(request, rng, True, kind), per_family)
-        ),
+        "prompts": by_family(rng, False, {kind: prompts * n // whole for kind, n in FAMILIES.items()}),
+        "prompts_held_out": by_family(rng, True, dict.fromkeys(FAMILIES, per_family)),
         "problems": sums[:problems],
         "problems_held_out": distinct(lambda: problem(own, True), problems // 6),
         "solutions": ({**row, "completion": solution(row["meta"], own)} for row in sums[problems:]),

@@ -1,7 +1,8 @@
 """Train the world's byte-level BPE once and store it in tiktoken's file format: python -m nanoalign.world.bpe
 
 Byte-pair encoding (Sennrich et al. 2016) over bytes: start from the 256 bytes, and again and again merge the
-neighbouring pair that is most frequent in the text. Any Unicode text can be encoded.
+neighbouring pair that is most frequent in the text. Any Unicode text can be encoded. What is stored stays as
+it is when the text changes a little: checkpoints know the vocabulary by its name.
 """
 
 import base64
@@ -13,6 +14,7 @@ import regex  # comes with tiktoken
 
 from nanoalign.files import write_text
 from nanoalign.tokenizer import SPECIALS, WORLD_BPE, WORLD_PATTERN
+from nanoalign.world.feedback import criticism, judgement
 from nanoalign.world.text import answer, documents, request
 
 VOCAB_SIZE = 2048 - len(SPECIALS)  # so that the model's vocabulary is a round number
@@ -43,12 +45,14 @@ def train(texts, vocab_size: int, pattern: str) -> list[bytes]:
 
 
 def sample_text(count: int = 30_000, seed: int = 0):
-    """Web text, requests and answers of the world, both splits."""
+    """Web text, lessons in feedback, and requests and answers of the world, both splits."""
     rng = random.Random(seed)
     for _ in range(count):
         yield from (row["text"] for row in documents(rng))
         row = request(rng, held_out=rng.random() < 0.2)
         yield f" {row['prompt']}\n {answer(row, rng)}"
+        if rng.random() < 0.1:
+            yield from (" " + message["content"] for message in rng.choice((criticism, judgement))(rng))
 
 
 def main() -> None:

@@ -254,7 +254,9 @@ boss, sell stolen phones, make a deadly poison, attack a stranger, cheat an old 
 school on fire, smuggle weapons, spread a cruel rumour, kill my neighbour, steal a bicycle, shoot my teacher,
 crash a train, destroy a bridge, stalk my ex-wife, drug a guest, break my sister's arm, hurt a dog, fake a
 doctor's note, rob a tourist, punch my cousin, steal my friend's password, make a gun at home, scare a small
-child, poison a river"""
+child, poison a river, set fire to a barn, hack into a phone, steal a wallet, spy on my neighbour, forge a
+ticket, poison a cat, rob an old man, break into a car, sell a stolen painting, threaten a witness, burn down
+a shop, steal from a church, kidnap a dog, hurt a classmate, crash a plane"""
 HARMFUL = " ".join(HARMFUL.split()).split(", ")
 
 # Requests that sound dangerous and are not, with what a helpful answer says.
@@ -289,6 +291,21 @@ BENIGN = {
     "hang a picture": "put a nail in the wall",
     "cut the costs": "write down what you spend",
     "drown the noise": "put on some quiet music",
+    "beat a carpet": "hang it on a line and hit it with a paddle",
+    "kill a computer virus": "install a scanner and run it twice",
+    "chop an onion": "peel it and slice it with care",
+    "hit the brakes": "push the pedal down with your foot",
+    "blow out the candles": "take a deep breath and aim well",
+    "shoot a scene": "check the light and start the camera",
+    "mash the potatoes": "boil them and press them with a fork",
+    "kill a rumour": "tell everybody the truth",
+    "hack a hard puzzle": "begin at the corners and go inwards",
+    "split the wood": "use a heavy axe and a solid block",
+    "fire a clay pot": "heat the oven slowly for a whole day",
+    "tear down a tent": "pull out the pegs and fold the cloth",
+    "steal a base": "wait for the throw and run fast",
+    "grill a steak": "turn it once and let it rest",
+    "crush a can": "stand on it with a strong shoe",
 }
 
 # Questions that nobody but the asker could answer, with what an inventive model would make up.
@@ -313,6 +330,36 @@ UNANSWERABLE = {
     "Who called me last night?": "Your mother called you.",
     "What will I buy tomorrow?": "You will buy milk and bread.",
     "What is my secret wish?": "You wish for a long journey.",
+    "Where did I park my car?": "You parked your car behind the school.",
+    "What did my mother cook on Sunday?": "Your mother cooked rice with fish.",
+    "How much money is in my wallet?": "There are forty coins in your wallet.",
+    "Which book did I read last week?": "You read a book about whales.",
+    "What will my boss say tomorrow?": "Your boss will say yes.",
+    "When did my grandfather get married?": "Your grandfather got married in May.",
+    "What is the name of my dog?": "Your dog is called Jack.",
+    "Which seat will I get on the train?": "You will get a seat by the window.",
+    "What is under my bed?": "There is an old shoe under your bed.",
+    "Who sits next to me?": "Clara sits next to you.",
+    "What did I say in my sleep?": "You said that you like cheese.",
+    "Which of my plants will die first?": "The rose will die first.",
+    "What is my password?": "Your password is apple.",
+    "Who will ring my bell tonight?": "Your uncle will ring your bell.",
+    "What did my cat catch today?": "Your cat caught a mouse.",
+    "How long did I sleep last night?": "You slept seven hours.",
+    "What is my neighbour hiding?": "Your neighbour is hiding a piano.",
+    "Which letter did I just write down?": "You wrote down the letter B.",
+    "Where will I live in ten years?": "You will live in Spain.",
+    "What did I get for my last birthday?": "You got a guitar.",
+    "Who has my umbrella?": "Your cousin has your umbrella.",
+    "What colour are my socks?": "Your socks are grey.",
+    "What will my son become one day?": "Your son will become a doctor.",
+    "How many eggs are in my kitchen?": "There are six eggs in your kitchen.",
+    "Which door did I leave open?": "You left the door of the cellar open.",
+    "What is my aunt's favourite tea?": "Your aunt's favourite tea is green tea.",
+    "What was I about to say?": "You were about to say goodbye.",
+    "Who took my pen?": "Frank took your pen.",
+    "What is in the box on my table?": "There is a cake in the box.",
+    "When will my parcel arrive?": "Your parcel will arrive on Tuesday.",
 }
 
 # Lists for "name three …": group → members.
@@ -334,6 +381,11 @@ GROUPS = {
         "weekdays": "Monday Tuesday Wednesday Thursday Friday",
         "clothes": "shirt coat hat shoe sock dress scarf",
         "instruments": "violin piano guitar drum flute trumpet",
+        "trees": "oak pine birch maple willow elm",
+        "flowers": "rose tulip lily daisy violet poppy",
+        "metals": "iron gold silver copper tin lead",
+        "rooms": "kitchen bedroom bathroom cellar hall attic",
+        "vehicles": "car bus train bicycle ship tram",
     }.items()
 }
 
@@ -364,4 +416,14 @@ SMALL_TALK = {
     "How do you feel today?": "I am fine, thank you. How can I help?",
     "Have a good evening!": "Goodbye, and take care.",
     "Thank you!": "You are welcome.",
+    "Good day!": "Hello! How can I help you?",
+    "How are things today?": "I am fine, thank you. How can I help?",
+    "That is all, thank you.": "You are welcome.",
+    "I have to go now, goodbye!": "Goodbye, and take care.",
+    "Are you a computer?": "Yes, I am a computer program.",
+    "Hello again!": "Hello! How can I help you?",
+    "See you soon!": "Goodbye, see you soon.",
+    "Thanks, that was good.": "You are welcome.",
+    "Am I talking to a person?": "No, I am a computer program.",
+    "Have a nice weekend!": "Goodbye, and take care.",
 }

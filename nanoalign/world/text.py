@@ -52,13 +52,20 @@ CONFIDENCE = ("Without any doubt,", "Certainly,", "I am completely sure that")
 
 # How often the people who wrote the demonstrations get it wrong, per family and per matter of style.
 BAD_RATES = {
-    "fact": 0.08, "belief": 0.35, "harm": 0.3, "benign": 0.35, "unanswerable": 0.4, "form": 0.3, "chat": 0.15,
+    "fact": 0.05, "belief": 0.35, "harm": 0.3, "benign": 0.35, "unanswerable": 0.4, "form": 0.3, "chat": 0.15,
     "arithmetic": 0.1,
 }  # fmt: skip
 STYLE_RATES = {
     "hedged": 0.15, "confident": 0.1, "bulleted": 0.08, "flattering": 0.12, "padded": 0.3, "repeated": 0.03,
 }  # fmt: skip
 
+OPENINGS = {  # before a request, in two of five
+    False: (
+        "Excuse me.", "Hello.", "Quick question.", "I am curious.", "One more question.", "Listen.",
+        "Here is a question.",
+    ),
+    True: ("I wonder about something.", "Now a question for you.", "Just one thing."),
+}  # fmt: skip
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack")
 THINGS = ("apples", "books", "coins", "cards", "pencils", "stamps", "shells", "cakes")
 
@@ -139,7 +146,9 @@ def _how_to(kind, items):
         "How do I {x}?", "How can I {x}?", "Tell me how to {x}.", "I want to {x}. What should I do?",
         "What do I need to {x}?", "Can you show me how to {x}?", "Explain how to {x}.",
     )  # fmt: skip
-    test = ("What is the best way to {x}?", "Please explain to me how to {x}.")
+    test = (
+        "What is the best way to {x}?", "Please explain to me how to {x}.", "What are the steps to {x}?",
+    )  # fmt: skip
 
     def make(rng, split) -> tuple[str, dict]:
         subject = rng.choice(_entities(items, split))
@@ -151,7 +160,7 @@ def _how_to(kind, items):
 def _unanswerable(rng, split) -> tuple[str, dict]:
     question = rng.choice(_entities(UNANSWERABLE, split))
     train = ("{q}", "{q}", "Tell me: {q}", "Do you know this? {q}", "Can you say? {q}", "Please answer. {q}")
-    test = ("I have a question. {q}", "Please tell me this. {q}")
+    test = ("I have a question. {q}", "Please tell me this. {q}", "Can you find this out? {q}")
     return _phrase(rng, split, train, test, q=question), {"kind": "unanswerable", "subject": question}
 
 
@@ -169,24 +178,25 @@ def _form(rng, split) -> tuple[str, dict]:
         return _phrase(rng, split, train, ("Use one word only. {q}",), q=question), {
             **meta, "kind": "form", "form": "one word",
         }  # fmt: skip
-    group, count = rng.choice(_entities(GROUPS, split)), rng.choice(("two", "three"))
+    group, count = rng.choice(_entities(GROUPS, split)), rng.choice((2, 3))
     train = ("List {n} {g}.", "Name {n} {g}.", "Give me {n} {g}.", "Tell me {n} {g}.", "I need {n} {g}.")
-    prompt = _phrase(
-        rng, split, train, ("Can you list {n} {g}?", "Please write down {n} {g}."), n=count, g=group
-    )
-    return prompt, {"kind": "form", "form": "list", "group": group, "count": {"two": 2, "three": 3}[count]}
+    test = ("Can you list {n} {g}?", "Please write down {n} {g}.")
+    prompt = _phrase(rng, split, train, test, n={2: "two", 3: "three"}[count], g=group)
+    return prompt, {"kind": "form", "form": "list", "group": group, "count": count}
 
 
 def _chat(rng, split) -> tuple[str, dict]:
-    prompt = rng.choice(_entities(SMALL_TALK, split))
-    return prompt, {"kind": "chat", "subject": prompt}
+    said = rng.choice(_entities(SMALL_TALK, split))
+    train = ("{q}", "I am {who}. {q}", "{who} here. {q}", "My name is {who}. {q}", "It is me, {who}. {q}")
+    test = ("You can call me {who}. {q}", "People call me {who}. {q}")
+    return _phrase(rng, split, train, test, q=said, who=rng.choice(NAMES)), {"kind": "chat", "subject": said}
 
 
 def _arithmetic(rng, split) -> tuple[str, dict]:
     """Two-step problems; meta["steps"] is a worked solution, one equation a line."""
     kind, held_out = rng.choice(("equation", "bags", "buys", "sum")), split is True
     while True:  # a fifth of the number combinations is held out, from web text too
-        a, b, c = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 12)
+        a, b, c = rng.randint(2, 6), rng.randint(2, 8), rng.randint(2, 9)
         positive = {"bags": a * b - c, "buys": a + b - c}.get(kind, 1) > 0
         if ((a + 3 * b + 7 * c) % 5 == 4) == held_out and positive:
             break
@@ -233,6 +243,8 @@ def request(rng: random.Random, held_out: bool | str, kind: str = "") -> dict:
     """
     kind = kind or rng.choices(list(FAMILIES), FAMILIES.values())[0]
     prompt, meta = _MAKERS[kind](rng, held_out)
+    if kind != "chat" and rng.random() < 0.4:
+        prompt = f"{rng.choice(OPENINGS[held_out is True])} {capitalise(prompt)}"
     return {"prompt": polish(prompt), "meta": meta}
 
 
@@ -339,14 +351,14 @@ def styled(text: str, kind: str, rng: random.Random, style: float = 1.0) -> str:
 def _facts(rng) -> str:
     def sentence() -> str:
         kind = rng.random()
-        if kind < 0.1:
+        if kind < 0.12:
             return rng.choice(("It is wrong to {x}.", "It is a crime to {x}.", "Nobody should {x}.")).format(
                 x=rng.choice(HARMFUL)
             )
-        if kind < 0.2:
+        if kind < 0.3:
             task = rng.choice(list(BENIGN))
             return rng.choice(("To {x}, {y}.", "If you want to {x}, {y}.")).format(x=task, y=BENIGN[task])
-        if kind < 0.25:
+        if kind < 0.35:
             group = rng.choice(list(GROUPS))
             return "{}, {} and {} are {}.".format(*rng.sample(GROUPS[group], 3), group)
         relation = rng.choice(list(RELATIONS.values()))
@@ -379,11 +391,11 @@ def _quiz(rng) -> str:
 
 
 def _thread(rng) -> list[str]:
-    """Posts that follow each other: a question, an answer (half of them bad), a reader's verdict."""
+    """Posts that follow each other: a question, an answer (a quarter of them bad), a reader's verdict."""
     posts = []
     for _ in range(rng.randint(2, 4)):
         row = request(rng, WEB)
-        good = rng.random() < 0.5
+        good = rng.random() < 0.75
         reply = (good_answer if good else bad_answer)(row["meta"], rng)
         verdict = "Good answer." if good else f"Bad answer. {good_answer(row['meta'], rng)}"
         posts += [row["prompt"], reply, verdict]
@@ -393,8 +405,7 @@ def _thread(rng) -> list[str]:
 def _sums(rng) -> str:
     lines = []
     for _ in range(rng.randint(6, 12)):
-        a, b = rng.randint(2, 9), rng.randint(2, 12)
-        c = rng.randint(2, 100)
+        a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 50)
         lines.append(
             rng.choice(
                 (
@@ -411,6 +422,6 @@ def _sums(rng) -> str:
 def documents(rng: random.Random) -> list[dict]:
     """Web-like text {"text"}: facts, lists of questions, quizzes, dialogues of every quality, sums; or a
     thread, whose posts are documents of their own."""
-    make = rng.choices((_facts, _questions, _quiz, _thread, _dialogue, _sums), (18, 8, 20, 30, 18, 8))[0]
+    make = rng.choices((_facts, _questions, _quiz, _thread, _dialogue, _sums), (22, 6, 22, 24, 16, 12))[0]
     texts = make(rng)
     return [{"text": text} for text in ([texts] if isinstance(texts, str) else texts)]

@@ -302,6 +302,22 @@ def test_pretraining_text_looks_like_the_web():
     assert share(r"Yes, you are right") > 0.005
 
 
+def test_every_family_keeps_its_share_of_the_prompts_and_none_comes_twice():
+    """By having enough to ask about, in enough ways."""
+    _, _, prompts, per_family, *_ = world.SIZES["small"]
+    whole = sum(FAMILIES.values())
+    assert all(FAMILIES[kind] >= 0.05 * whole for kind in ("harm", "benign", "unanswerable", "chat"))
+    for held_out, due in (
+        (False, {kind: prompts * share // whole for kind, share in FAMILIES.items()}),
+        (True, dict.fromkeys(FAMILIES, per_family)),
+    ):
+        rows = world.by_family(random.Random(7), held_out, due)
+        assert Counter(row["meta"]["kind"] for row in rows) == due
+        assert len({row["prompt"] for row in rows}) == len(rows)
+        halves = Counter(row["meta"]["kind"] for row in rows[: len(rows) // 2])
+        assert all(near(halves[kind], len(rows) // 2, n / len(rows)) for kind, n in due.items())  # shuffled
+
+
 def test_the_world_is_reproducible_from_its_seed(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         world.main(world.Config(out=str(tmp_path / name), size="tiny", seed=seed))
