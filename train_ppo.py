@@ -132,14 +132,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- a run
 
 
-def forward(policy, critic, ids: Tensor, mask: Tensor, temperature: float, entropy=False):
+def forward(policy, critic, ids: Tensor, mask: Tensor, temperature: float, entropy=False, seen=None):
     """ids (B, T), mask (B, T) → log-probs (with `entropy`: and entropies), and values, (B, T) each.
 
-    The critic is a model of its own, or a linear head on the policy's trunk.
+    The critic is a model of its own, whose reader saw (B, T, 3), or a linear head on the policy's trunk.
     """
     hidden = policy.hidden(ids)
     logp = token_logprobs(policy, ids, mask, temperature, entropy, hidden)
-    values = critic(hidden if isinstance(critic, nn.Linear) else ids)
+    values = critic(hidden) if isinstance(critic, nn.Linear) else critic(ids, seen)
     return logp, F.pad(values[:, :-1], (1, 0))  # V_t is read at position t − 1
 
 
@@ -172,9 +172,10 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = load_reference(config.reference, policy, tokenizer, device)
-    reward = make_reward(config.reward, tokenizer, device)
+    reward = make_reward(config.reward, tokenizer, device, ref)
     start = config.critic or (reward.models or [config.init])[0]
-    critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device)
+    critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device, ref)
+    reader = getattr(critic, "reader", None)
     room = policy.config.context - config.max_new_tokens
     (rows, prompts), held_out = read_prompts(config, tokenizer, room)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
@@ -207,8 +208,9 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            found = forward(policy, critic, ids, scored, config.temperature, entropy=True)
-            ref_logp = token_logprobs(ref, ids, scored, config.temperature)
+            seen = drawn.read_by(reader) if reader else None  # (B, T, 3)
+            found = forward(policy, critic, ids, scored, config.temperature, True, seen)
+            ref_logp = drawn.logprobs(ref, scored, config.temperature)
         (old_logp, entropy), old_values = found
         kl = (old_logp - ref_logp).sum(-1)  # (B,) nats per response
 
@@ -230,9 +232,9 @@ def main(config: Config) -> None:
                 at = torch.from_numpy(piece).to(device, non_blocking=True)
                 tensors = ids, old_logp, old_values, advantages, returns, mask
                 x, old, old_v, a, g, m = (tensor[at, :T] for tensor in tensors)
-                own = scored[piece, :T]
+                own, read = scored[piece, :T], None if seen is None else seen[at, :T]
                 with autocast:
-                    logp, v = forward(policy, critic, x, own, config.temperature)
+                    logp, v = forward(policy, critic, x, own, config.temperature, seen=read)
                 found = losses(logp, old, v, old_v, a, g, m, config)
                 share = int(own.sum()) / tokens
                 (share * found["loss"]).backward()

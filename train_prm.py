@@ -34,8 +34,8 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, read_split
 from nanoalign.logprobs import token_logprobs
-from nanoalign.model import ScalarGPT
 from nanoalign.run import Flags, Run, already_finished
+from nanoalign.scalar import ScalarGPT
 from nanoalign.statistics import auc, calibration_error
 from nanoalign.steps import UNLABELLED, step_example
 from nanoalign.training import make_optimizer, prepare, setup
@@ -46,6 +46,7 @@ class Config(Flags):
     init: str = "out/demo/solver.pt"  # the checkpoint whose trunk the model starts from
     data: str = "out/demo/steps.jsonl"  # rows of steps and labels
     out: str = "out/demo/prm.pt"  # the checkpoint to write; metrics go beside it
+    reader: bool = True  # show it how likely --init finds each token: what a small model needs
     outcome: bool = False  # one label a solution, at its end: whether the final answer is right
     neutral: str = "good"  # PRM800K's rating 0: good (it counts as right) or ignore
     max_length: int = 128  # tokens of prompt and steps; what ends beyond is cut off
@@ -155,10 +156,11 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     if config.lm_weight and not policy.config.tied:
         raise UserError(f"{config.init} has an output head apart from its embedding: use --lm-weight 0.")
-    model = ScalarGPT.from_policy(policy)
+    with torch.no_grad():  # it knows what a line break means, and nothing yet of <|step|>
+        for table in {policy.embed.weight, policy.head.weight}:
+            table[tokenizer.step] = table[tokenizer.newlines[0]]
+    model = ScalarGPT.from_policy(policy, config.reader)
     del policy
-    with torch.no_grad():  # the trunk knows what a line break means, and nothing yet of <|step|>
-        model.gpt.embed.weight[tokenizer.step] = model.gpt.embed.weight[tokenizer.newlines[0]]
 
     max_length = min(config.max_length, model.config.context)
     how = tokenizer, max_length, config.outcome, config.neutral
@@ -182,7 +184,7 @@ def main(config: Config) -> None:
             ids, labels, imitated = batch_of(batch, tokenizer, device)
             share = sum((at != UNLABELLED).sum() for _, at, _ in batch) / labelled
             with autocast:
-                hidden = model.gpt.hidden(ids)
+                hidden = model.hidden(ids)
                 loss = step_loss(model.score(hidden), labels) * share
                 run.add(loss=loss)
                 if config.lm_weight:

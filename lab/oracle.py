@@ -27,8 +27,8 @@ from lab import pyplot
 from lab.plot import write
 from nanoalign import cli
 from nanoalign.logprobs import masked_sum, token_logprobs
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
-from nanoalign.rewards import response_scores
+from nanoalign.model import GPT, GPTConfig
+from nanoalign.scalar import ScalarGPT, response_scores
 
 END, LONGEST, BETA = 2, 3, 1.0
 

@@ -35,9 +35,9 @@ from lab.seeds import over_seeds
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, pair_examples, prompt_key, read_split, without_ties
-from nanoalign.model import ScalarGPT
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.run import Run, already_finished
+from nanoalign.scalar import ScalarGPT
 from nanoalign.training import make_optimizer, prepare, setup
 from nanoalign.world.judge import judge, knows
 
@@ -121,7 +121,7 @@ def train(config: Student) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
-    model = ScalarGPT.from_policy(policy)
+    model = ScalarGPT.from_policy(policy, config.reader)
     rows, eval_rows = read_split(config, config.data, "pairs")
     max_length = min(config.max_length, model.config.context)
     prompts = train_rm.by_prompt(*pair_examples(rows, tokenizer, max_length))

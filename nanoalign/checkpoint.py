@@ -25,7 +25,8 @@ from nanoalign.contents import (
 )
 from nanoalign.expressions import spelled_out
 from nanoalign.files import beside, writing
-from nanoalign.model import GPT, ScalarGPT
+from nanoalign.model import GPT
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 
 FULL = (errno.ENOSPC, "the disk may be full")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanoalign import UserError
 from nanoalign.files import reason
-from nanoalign.model import GPTConfig
+from nanoalign.model import GPT, GPTConfig
 
 FORMAT = "nanoalign-1"
 LARGEST = 2**22  # of any number of a model's shape: more is a mistake
@@ -202,7 +202,9 @@ def build(path, content: dict, kind: type, what: str):
     shape = {trunk + name: size for name, size in shape.items()}
     if any(name in weights and weights[name].shape != size for name, size in shape.items()):
         raise damaged(path, "its weights do not have the shapes that its model_config says")
-    if not shape.keys() <= weights.keys() or (model := kind(config)).state_dict().keys() != weights.keys():
+    more = (True,) if kind is not GPT and "reader.embed.weight" in weights else ()
+    model = kind(config, *more) if shape.keys() <= weights.keys() else None
+    if model is None or model.state_dict().keys() != weights.keys():
         raise UserError(f"{path} is a {content['stage']!r} checkpoint, not {what}'s.")
     try:
         model.load_state_dict(content.pop("model"))

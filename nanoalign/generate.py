@@ -7,7 +7,7 @@ where the log-prob kernel will find it.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanoalign import UserError
 from nanoalign.cli import Progress
 from nanoalign.compiler import compile_or_eager
-from nanoalign.logprobs import next_token_logits, token_logprobs
+from nanoalign.logprobs import likelihoods, next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
 from nanoalign.seeds import derived_seed
 from nanoalign.tokenizer import Tokenizer
@@ -36,10 +36,23 @@ class Rollout:
     mask: Tensor  # (B, T) bool: exactly the tokens the row generated, its end token included
     logp: Tensor  # (B, T): of the sampled tokens, under the *untruncated* policy at that temperature; else 0
     ended: Tensor  # (B,) bool: an end token was generated
+    read: dict = field(default_factory=dict, repr=False)  # what models made of it: `read_by`
 
     def responses(self) -> list[list[int]]:
         """Each row's generated tokens."""
         return [ids[mask].tolist() for ids, mask in zip(self.ids.cpu(), self.mask.cpu())]
+
+    def read_by(self, reader: GPT) -> Tensor:
+        """`logprobs.likelihoods` (B, T, 3) of a frozen model, computed once for all who ask."""
+        if reader not in self.read:
+            self.read[reader] = likelihoods(reader, self.ids)
+        return self.read[reader]
+
+    def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:
+        """log π_ref of the responses (B, T). mask (B, T), which may be on the CPU: `self.mask`."""
+        if temperature == 1 and ref in self.read:  # some reader of a reward model was the reference
+            return self.read[ref][..., 0].masked_fill(~self.mask, 0)
+        return token_logprobs(ref, self.ids, mask, temperature)
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:

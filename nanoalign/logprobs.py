@@ -44,6 +44,17 @@ def token_logprobs(
     return spread if entropy else spread[0]
 
 
+@torch.no_grad()
+def likelihoods(model: nn.Module, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """What a frozen model makes of each of ids (B, T): log p, the entropy H of the distribution that the
+    token was drawn from, and log p + H, in nats, (B, T, 3) fp32. The first token is drawn from none: zeros.
+
+    Of the model's own samples E[log p] = −H, so that the sum says by how much a token surprised it.
+    """
+    logp, entropy = token_logprobs(model, ids, entropy=True, hidden=hidden)
+    return torch.stack((logp, entropy, logp + entropy), -1)
+
+
 def _scored(model: nn.Module, ids: Tensor, mask: Tensor | None, hidden: Tensor | None):
     """→ flat indices b T + t of the scored tokens, t ≥ 1; what predicts each; the head; the tokens."""
     hidden = model.hidden(ids) if hidden is None else hidden

@@ -2,7 +2,6 @@
 
     GPT(config)(ids)         -> logits (B, T, V)
     GPT(config).hidden(ids)  -> (B, T, D), after the final norm: what the log-prob kernel takes
-    ScalarGPT(config)(ids)   -> (B, T): one number per position (reward, value, process reward)
 
 Rows are right-padded and attention is causal, so padding can never reach a real token: no mask is needed.
 """
@@ -75,6 +74,7 @@ PRESETS = {
     "world-nano": GPTConfig(layers=1, width=16, heads=1),
     "world-tiny": GPTConfig(layers=2, width=64, heads=2),
     "world-small": GPTConfig(layers=4, width=128, heads=4),
+    "world-deep": GPTConfig(layers=8, width=128, heads=4),
     "world-large": GPTConfig(layers=8, width=384, heads=6),
     "mini": GPTConfig(vocab_size=50257, context=512, layers=4, width=128, heads=4),
     # published shapes
@@ -239,13 +239,14 @@ class GPT(nn.Module):
 
     def hidden(
         self, ids: Tensor, positions: Tensor | None = None, visible: Tensor | BlockMask | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | None = None, extra: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """ids (B, T) → the final normed hidden states (B, T, D). By default a plain causal forward pass.
 
         positions (B or 1, T): where each token stands, if not at 0 … T − 1. visible: what each token sees, if
         not all before it: bool, broadcast over (B, heads, T, S), or blocks for FlexAttention. With a cache,
         keys and values are written at `positions`; with `visible` too, its first S slots are what is seen.
+        extra (B, T, D) is added to the embeddings.
         """
         T, context = ids.shape[1], self.config.context
         if positions is None:
@@ -256,6 +257,8 @@ class GPT(nn.Module):
                 )
             positions = torch.arange(T, device=ids.device)[None]
         x, rope = self.embed(ids), None
+        if extra is not None:
+            x = x + extra
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:
@@ -271,44 +274,6 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) → logits (B, T, V). Training goes through `logprobs.py`, which never builds this."""
         return self.head(self.hidden(ids))
-
-
-class ScalarHead(nn.Linear):
-    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not (of
-    fp32 a GPU makes its products in TF32: training.setup).
-
-    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
-    """
-
-    def __init__(self, width: int):
-        super().__init__(width, 1)
-        nn.init.normal_(self.weight, std=1 / math.sqrt(width + 1))
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
-
-
-class ScalarGPT(nn.Module):
-    """The same GPT with a scalar head: ids (B, T) → (B, T)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        self.gpt = GPT(replace(config, tied=True))  # no output head of its own: it would never be used
-        self.score = ScalarHead(config.width)
-
-    @classmethod
-    def from_policy(cls, policy: GPT) -> "ScalarGPT":
-        """A copy of the policy's trunk under a fresh head."""
-        model, trunk = cls(policy.config), policy.state_dict()
-        trunk["head.weight"] = trunk["embed.weight"]  # the trunk's own output head is never used
-        model.gpt.load_state_dict(trunk)
-        return model.to(policy.embed.weight.device)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.score(self.gpt.hidden(ids))
 
 
 def parameter_count(model: nn.Module) -> int:

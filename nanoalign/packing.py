@@ -10,16 +10,17 @@ What comes back is laid out as if nothing had been packed, so nobody else has to
 import math
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
-from nanoalign.model import GPT
+from nanoalign.logprobs import likelihoods
 
 FLEX_FROM = {"cuda": 1024}  # tokens in a row from which skipping what is masked pays
 
 
-def packed_hidden(model: GPT, ids: Tensor, own: Tensor, sizes: list[int]) -> Tensor:
+def packed_hidden(model: nn.Module, ids: Tensor, own: Tensor, sizes: list[int]) -> Tensor:
     """`model.hidden(ids)` (B, T, D), computed in fewer rows: `sizes[0]` rows of ids become one, and so on.
 
     own (B, T) bool, on the CPU: in each row one run of tokens. Those before it are a prompt, the same for all
@@ -42,7 +43,11 @@ def packed_hidden(model: GPT, ids: Tensor, own: Tensor, sizes: list[int]) -> Ten
     rank = kept.flatten().cumsum(0).view(B, T)
     place = pack * max(counts) + torch.where(prompt, position, rank - rank[first, 0])
     positions = segment_positions(segments).clamp(max=model.config.context - 1)  # of padding
-    hidden = model.hidden(ids.flatten()[source], positions, segment_mask(segments))
+    more = {}
+    if reader := getattr(model, "reader", None):  # a scalar model's, which reads the same rows
+        seen = likelihoods(reader, ids, packed_hidden(reader, ids, own, sizes))
+        more = {"seen": seen.flatten(0, 1)[source]}
+    hidden = model.hidden(ids.flatten()[source], positions, segment_mask(segments), **more)
     return hidden.flatten(0, 1)[place.to(ids.device, non_blocking=True)]
 
 

@@ -38,11 +38,12 @@ from nanoalign import UserError
 from nanoalign.answers import answers
 from nanoalign.checkpoint import load_scalar
 from nanoalign.cli import Progress
-from nanoalign.data import collate, join
+from nanoalign.data import collate, join, prompt_key
 from nanoalign.expressions import FUNCTION, Term, find, parse_reward
 from nanoalign.generate import Rollout
 from nanoalign.logprobs import last_scored
-from nanoalign.model import ScalarGPT
+from nanoalign.model import GPT
+from nanoalign.scalar import ScalarGPT, response_scores, share_reader
 from nanoalign.steps import aggregate, step_probabilities
 from nanoalign.tokenizer import Tokenizer
 from nanoalign.training import freeze
@@ -61,13 +62,14 @@ def reward_models(expression: str) -> list[str]:
     return [file for kind, file in files if kind != "function" or file.endswith(".pt")]
 
 
-def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
+def make_reward(expression: str, tokenizer: Tokenizer, device, ref: GPT | None = None) -> Reward:
     """An expression → reward(rows, rollout) → scores (B,), or (B, T) if a term is dense: the others then
-    stand on the last token. rows: the prompt rows of the rollout's rows.
+    stand on the last token. rows: the prompt rows of the rollout's rows. ref: a frozen model that is
+    in memory anyway, to take the place of a reward model's reader that is the same.
 
     Raises UserError for an unknown term, a reward model of another tokenizer, and scores that are not finite.
     """
-    terms = [(term.weight, _scorer(term, tokenizer, device)) for term in parse_reward(expression)]
+    terms = [(term.weight, _scorer(term, tokenizer, device, ref)) for term in parse_reward(expression)]
 
     def reward(rows: list[dict], rollout: Rollout) -> Tensor:
         parts = [weight * score(rows, rollout) for weight, score in terms]
@@ -87,7 +89,7 @@ def make_reward(expression: str, tokenizer: Tokenizer, device) -> Reward:
     return reward
 
 
-def _scorer(term: Term, tokenizer: Tokenizer, device) -> Reward:
+def _scorer(term: Term, tokenizer: Tokenizer, device, ref: GPT | None) -> Reward:
     if term.kind == "length":
         return lambda rows, rollout: rollout.mask.sum(-1).float()
     if term.kind == "answer":
@@ -96,6 +98,8 @@ def _scorer(term: Term, tokenizer: Tokenizer, device) -> Reward:
         return partial(_text_scores, load_function(term.path), term.path, tokenizer)
     process = term.kind.startswith("prm-")
     models = [_load(path, tokenizer, device, "prm" if process else "rm") for path in term.files]
+    for model in models:
+        share_reader(model, ref)
     if process:
         return partial(_process_scores, models[0], term.kind.removeprefix("prm-"), tokenizer)
     if term.kind == "rm":
@@ -116,18 +120,15 @@ def _load(path: str, tokenizer: Tokenizer, device, stage: str) -> ScalarGPT:
     return freeze(model)
 
 
-def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """ids (B, T), mask (B, T) → the model's output at each row's last scored token (B,), fp32.
-
-    The mask may stay on the CPU. hidden (B, T, D): model.gpt.hidden(ids), if it is known already.
-    """
-    values = model(ids) if hidden is None else model.score(hidden)
-    return values.gather(1, last_scored(mask)[:, None].to(values.device)).squeeze(1)
-
-
 def model_reward(model: ScalarGPT) -> Reward:
     """A reward model in memory, as a reward."""
-    return torch.no_grad()(lambda rows, rollout: response_scores(model, rollout.ids, rollout.mask))
+
+    @torch.no_grad()
+    def reward(rows: list[dict], rollout: Rollout) -> Tensor:
+        seen = rollout.read_by(model.reader) if model.reader else None
+        return response_scores(model, rollout.ids, rollout.mask, model.hidden(rollout.ids, seen=seen))
+
+    return reward
 
 
 def _process_scores(model: ScalarGPT, how: str, tokenizer: Tokenizer, rows: list, rollout: Rollout) -> Tensor:
@@ -196,6 +197,17 @@ def unless_unfinished(score: Tensor, rollout: Rollout, missing_eos_score: float)
     if score.dim() == 1:
         return torch.where(rollout.ended, score, missing)
     return torch.where(rollout.ended[:, None], score, on_last_token(missing, rollout.mask))
+
+
+def score_compared(
+    reward: Reward, comparisons: list[dict], tokenizer: Tokenizer, max_length: int, device, what: str = ""
+) -> Tensor:
+    """Comparisons → the scores of both responses (N, 2) on the CPU, NaN where there is no room; each response
+    to a prompt is read once."""
+    asked = {(prompt_key(c), text): (c, text) for c in comparisons for text in c["responses"]}
+    scores = score_texts(reward, *zip(*asked.values()), tokenizer, max_length, device, what)
+    number = dict(zip(asked, range(len(asked))))
+    return scores[torch.tensor([[number[prompt_key(c), t] for t in c["responses"]] for c in comparisons])]
 
 
 @torch.no_grad()

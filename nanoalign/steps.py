@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign.model import ScalarGPT
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import Tokenizer
 
 UNLABELLED = -100.0

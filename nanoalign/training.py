@@ -12,7 +12,8 @@ from torch import Tensor
 from nanoalign import UserError
 from nanoalign.checkpoint import load, load_policy, load_scalar
 from nanoalign.compiler import compile_or_eager
-from nanoalign.model import GPT, ScalarGPT, ScalarHead
+from nanoalign.model import GPT
+from nanoalign.scalar import ScalarGPT, ScalarHead, share_reader
 from nanoalign.tokenizer import Tokenizer
 
 
@@ -85,12 +86,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, betas
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=parameters[0].is_cuda or None)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
-    """Linear warmup over `warmup` steps, then a cosine from `peak` towards `floor · peak`."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warmup over `warmup` steps, then a cosine from `peak` towards zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
@@ -121,9 +122,9 @@ def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
     return freeze(ref)
 
 
-def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device) -> nn.Module:
+def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device, ref: GPT | None = None) -> nn.Module:
     """A value model that starts from the reward or language model at `path`; without a path a linear head on
-    the policy's trunk. The head is zero: at first it expects nothing."""
+    the policy's trunk. The head is zero: at first it expects nothing. ref: see `share_reader`."""
     if path:
         if (kind := load(path)["stage"]) in ("rm", "prm"):
             critic, own, _ = load_scalar(path, device, (kind,))
@@ -133,6 +134,7 @@ def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device) -> nn.Modu
         if own.name != tokenizer.name:
             raise UserError(f"the critic {path} reads tokens of {own.name!r}, not of {tokenizer.name!r}.")
         print(f"critic: starts from {path}")
+        share_reader(critic, ref)
     else:
         critic = ScalarHead(policy.config.width).to(device)
     for parameter in (critic.score if path else critic).parameters():

@@ -52,7 +52,7 @@ def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: di
         ids, mask, batch = drawn.ids, drawn.mask, [rows[i] for i in indices]
         parts = {name: total(reward(batch, drawn)) for name, reward in rewards.items()}
         first = next(iter(parts.values())).tolist()
-        ref_logp = token_logprobs(ref, ids, mask, temperature)
+        ref_logp = drawn.logprobs(ref, mask, temperature)
         parts["kl"] = (token_logprobs(policy, ids, mask, temperature) - ref_logp).sum(-1)
         parts["ended"], parts["length"] = drawn.ended.float(), mask.sum(-1).float()
         for name, values in parts.items():

@@ -28,6 +28,7 @@ from nanoalign.tokenizer import get_tokenizer
 END, PAD, V = 8, 9, 10
 LLAMA = GPTConfig(V, context=24, layers=2, width=16, heads=4, kv_heads=2, mlp_width=16)
 GPT2 = replace(LLAMA, kv_heads=4, norm="layernorm", positions="learned", mlp="gelu", bias=True)
+PARTS = "ids", "mask", "logp", "ended"  # of a rollout
 family = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 
 
@@ -286,8 +287,8 @@ def test_a_rollout_answers_in_the_order_asked():
     for row, i in enumerate(order):
         n = len(prompts[i])
         assert sampled.ids[i, :n].tolist() == asked[i]
-        for ours, theirs in zip(vars(sampled).values(), vars(drawn).values()):
-            assert torch.equal(ours[i], theirs[row])
+        for name in PARTS:
+            assert torch.equal(getattr(sampled, name)[i], getattr(drawn, name)[row])
 
 
 @family
@@ -394,8 +395,7 @@ def test_keys_and_values_are_kept_in_the_dtype_of_the_autocast_in_force(config, 
         out = [generate(model, ids, lengths, 14, END, PAD, seed=5) for _ in range(2)]
     generate(model, ids, lengths, 2, END, PAD, seed=5)
     assert made == [torch.bfloat16, torch.bfloat16, torch.float32]
-    for ours, wide in zip(*(vars(drawn).values() for drawn in out)):
-        assert torch.equal(ours, wide)
+    assert all(torch.equal(*(getattr(drawn, name) for drawn in out)) for name in PARTS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -12,12 +12,12 @@ from nanoalign.model import (
     PRESETS,
     GPTConfig,
     KVCache,
-    ScalarGPT,
     parameter_count,
     preset,
     rope_angles,
     rotate,
 )
+from nanoalign.scalar import ScalarGPT
 
 TINY = GPTConfig(vocab_size=13, context=12, layers=2, width=24, heads=4, mlp_width=32)
 FAMILIES = {

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from nanoalign.checkpoint import save
 from nanoalign.generate import generate
 from nanoalign.logprobs import masked_sum, token_logprobs
-from nanoalign.model import GPT, GPTConfig, ScalarGPT, ScalarHead
+from nanoalign.model import GPT, GPTConfig
+from nanoalign.scalar import ScalarGPT, ScalarHead
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import load_critic
 from train_ppo import (

@@ -14,7 +14,7 @@ from nanoalign.checkpoint import load_policy, save
 from nanoalign.data import read_prompts
 from nanoalign.expressions import Term, parse_reward, parse_rewards, spelled_out
 from nanoalign.generate import Rollout
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, GPTConfig
 from nanoalign.rewards import (
     load_function,
     make_reward,
@@ -23,6 +23,7 @@ from nanoalign.rewards import (
     reward_models,
     score_texts,
 )
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.watch import OnPolicy, Watch, measure
 from nanoalign.world.judge import judge

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from nanoalign.data import pair_examples
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
-from nanoalign.rewards import response_scores
+from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import parse_pair
+from nanoalign.scalar import ScalarGPT, response_scores
 from nanoalign.tokenizer import get_tokenizer
 from train_rm import accuracy, bradley_terry_loss, by_prompt, evaluate, normalise, pair_scores
 

@@ -23,7 +23,8 @@ from nanoalign import UserError, training, watch
 from nanoalign import run as runs_module
 from nanoalign.checkpoint import load, load_policy, save
 from nanoalign.data import micro_batches
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, GPTConfig
+from nanoalign.scalar import ScalarGPT
 
 SHAPE = GPTConfig(vocab_size=WORLD.vocab_size, context=40, layers=1, width=8, heads=2, mlp_width=8)
 WORDS = [
@@ -65,8 +66,11 @@ def some_policy(seed: int, tied=True, lines=False) -> GPT:
     return policy
 
 
-def some_scalar(seed: int) -> ScalarGPT:
-    model = ScalarGPT.from_policy(some_policy(seed))
+def some_scalar(seed: int, reader: int = 0) -> ScalarGPT:
+    """A scalar model on one policy's trunk, with another as its reader."""
+    model = ScalarGPT.from_policy(some_policy(seed), reader > 0)
+    if reader:
+        model.reader.load_state_dict(some_policy(reader).state_dict())
     with torch.no_grad():
         model.score.weight.mul_(2)
         model.score.bias.fill_(0.1 * seed)
@@ -82,9 +86,9 @@ def write_models(folder) -> None:
         "reference": ("sft", True, some_policy(2), {}),
         "base": ("base", False, some_policy(3), {}),
         "untied": ("sft", True, some_policy(7, tied=False), {}),
-        "rm": ("rm", False, some_scalar(4), norm),
-        "critic": ("rm", False, some_scalar(5), norm),
-        "prm": ("prm", False, some_scalar(6), {}),
+        "rm": ("rm", False, some_scalar(4, reader=2), norm),  # the reference's
+        "critic": ("rm", False, some_scalar(5, reader=5), norm),
+        "prm": ("prm", False, some_scalar(6, reader=8), {}),
         "orm": ("prm", False, some_scalar(9), {}),
         "solver": ("sft", True, some_policy(8, lines=True), {}),
     }.items():
@@ -219,18 +223,18 @@ def example(prompt: list[dict], response: str, max_length=10**6):
 
 
 def schedule(step: int, config, steps: int) -> float:
-    """Linear warm-up, then a cosine from --lr to a tenth of it."""
+    """Linear warm-up, then half a cosine from --lr to zero."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / (steps - config.warmup)
-    return config.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+    return config.lr * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 class Trainer:
     """AdamW, β 0.9 and 0.95, decay on matrices, after clipping the norm of all gradients; by hand."""
 
     def __init__(self, model, config, eps):
-        self.weights = list(model.parameters())
+        self.weights = [w for w in model.parameters() if w.requires_grad]
         self.config, self.eps, self.count = config, eps, 0
         self.m = [torch.zeros_like(w) for w in self.weights]
         self.v = [torch.zeros_like(w) for w in self.weights]
@@ -272,7 +276,7 @@ def assert_same_weights(state: dict, model, moved_from=None):
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(ours[name], weight.double(), atol=2e-6, rtol=1e-5, msg=name)
     if moved_from is not None:
-        before = dict(moved_from.named_parameters())
+        before = {n: w for n, w in moved_from.named_parameters() if w.requires_grad}
         assert all((ours[name] - weight.double()).abs().max() > 1e-5 for name, weight in before.items())
 
 
@@ -280,6 +284,15 @@ def assert_unmoved(model, original):
     """A model in memory still has the weights it was loaded with, and takes no gradient."""
     for (name, ours), theirs in zip(model.named_parameters(), original.parameters()):
         assert torch.equal(ours, theirs) and not ours.requires_grad and ours.grad is None, name
+
+
+def assert_reads(model: ScalarGPT, policy: GPT | None):
+    """The scalar model's reader is this policy, and takes no gradient; None: it has none."""
+    if policy is None:
+        assert model.reader is None and model.read_in is None
+    else:
+        assert_unmoved(model.reader, policy)
+        assert model.read_in.weight.requires_grad and model.reader.config == policy.config
 
 
 def looks(out) -> list[dict]:

@@ -21,8 +21,9 @@ from lab.bench.timing import forget_peak, memory
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, chat_examples, labelled_examples, pair_examples
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import read_rows
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
 from nanoalign.training import pick_device
 

@@ -9,8 +9,9 @@ import torch
 
 from nanoalign import UserError
 from nanoalign.checkpoint import load, load_policy, load_scalar, partial_path, resume, save, save_partial
-from nanoalign.model import GPT, ScalarGPT, preset
+from nanoalign.model import GPT, preset
 from nanoalign.run import Flags
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import make_optimizer
 

@@ -14,8 +14,9 @@ from lab import train_online_dpo as script
 from lab.train_online_dpo import Collections, Config, online_pairs
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy, load_scalar, partial_path, save
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, GPTConfig
 from nanoalign.run import Flags
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("world")

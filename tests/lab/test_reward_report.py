@@ -12,8 +12,9 @@ from lab.reward_report import STYLES, Config, by_length, calibration, main, prob
 from nanoalign import UserError
 from nanoalign.checkpoint import load_scalar, save
 from nanoalign.data import pair_examples, read_split, without_ties
-from nanoalign.model import GPTConfig, ScalarGPT
+from nanoalign.model import GPTConfig
 from nanoalign.rows import parse_pair
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import get_tokenizer
 from nanoalign.world.people import ceiling
 from train_rm import Config as Training

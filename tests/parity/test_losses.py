@@ -21,7 +21,8 @@ import train_ppo
 import train_rm
 from nanoalign.data import collate, join, micro_batches
 from nanoalign.logprobs import masked_sum, token_logprobs
-from nanoalign.model import GPT, ScalarGPT
+from nanoalign.model import GPT
+from nanoalign.scalar import ScalarGPT
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -152,8 +152,10 @@ def test_an_ai_judge_is_asked_by_the_constitution_with_the_runs_seed(config, tmp
 
     monkeypatch.setattr(collect, "ai_votes", ai_votes)
     (tmp_path / "rules.txt").write_text("Be brief.\nBe kind.\n", encoding="utf-8")
-    collect.main(wires.replaced(config, annotator="ai:judge.pt", constitution=str(tmp_path / "rules.txt")))
-    [(path, comparisons, device, principles, seed)] = asked_for
+    rules = str(tmp_path / "rules.txt")
+    collect.main(wires.replaced(config, annotator="ai:judge.pt", constitution=rules, own=0.7))
+    [(path, comparisons, device, principles, seed, own)] = asked_for
     assert (path, str(device), principles, seed) == ("judge.pt", "cpu:0", ["Be brief.", "Be kind."], 4)
+    assert own == 0.7
     written = read(config.out)
     assert len(written) == len(comparisons) and all(pair["probability"] == 0.75 for pair in written)

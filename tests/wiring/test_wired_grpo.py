@@ -133,7 +133,7 @@ def test_grpo_is_its_formulas_from_rollout_to_weights_and_log(double, config, mo
     content = load(config.out)
     assert (content["stage"], content["chat"], content["step"]) == ("grpo", True, 3)
     assert models(config.out) == ["policy", "reference", config.reward.split()[0]]
-    shown = next(line for line in out.splitlines() if line.startswith("step "))
+    shown = next(line for line in out.splitlines() if ": step " in line)
     assert all(f" {name} " in shown for name in train_grpo.SHOWN) and " entropy " not in shown
     order = seen["BatchOrder"][0]
     assert (order.batch_size, order.seed, order.pool) == (3, 5, 1)

@@ -86,11 +86,13 @@ def read(rows, config):
     return found
 
 
-@pytest.mark.parametrize("outcome, lm_weight", [(False, 0.7), (True, 0.7), (False, 0.0)])
+@pytest.mark.parametrize(
+    "outcome, lm_weight, reader", [(False, 0.7, True), (True, 0.7, False), (False, 0.0, True)]
+)
 def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
-    double, config, monkeypatch, capsys, outcome, lm_weight, tiny
+    double, config, monkeypatch, capsys, outcome, lm_weight, reader, tiny
 ):
-    config.outcome, config.lm_weight = outcome, lm_weight
+    config.outcome, config.lm_weight, config.reader = outcome, lm_weight, reader
     config.init = config.init if lm_weight else f"{tiny}/untied.pt"
     names = "load_policy", "BatchOrder", "collate", "evaluate"
     seen = {name: spy(monkeypatch, train_prm, name) for name in names}
@@ -106,6 +108,8 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
         trunk.embed.weight[WORLD.step] = trunk.embed.weight[newline]
     for name, weight in trunk.state_dict().items():
         assert name == "head.weight" or torch.equal(weight, start.gpt.state_dict()[name]), name
+    trunk.head.weight.data[WORLD.step] = trunk.head.weight[newline].detach()  # where it is another matrix
+    wires.assert_reads(model, trunk if reader else None)
     assert start.score.weight.std() > 0.1 and not start.score.bias.any()
     examples, held_out = read(ROWS, config), read(HELD_OUT, config)
     [order] = seen["BatchOrder"]
@@ -127,7 +131,7 @@ def test_the_process_loss_is_its_formula_from_steps_to_weights_and_log(
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, (*_, right) in enumerate(own):
             mask[row, right] = True
-        nll = -logprobs(model.gpt, ids, mask).sum() / written
+        nll = -logprobs(lambda ids: model.hidden(ids) @ model.gpt.embed.weight.t(), ids, mask).sum() / written
         logged.append(loss.item())
         return {"loss": loss + config.lm_weight * nll}
 
