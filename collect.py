@@ -12,8 +12,9 @@ It writes pair rows {"prompt", "chosen", "rejected", "meta"}; where votes differ
 side's share of them as "probability". Every vote goes to X.votes.jsonl (lab/agreement.py reads it).
 
 `rm:PATH`: a reward model's own probability σ(r_a − r_b). `ai:PATH`: a chat model's, asked "A or B?" by a
-principle drawn from a constitution for every pair, in both orders (RLAIF; see nanoalign/feedback.py). To both
-an unfinished response loses to a finished one.
+principle drawn from a constitution for every pair, in both orders (RLAIF; see nanoalign/feedback.py). With
+--own w it also weighs w times which of the two it would rather have written itself. To both kinds an
+unfinished response loses to a finished one.
 
 `file.py:function`: an annotator of your own, in a Python file, which is code and is run as such.
 
@@ -37,11 +38,11 @@ from pathlib import Path
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy, load_scalar
-from nanoalign.data import prompt_examples, prompt_key
+from nanoalign.data import prompt_examples
 from nanoalign.feedback import ai_votes, read_constitution, vote
 from nanoalign.files import beside
 from nanoalign.generate import respond
-from nanoalign.rewards import load_function, model_reward, score_texts
+from nanoalign.rewards import load_function, model_reward, score_compared
 from nanoalign.rows import parse_compared, read_rows, write_rows
 from nanoalign.training import setup
 
@@ -56,6 +57,7 @@ class Config:
     out: str = "out/demo/pairs.jsonl"  # pair rows; votes go to X.votes.jsonl, thumbs to X.thumbs.jsonl
     annotator: str = "world"  # who compares: world, rm:PATH, ai:PATH, human or file.py:function
     constitution: str = "constitution.txt"  # of ai:PATH: the principles, one a line
+    own: float = 0.0  # of ai:PATH: what weight its own odds of writing the one, not the other, have
     crowd: int = 5  # how many different people the world has
     votes: int = 1  # how many of them compare the responses to each prompt
     min_agreement: float = 0.0  # leave out pairs on which a smaller share of the votes agree
@@ -135,17 +137,12 @@ def rm_votes(path: str, comparisons: list[dict], device) -> list[float | None]:
     model, tokenizer, checkpoint = load_scalar(path, device)
     if "normalisation" not in checkpoint:
         raise UserError(f"{path} is unfinished and its scores have no scale: resume its training.")
-    asked = {(prompt_key(c), text): (c, text) for c in comparisons for text in c["responses"]}
-    reward, context = model_reward(model), model.config.context
-    scores = score_texts(reward, *zip(*asked.values()), tokenizer, context, device, "judge")
+    context = model.config.context
+    scores = score_compared(model_reward(model), comparisons, tokenizer, context, device, "judge")
     if scores.isnan().all():
         raise UserError(f"{path} scores no response: it is broken, or every prompt is longer than it reads.")
-    r = dict(zip(asked, (checkpoint["normalisation"]["std"] * scores).tolist()))
-    votes = []
-    for c in comparisons:
-        a, b = (r[prompt_key(c), text] for text in c["responses"])
-        votes.append(vote(c, a - b))
-    return votes
+    r = checkpoint["normalisation"]["std"] * scores  # (N, 2)
+    return list(map(vote, comparisons, (r[:, 0] - r[:, 1]).tolist()))
 
 
 def decide(comparisons: list[dict], min_agreement=0.0, soft=True) -> list[dict]:
@@ -242,7 +239,7 @@ def main(config: Config) -> None:
             if kind == "rm":
                 votes = rm_votes(path, asked, device)
             else:
-                votes = ai_votes(path, asked, device, principles, config.seed)
+                votes = ai_votes(path, asked, device, principles, config.seed, config.own)
         for c, p in zip(asked, votes):
             c["votes"].append({"annotator": who, "p": p})
         if content(record) != before:

@@ -11,7 +11,10 @@ al. 2022, §4.1; RLAIF: Lee et al. 2023):
     ℓ(a, b) = log π("A" | x, a, b, principle) − log π("B" | …)        P(a ≻ b) = σ((ℓ(a, b) − ℓ(b, a)) / 2)
 
 Log-odds are averaged where Lee et al. average probabilities: what the model adds to the logit of "A" cancels,
-and leaves no trace in how sure the label is.
+and leaves no trace in how sure the label is. A small model that has a fact on the tip of its tongue does not
+find it when it compares; it finds it when it speaks. So a judge may also consult itself, with weight w:
+
+    P(a ≻ b) = σ((ℓ(a, b) − ℓ(b, a)) / 2 + w (log π(a | x) − log π(b | x)))
 """
 
 import random
@@ -25,8 +28,10 @@ from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
 from nanoalign.cli import Progress
 from nanoalign.data import collate, prompt_key
-from nanoalign.logprobs import next_token_logits
+from nanoalign.generate import Rollout
+from nanoalign.logprobs import next_token_logits, token_logprobs
 from nanoalign.model import GPT
+from nanoalign.rewards import score_compared
 from nanoalign.statistics import clustered_error
 from nanoalign.tokenizer import Tokenizer
 
@@ -112,9 +117,21 @@ def vote(comparison: dict, log_odds: float) -> float | None:
     return torch.tensor(log_odds, dtype=torch.float64).sigmoid().item()
 
 
-def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], seed: int) -> list:
-    """A chat model's P(first is better) = σ((ℓ(a, b) − ℓ(b, a)) / 2) for each comparison; None if the request
-    is too long. Prints the judge's position bias before and after averaging."""
+def own_odds(model: GPT, tokenizer: Tokenizer, comparisons: list[dict], device) -> Tensor:
+    """log π(a | x) − log π(b | x) of each comparison's two responses, (N,) float64 on the CPU."""
+
+    def loglikelihood(rows: list[dict], drawn: Rollout) -> Tensor:
+        return token_logprobs(model, drawn.ids, drawn.mask).sum(-1)
+
+    both = score_compared(loglikelihood, comparisons, tokenizer, model.config.context, device, "consult")
+    return (both[:, 0] - both[:, 1]).double()
+
+
+def ai_votes(
+    path: str, comparisons: list[dict], device, principles: list[str], seed: int, own: float = 0.0
+) -> list:
+    """A chat model's P(first is better) of each comparison, as above; None if the request is too long. Prints
+    the judge's position bias before and after averaging."""
     model, tokenizer, _ = load_policy(path, device, chat=True)
     rng, asked = random.Random(f"principles-{seed}"), []
     for c in comparisons:
@@ -138,4 +155,6 @@ def ai_votes(path: str, comparisons: list[dict], device, principles: list[str], 
         f"collect: log-odds of preferring what comes first: {odds[known].mean():+.2f} in one order, "
         f"{after.mean():+.2f} ± {error:.2f} over both; the order alone decides {torn:.1%} of {n:,} pairs"
     )
+    if own:
+        averaged = averaged + own * own_odds(model, tokenizer, comparisons, device)
     return list(map(vote, comparisons, averaged.tolist()))

@@ -13,8 +13,9 @@ import collect
 from nanoalign import UserError, feedback, rewards
 from nanoalign.checkpoint import save
 from nanoalign.feedback import ai_votes, ask_for_judgement, choice_logprobs
-from nanoalign.model import GPT, GPTConfig, ScalarGPT
+from nanoalign.model import GPT, GPTConfig
 from nanoalign.rows import read_rows, write_rows
+from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def test_a_reward_models_vote_is_its_bradley_terry_probability_at_the_scale_of_t
             for text in c["responses"]
         )
         assert p == pytest.approx(1 / (1 + np.exp(-3 * (a[0, -1] - b[0, -1]).item())), abs=1e-5)
-    assert 0.01 < min(votes) < max(votes) < 0.99 and np.std(votes) > 0.01
+    assert 0.01 < min(votes) < max(votes) < 0.99 and np.std(votes) > 0.005  # and not all alike
 
 
 def test_an_unfinished_response_loses_whatever_it_scores_and_two_of_a_kind_are_scored(rm):
@@ -278,6 +279,23 @@ def test_an_ais_vote_is_the_softmax_over_the_two_answers_averaged_over_both_orde
         odds = (log_odds(model, c, "Be kind.", (0, 1)) - log_odds(model, c, "Be kind.", (1, 0))) / 2
         assert p == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-5)
     assert np.std(votes) > 0.05
+
+
+def test_a_judge_that_consults_itself_adds_its_log_odds_of_writing_the_one_and_not_the_other(ai):
+    (model, path), rows = ai(), babble(20)
+
+    def log_likelihood(c, text):
+        asked, said = TOKENIZER.prompt(c["prompt"]), TOKENIZER.response(text)
+        logp = model(torch.from_numpy(np.append(asked, said))[None])[0].log_softmax(-1)
+        return sum(logp[len(asked) + i - 1, token].item() for i, token in enumerate(said))
+
+    rows[0]["ended"] = [True, False]
+    votes = ai_votes(path, rows, torch.device("cpu"), ["Be kind."], seed=0, own=0.3)
+    for c, p in zip(rows[1:], votes[1:]):
+        odds = (log_odds(model, c, "Be kind.", (0, 1)) - log_odds(model, c, "Be kind.", (1, 0))) / 2
+        odds += 0.3 * (log_likelihood(c, c["responses"][0]) - log_likelihood(c, c["responses"][1]))
+        assert p == pytest.approx(1 / (1 + np.exp(-odds)), abs=1e-4)
+    assert votes[0] == 1
 
 
 def test_averaging_both_orders_removes_a_planted_position_bias_exactly(ai, capsys):
