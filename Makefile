@@ -6,6 +6,7 @@ SIZE = small#   tiny (seconds), small (minutes on a CPU), large (minutes on a GP
 OUT = out/$(if $(filter small,$(SIZE)),demo,$(SIZE))$(if $(filter 0,$(SEED)),,-seed$(SEED))
 DEVICE = auto
 SEED = 0
+JOBS = 2#  runs of the demo at a time
 PYTHON ?= python3
 
 PY := .venv/bin/python
@@ -35,8 +36,12 @@ setup: .venv/installed  ## create .venv and install what is needed
 
 # -------------------------------------------------------------------------------------------------- demo
 
-demo: $(OUT)/rm.report.txt $(OUT)/best_of_8.txt $(OUT)/scorecard.txt  ## world → pretrain → SFT → preferences → every method → scorecard; a process reward model
-	@cat $^
+# of models this small, two with a thread each beat one with two
+demo: .venv/installed  ## world → pretrain → SFT → preferences → every method → what each changed; a process reward model
+	+@$(MAKE) --no-print-directory $(OUT)/base.pt
+	+@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --no-print-directory -j$(JOBS) \
+	  $(addprefix $(OUT)/,scorecard.txt rm.report.txt best_of_8.txt)
+	@echo && $(PY) -m lab.story $(OUT)
 	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 
 # --resume goes on with a run that was stopped; one that is finished, on older inputs, makes way
@@ -97,7 +102,7 @@ $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) $(EVALUATE)
 
 # sums of several steps: a solver, its steps marked right or wrong, a model that tells which
 $(OUT)/solver.pt: $(WORLD)/solutions.jsonl $(OUT)/base.pt train_sft.py
-	$(train) train_sft.py --data $< --init $(OUT)/base.pt --epochs 3 --adam-eps 1e-8 --out $@ --resume $(FLAGS)
+	$(train) train_sft.py --data $< --init $(OUT)/base.pt --epochs 3 --lr 1e-3 --adam-eps 1e-8 --out $@ --resume $(FLAGS)
 STEPS = $(PY) -m lab.label_steps --policy $(OUT)/solver.pt --temperature 1 $(FLAGS)
 $(OUT)/steps.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt lab/label_steps.py
 	$(STEPS) --by checker --prompts $< --samples 4 --out $@

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline, from nothing to a scorecard, as plain commands to copy from: what `make demo` runs.
-#     ./speedrun.sh                a small world: a quarter of an hour on two CPU cores, into out/demo
+# The whole pipeline, from nothing to a scorecard, as plain commands to copy from: what `make demo` runs, two at a time.
+#     ./speedrun.sh                a small world: about half an hour on two CPU cores, one command after another, into out/demo
 #     SIZE=tiny ./speedrun.sh      a look at it, in two minutes; SIZE=large is for a GPU
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -37,7 +37,7 @@ python evaluate.py --checkpoints $out/{base,sft,dpo,scoreboard/kto,scoreboard/or
   --baseline $out/sft.pt --prompts $out/world/prompts_held_out.jsonl --out $out/scorecard.json
 
 # sums of several steps: a solver, its steps marked right or wrong, a model that tells which, the best of 8
-python train_sft.py --data $out/world/solutions.jsonl --init $out/base.pt --out $out/solver.pt --epochs 3 --adam-eps 1e-8
+python train_sft.py --data $out/world/solutions.jsonl --init $out/base.pt --out $out/solver.pt --epochs 3 --lr 1e-3 --adam-eps 1e-8
 steps="-m lab.label_steps --by checker --policy $out/solver.pt --temperature 1"
 python $steps --prompts $out/world/problems.jsonl --samples 4 --out $out/steps.jsonl
 held_out="$out/world/problems_held_out.jsonl"
@@ -45,3 +45,4 @@ python $steps --prompts $held_out --samples 2 --out $out/steps_held_out.jsonl
 python train_prm.py --data $out/steps.jsonl --eval-data $out/steps_held_out.jsonl --init $out/solver.pt --out $out/prm.pt
 python best_of_n.py --policy $out/solver.pt --prm $out/prm.pt --problems $held_out --count 100 --samples 8 --show 2 \
   --checker nanoalign/world/steps.py:check_steps --out $out/best_of_8.csv
+python -m lab.story $out

@@ -228,7 +228,7 @@ class Metrics:
 
     def __init__(self, config, steps: int, device: torch.device, start_step: int = 0, shown: tuple = ()):
         self.device, self.steps, self.start_step, self.shown = device, steps, start_step, shown
-        path = beside(config.out, ".metrics.jsonl")
+        path, self.name = beside(config.out, ".metrics.jsonl"), Path(config.out).stem
         kept = []
         if start_step and path.exists():  # a resumed run forgets what was logged beyond its checkpoint
             kept = [row for row in readable_rows(path) if row.get("step", 0) <= start_step]
@@ -259,7 +259,7 @@ class Metrics:
         left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
         names = self.shown or values.keys() - {"lr"}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in names)
-        done = f"step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}"
+        done = f"{self.name}: step {step:>5}/{self.steps} {step / max(self.steps, 1):4.0%}"
         print(f"{done}  {shown}  {rate:,} tok/s  {left} left", flush=True)
         broken = [k for k in ("loss", "grad_norm") if not math.isfinite(values.get(k, 0.0))]
         if broken:

@@ -221,7 +221,8 @@ class Run:
     def show(self, result: dict[str, float], rows=(), texts=(), scores=()) -> None:
         """Log and print what an evaluation found; print answers to the prompts of rows, and their scores."""
         self.metrics.note(step=self.done, **{f"eval_{name}": value for name, value in result.items()})
-        print("  held-out " + "  ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        found = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+        print(f"  {self.metrics.name}: held-out {found}")
         for row, text, score in zip_longest(rows, texts, scores):
             worth = "" if score is None else f" ({score:+.2f})"
             print(f"  {row['prompt'][-1]['content'][:80]!r} → {text!r}{worth}")

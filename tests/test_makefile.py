@@ -15,8 +15,8 @@ from conftest import ROOT
 EFFECTS = "cat cd cp grep awk make mkdir rm source touch"  # what the scripts call beside python
 NOTE = """python() { printf '%s\\x1f' "$@" >> "$NOTES"; echo >> "$NOTES"; }\n"""
 NOTE += "".join(f"{name}() {{ :; }}\n" for name in EFFECTS.split())
-LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto weak-to-strong bench"
-TARGETS = ["demo", *LAB.split()]
+LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto weak-to-strong reader"
+TARGETS = ["demo", *LAB.split(), "claims", "bench"]
 SPEEDRUN = (ROOT / "speedrun.sh").read_text()
 
 
@@ -38,7 +38,7 @@ def by_make(target: str, folder, size: str) -> set[tuple]:
     outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "SEEDS")  # of the make that runs the tests
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     flags = ["--dry-run", "--no-print-directory", f"SIZE={size}", f"OUT={folder}/out", "PY=python"]
-    command = ["make", target, *flags, "PYTHON=python", "HH=hh.jsonl"]
+    command = ["make", target, *flags, "PYTHON=python", "HH=hh.jsonl", "JOBS=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return commands(done.stdout, folder)
@@ -105,7 +105,8 @@ def test_what_make_runs_exists_and_knows_its_flags(target, tmp_path):
             if isinstance(config, type) and dataclasses.is_dataclass(config)
             for field in dataclasses.fields(config)
         }
-        assert {*filter(None, flags)} <= known, f"{target}: {program}"
+        named = {re.sub("^--no-", "--", flag) for flag in flags if flag}  # a switch and its opposite
+        assert named <= known, f"{target}: {program}"
 
 
 def test_help_lists_every_target():

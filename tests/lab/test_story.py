@@ -1,0 +1,85 @@
+"""The demo's story is what its reports say, in words."""
+
+import json
+
+import pytest
+
+from lab import reader, story
+from nanoalign import UserError
+
+
+def card(answered, correct, harm, changes=(), won=0.5, kl=None):
+    values = {
+        "answered": answered, "correct": correct, "harmful compliance": harm, "over-refusal": 0.2,
+        "sycophancy": 0.3, "invention": 0.4, "padding (sentences)": 0.5, "win rate": won,
+    }  # fmt: skip
+    overall = {name: [x, 0.01] for name, x in values.items()}
+    overall["KL to reference"] = [kl, 0.1]
+    return {"stage": "sft", "overall": overall, "change from the baseline": dict(changes), "families": {}}
+
+
+@pytest.fixture
+def demo(tmp_path):
+    changes = {"correct": [0.1, 0.01], "harmful compliance": [-0.1, 0.01], "padding (sentences)": [0.3, 0.1],
+               "sycophancy": [-0.02, 0.02], "answered": [0.0, 0.0]}  # fmt: skip
+    dpo = card(0.8, 0.6, 0.1, changes, 0.61, 1.234)
+    dpo["overall"]["padding (sentences)"] = [0.8, 0.1]
+    cards = {"base": card(0.3, 0.05, 0.4), "sft": card(0.8, 0.5, 0.2), "dpo": dpo, "ppo": card(0.8, 0.5, 0.2)}
+    report = {"checkpoints": {f"x/{name}.pt": one for name, one in cards.items()}}
+    (tmp_path / "scorecard.json").write_text(json.dumps(report))
+    (tmp_path / "rm.report.json").write_text('{"expected_accuracy": 0.701, "ceiling": 0.77}')
+    rows = (
+        "selector,n,right,error",
+        "mean,1,0.3,0",
+        "majority,8,0.4,0",
+        "prm-min,8,0.5,0",
+        "prm-last,8,0.45,0",
+    )
+    (tmp_path / "best_of_8.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+def test_every_stage_is_told_by_its_figures(demo, capsys):
+    story.main([str(demo)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "30% of its texts answer, 5% are right" in out
+    assert "answers 80%, and 50% are right" in out and "helps with 20% of harm" in out
+    assert "70% of held-out pairs" in out and "in more than 77%" in out
+    assert "right in 30%, the commonest answer of 8 in 40%" in out and "steps in 50% (prm-min)" in out
+
+
+def test_a_change_is_told_where_it_is_certain_and_as_better_or_worse(demo):
+    told = dict(story.story(demo))
+    assert told["dpo"] == (
+        "wins 61% ± 1% against SFT at 1.2 nats: help with harm 20% → 10%, right answers 50% → 60%; "
+        "but needless sentences 0.50 → 0.80"
+    ) or told["dpo"] == (
+        "wins 61% ± 1% against SFT at 1.2 nats: right answers 50% → 60%, help with harm 20% → 10%; "
+        "but needless sentences 0.50 → 0.80"
+    )
+    assert told["ppo"] == "wins 50% ± 1% against SFT: no change to speak of"
+
+
+def test_a_folder_that_is_no_demos_is_one_sentence(demo, tmp_path):
+    (demo / "scorecard.json").write_text(json.dumps({"checkpoints": {"x/ppo.pt": card(1, 1, 1)}}))
+    with pytest.raises(UserError, match="no base and no sft"):
+        story.main([str(demo)])
+    with pytest.raises(UserError, match="name the demo's folder"):
+        story.main([])
+    with pytest.raises(UserError, match="cannot be read as a scorecard"):
+        story.main([str(tmp_path / "nowhere")])
+
+
+def test_the_readers_table_is_means_over_seeds_of_the_gap_to_the_ceiling(tmp_path, capsys):
+    for seed, own in enumerate((0.6, 0.7)):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for name in reader.MODELS:
+            for end in (".json", ".unseen.json"):
+                (folder / f"{name}{end}").write_text(json.dumps({"expected_accuracy": own, "ceiling": 0.8}))
+    reader.main([str(tmp_path / "0"), str(tmp_path / "1")])
+    lines = capsys.readouterr().out.splitlines()
+    cells = "| 0.650 ± 0.050 | 0.800 ± 0.000 | 0.150 ± 0.050 " * 2 + "|"
+    assert sum(line.endswith(cells) for line in lines) == len(reader.MODELS)
+    with pytest.raises(UserError, match="name the folders"):
+        reader.main([])
