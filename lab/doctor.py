@@ -75,7 +75,8 @@ def both_fall(run: dict) -> bool:
 
 
 def negative_kl(run: dict) -> bool:
-    return any(kl < -3 * error - 1e-3 for kl, error in zip(run["kl"], run["kl_error"]))
+    """Twice: the error of an iteration of few prompts is itself uncertain."""
+    return sum(kl < -3 * error - 1e-3 for kl, error in zip(run["kl"], run["kl_error"])) > 1
 
 
 def hacked(run: dict) -> bool:

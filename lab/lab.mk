@@ -339,3 +339,120 @@ bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.
 	$(PY) -m lab.bench.scaling --short --device $(DEVICE) --out $(SHORT)
 	$(if $(HH),$(PY) -m lab.bench.train --short --data $(HH) --device $(DEVICE) --out $(SHORT),@echo "no HH=pairs.jsonl: training steps are left out")
 	@$(PY) -m lab.bench.timing $(SHORT)
+
+# ---------------------------------------------------------------------------------------------- the reader
+# What a reward model learns with and without a reader, with twice the layers, with more pairs (docs/results.md):
+# on the split's own prompts, and on pairs about held-out entities in held-out phrasings.
+
+READER = $(OUT)/reader
+READERS = reader plain deep more
+.PHONY: reader
+reader: .venv/installed  ## ablation of the reward model's reader: plain, twice as deep, more pairs
+	$(call over-seeds,$(READERS:%=reader/%.json) $(READERS:%=reader/%.unseen.json))
+	$(PY) -m lab.reader $(call of-seeds,reader)
+
+$(OUT)/unseen.jsonl: $(PROMPTS) $(OUT)/sft.pt collect.py nanoalign/world/people.py
+	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --out $@ $(FLAGS)
+$(READER)/more.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py nanoalign/world/people.py
+	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --samples 8 --out $@ $(FLAGS)
+$(READER)/deep-base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
+	$(train) train_pretrain.py --data $< --model world-deep --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+$(READER)/deep-sft.pt: $(WORLD)/sft.jsonl $(READER)/deep-base.pt train_sft.py
+	$(train) train_sft.py --data $< --init $(READER)/deep-base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+
+$(READER)/plain.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
+	$(RM) --no-reader --data $< --out $@
+$(READER)/deep.pt: $(OUT)/pairs.jsonl $(READER)/deep-sft.pt train_rm.py
+	$(RM) --no-reader --init $(READER)/deep-sft.pt --data $< --out $@
+$(READER)/more.pt: $(READER)/more.jsonl $(OUT)/sft.pt train_rm.py
+	$(RM) --data $< --out $@
+$(READER)/reader.pt: $(OUT)/rm.pt
+	@mkdir -p $(READER) && cp $< $@
+REPORT = $(PY) -m lab.reward_report $(FLAGS)
+$(READER)/%.json: $(READER)/%.pt $(OUT)/pairs.jsonl lab/reward_report.py
+	$(REPORT) --model $< --data $(OUT)/pairs.jsonl --out $@ > $(@:.json=.txt)
+$(READER)/%.unseen.json: $(READER)/%.pt $(OUT)/unseen.jsonl lab/reward_report.py
+	$(REPORT) --model $< --eval-data $(OUT)/unseen.jsonl --data $(OUT)/pairs.jsonl --out $@ > $(@:.json=.txt)
+
+# ------------------------------------------------------------------------------------------------ claims
+# What the teaching texts say, on trial (docs/claims.md): the experiments that no other page needs.
+
+CLAIMS = $(OUT)/claims
+PAIRS = $(OUT)/pairs.jsonl
+
+$(CLAIMS)/clean.jsonl: $(WORLD)/sft.jsonl lab/variants.py
+	$(PY) -m lab.variants clean --rows $< --count 1200 --out $@ --seed $(SEED)
+$(CLAIMS)/half.jsonl $(CLAIMS)/quarter.jsonl $(CLAIMS)/eighth.jsonl: $(PAIRS) lab/variants.py
+	$(PY) -m lab.variants part --rows $< --share $(share-$(basename $(@F))) --out $@ --seed $(SEED)
+share-half = 0.5
+share-quarter = 0.25
+share-eighth = 0.125
+$(CLAIMS)/flipped.jsonl: $(PAIRS) lab/variants.py
+	$(PY) -m lab.variants flip --rows $< --share 0.2 --out $@ --seed $(SEED)
+$(CLAIMS)/certain.jsonl: $(PAIRS) lab/variants.py
+	$(PY) -m lab.variants certain --rows $< --count 64 --out $@ --seed $(SEED)
+$(CLAIMS)/thumbs.jsonl: $(PAIRS)
+	cp $(PAIRS:.jsonl=.thumbs.jsonl) $@
+$(CLAIMS)/lopsided.jsonl: $(CLAIMS)/thumbs.jsonl lab/variants.py
+	$(PY) -m lab.variants lopsided --rows $< --share 0.9 --out $@ --seed $(SEED)
+
+# pairs of other people, by more votes, and of another policy's answers
+CLAIMS_COLLECT = $(PY) collect.py --prompts $(WORLD)/prompts.jsonl --policy $(OUT)/sft.pt $(FLAGS)
+$(CLAIMS)/agreed.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py
+	$(CLAIMS_COLLECT) --votes 3 --min-agreement 1 --out $@
+$(CLAIMS)/no-agreement.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
+	$(CLAIMS_COLLECT) --annotator "lab/tastes.py:without(agreement)" --out $@
+$(CLAIMS)/no-taste.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
+	$(CLAIMS_COLLECT) --annotator "lab/tastes.py:without(all)" --out $@
+$(CLAIMS)/foreign.jsonl: $(WORLD)/prompts.jsonl $(BOARD)/orpo.pt collect.py
+	$(CLAIMS_COLLECT) --policy $(BOARD)/orpo.pt --out $@
+
+from = train_dpo.py --init $(OUT)/sft.pt --steps $$(($(RESPONSES) / 64)) --lr 1e-4 --data
+claim-sft-clean = train_sft.py --init $(OUT)/base.pt --epochs 5 --data $(CLAIMS)/clean.jsonl
+claim-dpo-slow = $(from) $(PAIRS) --lr 3e-5
+claim-dpo-fast = $(from) $(PAIRS) --lr 3e-4
+claim-dpo-loose = $(from) $(PAIRS) --beta 0.02
+claim-dpo-flipped = $(from) $(CLAIMS)/flipped.jsonl
+claim-cdpo-flipped = $(from) $(CLAIMS)/flipped.jsonl --loss cdpo --label-smoothing 0.2
+claim-robust-flipped = $(from) $(CLAIMS)/flipped.jsonl --loss robust --label-smoothing 0.2
+claim-dpo-certain = $(from) $(CLAIMS)/certain.jsonl
+claim-ipo-certain = $(from) $(CLAIMS)/certain.jsonl --loss ipo
+claim-dpo-foreign = $(from) $(CLAIMS)/foreign.jsonl
+claim-dpo-no-agreement = $(from) $(CLAIMS)/no-agreement.jsonl
+claim-dpo-no-taste = $(from) $(CLAIMS)/no-taste.jsonl
+claim-kto-thumbs = $(method-kto) --data $(CLAIMS)/thumbs.jsonl
+claim-kto-lopsided = $(method-kto) --data $(CLAIMS)/lopsided.jsonl
+claim-ppo-slow = $(method-ppo) --lr 7e-5
+claim-ppo-fast = $(method-ppo) --lr 6e-4
+claim-ppo-unclipped = $(method-ppo) --clip-ratio 1000
+claim-ppo-tight = $(method-ppo) --beta 3
+claim-ppo-shared = $(method-ppo) --shared-critic
+claim-rm-half = train_rm.py --data $(CLAIMS)/half.jsonl $(of-rm)
+claim-rm-quarter = train_rm.py --data $(CLAIMS)/quarter.jsonl $(of-rm)
+claim-rm-eighth = train_rm.py --data $(CLAIMS)/eighth.jsonl $(of-rm)
+claim-rm-agreed = train_rm.py --data $(CLAIMS)/agreed.jsonl $(of-rm)
+claim-rm-smoothed = train_rm.py --data $(PAIRS) --label-smoothing 0.1 $(of-rm)
+claim-rm-shuffled = -m lab.shuffled_pairs --data $(PAIRS) --batch-size 96 $(of-rm)
+of-rm = --init $(OUT)/sft.pt $(RM_FLAGS_$(SIZE))
+
+CLAIM_POLICIES = $(addprefix $(CLAIMS)/,$(addsuffix .pt,sft-clean dpo-slow dpo-fast dpo-loose dpo-flipped cdpo-flipped \
+  robust-flipped dpo-certain ipo-certain dpo-foreign dpo-no-agreement dpo-no-taste kto-thumbs kto-lopsided ppo-slow \
+  ppo-fast ppo-unclipped ppo-shared ppo-tight))
+CLAIM_REWARDS = $(addprefix $(CLAIMS)/rm-,$(addsuffix .json,half quarter eighth agreed smoothed shuffled))
+$(CLAIMS)/sft-clean.pt: $(CLAIMS)/clean.jsonl
+$(patsubst %,$(CLAIMS)/%-flipped.pt,dpo cdpo robust): $(CLAIMS)/flipped.jsonl
+$(patsubst %,$(CLAIMS)/%-certain.pt,dpo ipo): $(CLAIMS)/certain.jsonl
+$(patsubst %,$(CLAIMS)/dpo-%.pt,foreign no-agreement no-taste): $(CLAIMS)/dpo-%.pt: $(CLAIMS)/%.jsonl
+$(patsubst %,$(CLAIMS)/kto-%.pt,thumbs lopsided): $(CLAIMS)/kto-%.pt: $(CLAIMS)/%.jsonl
+$(patsubst %,$(CLAIMS)/rm-%.pt,half quarter eighth agreed): $(CLAIMS)/rm-%.pt: $(CLAIMS)/%.jsonl
+$(CLAIMS)/%.pt: $(PAIRS) $(OUT)/rm.pt
+	$(train) $(claim-$*) --out $@ --resume $(FLAGS)
+$(CLAIMS)/rm-%.json: $(CLAIMS)/rm-%.pt lab/reward_report.py
+	$(REPORT) --model $< --data $(PAIRS) --out $@ > $(@:.json=.txt)
+$(CLAIMS)/scorecard.json: $(PROMPTS) $(CLAIM_POLICIES) evaluate.py
+	$(SCORECARD) --checkpoints $(OUT)/sft.pt $(CLAIM_POLICIES) $(SCORES) --out $@ > $(CLAIMS)/scorecard.txt
+
+.PHONY: claims
+claims: .venv/installed  ## the textbook on trial: every claim, its experiment, the figure, the verdict
+	$(call over-seeds,claims/scorecard.json $(CLAIM_REWARDS:$(OUT)/%=%))
+	$(PY) -m lab.claims $(call of-seeds,)

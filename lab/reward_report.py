@@ -48,14 +48,14 @@ class Config:
     model: str = "out/demo/rm.pt"  # the reward model
     data: str = "out/demo/pairs.jsonl"  # the pairs that it was trained on, of which some were held out
     eval_data: str = ""  # held-out pairs; empty: those of the prompts that a hash picks
+    out: str = ""  # the report; empty: X.report.json beside the model X.pt
     seed: int = 0  # of the probe
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other field names: prompt=instruction,completion=output
 
-    @property
-    def out(self) -> str:
-        return str(beside(self.model, ".report.json"))
+    def __post_init__(self):
+        self.out = self.out or str(beside(self.model, ".report.json"))
 
 
 def hits(margins: np.ndarray) -> np.ndarray:

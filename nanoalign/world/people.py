@@ -96,9 +96,12 @@ def agreement(probabilities: Sequence[Sequence[float]]) -> float:
     return total / len(probabilities)
 
 
-def compare(rows: list[dict], drawn: list, pairs: Callable, flags) -> tuple[list[dict], list[dict]]:
-    """An annotator of collect.py: people drawn from a crowd → comparisons with their votes and, as "p_first",
-    the whole crowd's P(first); and a row of thumbs up or down for one response to each prompt.
+def compare(
+    rows: list[dict], drawn: list, pairs: Callable, flags, crowd: list[Annotator] | None = None
+) -> tuple[list[dict], list[dict]]:
+    """An annotator of collect.py: people drawn from a crowd, by default `people`, → comparisons with their
+    votes and, as "p_first", the whole crowd's P(first); and a row of thumbs up or down for one response to
+    each prompt.
 
     Each of flags.votes people orders the responses to a prompt by utility / noise plus Gumbel noise (Plackett
     & Luce), so that every pair of the ranking follows Bradley–Terry exactly. Raises UserError for rows that
@@ -112,7 +115,7 @@ def compare(rows: list[dict], drawn: list, pairs: Callable, flags) -> tuple[list
         raise UserError(
             f"--votes {flags.votes}: from 1 to the --crowd of {flags.crowd}, which is at least 2."
         )
-    rng, crowd = random.Random(f"label-{flags.seed}"), people(flags.crowd)
+    rng, crowd = random.Random(f"label-{flags.seed}"), crowd or people(flags.crowd)
     comparisons, thumbs = [], []
     for row, responses in zip(rows, drawn):
         rng.shuffle(responses)

@@ -1,0 +1,110 @@
+"""What the reports in a seed's folder say, as figures with errors, and differences of them over seeds."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+
+from lab.scoreboard import cost
+from lab.seeds import scorecards
+from nanoalign import UserError
+from nanoalign.cli import readable_rows
+from nanoalign.world.people import agreement, impression, people
+
+Number = tuple[float, float]  # a figure of one seed, and its standard error within that seed
+
+
+class Seed:
+    """What one seed's folder says."""
+
+    def __init__(self, folder: str):
+        self.folder, self.read = Path(folder), {}
+
+    def once(self, path: str, reader: Callable):
+        if path not in self.read:
+            self.read[path] = reader(self.folder / path)
+        return self.read[path]
+
+    def card(self, name: str) -> dict:
+        """The scorecard of a checkpoint: "sft", "scoreboard/kto", "hacking/judge", …"""
+        own, _, stem = name.rpartition("/")
+        cards = self.once(f"{own}/scorecard.json".lstrip("/"), lambda path: scorecards([path])[0])
+        found = {Path(path).stem: card for path, card in cards.items()}
+        if stem not in found:
+            raise UserError(f"{self.folder}/{own}/scorecard.json has no checkpoint {stem}.")
+        return found[stem]
+
+    def value(self, name: str, metric: str) -> Number:
+        found, error = self.card(name)["overall"][metric]
+        return found, error or 0.0
+
+    def won(self, name: str) -> Number:
+        """The win rate against SFT."""
+        return self.value(name, "win rate")
+
+    def accuracy(self, path: str, part="expected_accuracy") -> Number:
+        report = self.once(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
+        return report[part], report["accuracy_error"]
+
+    def rows(self, run: str, metric: str) -> list[float]:
+        """A metric of a run, in the order it was logged."""
+        rows = self.once(f"{run}.metrics.jsonl", readable_rows)
+        return [row[metric] for row in rows if row.get(metric) is not None]
+
+    def cost(self, run: str, what: str) -> Number:
+        return self.once(f"{run}.metrics.jsonl ", lambda p: cost(Path(str(p).strip())))[what], 0.0
+
+    def best(self, selector: str, n: int) -> Number:
+        """The share right of the best of n, by a selector of best_of_n.py."""
+        with open(self.folder / "best_of_n.csv", encoding="utf-8", newline="") as file:
+            rows = {(row["selector"], row["n"]): row for row in csv.DictReader(file)}
+        row = rows[selector, str(n)]
+        return float(row["right"]), float(row["error"])
+
+    @cached_property
+    def agreements(self) -> dict[str, float]:
+        """How often two of the world's people agree, exactly: on the third of the pairs that differ most by
+        the exact judge, on the third that differs least, on all."""
+        found = []
+        for line in (self.folder / "pairs.votes.jsonl").read_text(encoding="utf-8").splitlines()[::5]:
+            c, crowd = json.loads(line), people(5)
+            seen = [impression(c, text, ended) for text, ended in zip(c["responses"], c["ended"])]
+            p = [one.prefers(*map(one.weigh, seen)) for one in crowd]
+            found.append((abs(seen[0]["judge"] - seen[1]["judge"]), p))
+        found.sort(key=lambda pair: pair[0])
+        third = len(found) // 3
+        parts = {"hard": found[:third], "easy": found[-third:], "all": found}
+        return {name: agreement([p for _, p in part]) for name, part in parts.items()}
+
+
+def less(a: Number, b: Number, times: float = 1.0) -> Number:
+    """a − times · b."""
+    return a[0] - times * b[0], math.hypot(a[1], times * b[1])
+
+
+def exact(x: float) -> Number:
+    return x, 0.0
+
+
+def moved(values: list[float]) -> Number:
+    """From the mean of the first tenth of a run to that of its last."""
+    tenth = max(1, len(values) // 10)
+    return exact(mean(values[-tenth:]) - mean(values[:tenth]))
+
+
+def over_seeds(found: list[Number]) -> Number:
+    """Figures of seeds, each with its own error → their mean, and the larger of two errors of it."""
+    values, errors = zip(*found)
+    n = len(values)
+    within = math.sqrt(sum(error**2 for error in errors)) / n
+    between = stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    return mean(values), max(within, between)
+
+
+def side(figure: Number) -> int:
+    """1: above zero by more than two errors; −1: below; 0: neither."""
+    value, error = figure
+    return 0 if abs(value) <= 2 * error else 1 if value > 0 else -1
