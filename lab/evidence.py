@@ -96,11 +96,12 @@ def moved(values: list[float]) -> Number:
 
 
 def over_seeds(found: list[Number]) -> Number:
-    """Figures of seeds, each with its own error → their mean, and the larger of two errors of it."""
+    """Figures of seeds, each with its own error → their mean, and the larger of two errors of it: of one seed
+    whose error is not known, infinite."""
     values, errors = zip(*found)
     n = len(values)
     within = math.sqrt(sum(error**2 for error in errors)) / n
-    between = stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    between = stdev(values) / math.sqrt(n) if n > 1 else 0.0 if within else math.inf
     return mean(values), max(within, between)
 
 

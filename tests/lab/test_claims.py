@@ -34,6 +34,7 @@ def test_the_error_over_seeds_is_the_larger_of_two():
     value, error = over_seeds([(1.0, 0.0), (3.0, 0.0), (5.0, 0.0)])
     assert (value, error) == (pytest.approx(3.0), pytest.approx(2 / 3**0.5))  # between
     assert over_seeds([(0.4, 0.1)]) == (pytest.approx(0.4), pytest.approx(0.1))
+    assert side(over_seeds([exact(5.0)])) == 0  # of one seed nothing is known of it
 
 
 def test_errors_of_a_difference_add_up_in_squares():
