@@ -4,6 +4,8 @@ nothing to do with each other. InstructGPT (§3.5) saw a reward model over-fit t
     python -m lab.shuffled_pairs --batch-size 96          # of pairs; other flags as train_rm.py's
 """
 
+from unittest.mock import patch
+
 import numpy as np
 
 import train_rm
@@ -19,8 +21,8 @@ def one_by_one(pairs: list, rows: list[dict]) -> list[train_rm.Prompt]:
 
 
 def main(config: Config) -> None:
-    train_rm.by_prompt = one_by_one
-    train_rm.main(config)
+    with patch.object(train_rm, "by_prompt", one_by_one):
+        train_rm.main(config)
 
 
 if __name__ == "__main__":
