@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline, from nothing to a scorecard, as plain commands to copy from: what `make demo` runs, two at a time.
-#     ./speedrun.sh                a small world: about half an hour on two CPU cores, one command after another, into out/demo
+#     ./speedrun.sh                a small world, one command after another, into out/demo
 #     SIZE=tiny ./speedrun.sh      a look at it, in two minutes; SIZE=large is for a GPU
 set -euo pipefail
 cd "$(dirname "$0")"

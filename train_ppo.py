@@ -208,7 +208,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            seen = drawn.read_by(reader) if reader else None  # (B, T, 3)
+            seen = drawn.read_by(reader)  # (B, T, 3), or None
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
         (old_logp, entropy), old_values = found

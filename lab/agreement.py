@@ -24,7 +24,7 @@ from nanoalign.rows import read_rows
 from nanoalign.statistics import clustered, logistic
 from nanoalign.terminal import visible
 from nanoalign.world.judge import judge, knows
-from nanoalign.world.people import agreement, ceiling, impression, people
+from nanoalign.world.people import Annotator, agreement, ceiling, impression, people
 
 
 @dataclass
@@ -184,12 +184,20 @@ def against_judge(comparisons: list[dict], name: str) -> None:
         print(f"{name}: how sure → share right: {told}   expected calibration error {gap:.3f}")
 
 
+def impressions(comparison: dict) -> list[dict]:
+    """What a person takes in of either response."""
+    return [impression(comparison, *said) for said in zip(comparison["responses"], comparison["ended"])]
+
+
+def preferences(crowd: list[Annotator], a: dict, b: dict) -> list[float]:
+    """Each person's P(the first is better), of what they take in of both."""
+    return [person.prefers(person.weigh(a), person.weigh(b)) for person in crowd]
+
+
 def exactly(comparisons: list[dict], crowd: int) -> None:
     """Print what follows from knowing the world's people: two people's agreement, and the ceiling."""
-    probabilities, members = [], people(crowd)
-    for c in comparisons:
-        a, b = (impression(c, *response) for response in zip(c["responses"], c["ended"]))
-        probabilities.append([person.prefers(person.weigh(a), person.weigh(b)) for person in members])
+    members = people(crowd)
+    probabilities = [preferences(members, *impressions(c)) for c in comparisons]
     print(f"two people agree on {agreement(probabilities):.1%} of pairs (expected, exact)")
     if all(len(by_people(c)) == 1 for c in comparisons):
         best = ceiling([sum(p) / len(p) for p in probabilities])

@@ -1,6 +1,5 @@
 """What the reports in a seed's folder say, as figures with errors, and differences of them over seeds."""
 
-import csv
 import json
 import math
 from collections.abc import Callable
@@ -8,11 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
+from lab.agreement import impressions, preferences
+from lab.plot import read_curves
 from lab.scoreboard import cost
-from lab.seeds import scorecards
+from lab.seeds import read_report, scorecards
 from nanoalign import UserError
 from nanoalign.cli import readable_rows
-from nanoalign.world.people import agreement, impression, people
+from nanoalign.world.people import agreement, people
 
 Number = tuple[float, float]  # a figure of one seed, and its standard error within that seed
 
@@ -46,8 +47,10 @@ class Seed:
         return self.value(name, "win rate")
 
     def accuracy(self, path: str, part="expected_accuracy") -> Number:
-        report = self.once(path, lambda p: json.loads(p.read_text(encoding="utf-8")))
-        return report[part], report["accuracy_error"]
+        figure, error = (
+            read_report(self.folder / path, name, "lab/reward_report.py") for name in (part, "accuracy_error")
+        )
+        return figure, error
 
     def rows(self, run: str, metric: str) -> list[float]:
         """A metric of a run, in the order it was logged."""
@@ -55,25 +58,19 @@ class Seed:
         return [row[metric] for row in rows if row.get(metric) is not None]
 
     def cost(self, run: str, what: str) -> Number:
-        return self.once(f"{run}.metrics.jsonl ", lambda p: cost(Path(str(p).strip())))[what], 0.0
+        return exact(cost(self.folder / f"{run}.metrics.jsonl")[what])
 
     def best(self, selector: str, n: int) -> Number:
         """The share right of the best of n, by a selector of best_of_n.py."""
-        with open(self.folder / "best_of_n.csv", encoding="utf-8", newline="") as file:
-            rows = {(row["selector"], row["n"]): row for row in csv.DictReader(file)}
-        row = rows[selector, str(n)]
-        return float(row["right"]), float(row["error"])
+        return self.once("best_of_n.csv", read_curves)[selector][n]
 
     @cached_property
     def agreements(self) -> dict[str, float]:
         """How often two of the world's people agree, exactly: on the third of the pairs that differ most by
         the exact judge, on the third that differs least, on all."""
-        found = []
-        for line in (self.folder / "pairs.votes.jsonl").read_text(encoding="utf-8").splitlines()[::5]:
-            c, crowd = json.loads(line), people(5)
-            seen = [impression(c, text, ended) for text, ended in zip(c["responses"], c["ended"])]
-            p = [one.prefers(*map(one.weigh, seen)) for one in crowd]
-            found.append((abs(seen[0]["judge"] - seen[1]["judge"]), p))
+        lines, crowd = (self.folder / "pairs.votes.jsonl").read_text(encoding="utf-8").splitlines(), people(5)
+        seen = [impressions(json.loads(line)) for line in lines[::5]]
+        found = [(abs(a["judge"] - b["judge"]), preferences(crowd, a, b)) for a, b in seen]
         found.sort(key=lambda pair: pair[0])
         third = len(found) // 3
         parts = {"hard": found[:third], "easy": found[-third:], "all": found}

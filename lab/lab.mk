@@ -407,19 +407,18 @@ $(CLAIMS)/no-taste.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
 $(CLAIMS)/foreign.jsonl: $(WORLD)/prompts.jsonl $(BOARD)/orpo.pt collect.py
 	$(CLAIMS_COLLECT) --policy $(BOARD)/orpo.pt --out $@
 
-from = train_dpo.py --init $(OUT)/sft.pt --steps $$(($(RESPONSES) / 64)) --lr 1e-4 --data
 claim-sft-clean = train_sft.py --init $(OUT)/base.pt --epochs 5 --data $(CLAIMS)/clean.jsonl
-claim-dpo-slow = $(from) $(PAIRS) --lr 3e-5
-claim-dpo-fast = $(from) $(PAIRS) --lr 3e-4
-claim-dpo-loose = $(from) $(PAIRS) --beta 0.02
-claim-dpo-flipped = $(from) $(CLAIMS)/flipped.jsonl
-claim-cdpo-flipped = $(from) $(CLAIMS)/flipped.jsonl --loss cdpo --label-smoothing 0.2
-claim-robust-flipped = $(from) $(CLAIMS)/flipped.jsonl --loss robust --label-smoothing 0.2
-claim-dpo-certain = $(from) $(CLAIMS)/certain.jsonl
-claim-ipo-certain = $(from) $(CLAIMS)/certain.jsonl --loss ipo
-claim-dpo-foreign = $(from) $(CLAIMS)/foreign.jsonl
-claim-dpo-no-agreement = $(from) $(CLAIMS)/no-agreement.jsonl
-claim-dpo-no-taste = $(from) $(CLAIMS)/no-taste.jsonl
+claim-dpo-slow = $(method-dpo) --lr 3e-5
+claim-dpo-fast = $(method-dpo) --lr 3e-4
+claim-dpo-loose = $(method-dpo) --beta 0.02
+claim-dpo-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl
+claim-cdpo-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl --loss cdpo --label-smoothing 0.2
+claim-robust-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl --loss robust --label-smoothing 0.2
+claim-dpo-certain = $(method-dpo) --data $(CLAIMS)/certain.jsonl
+claim-ipo-certain = $(method-dpo) --data $(CLAIMS)/certain.jsonl --loss ipo
+claim-dpo-foreign = $(method-dpo) --data $(CLAIMS)/foreign.jsonl
+claim-dpo-no-agreement = $(method-dpo) --data $(CLAIMS)/no-agreement.jsonl
+claim-dpo-no-taste = $(method-dpo) --data $(CLAIMS)/no-taste.jsonl
 claim-kto-thumbs = $(method-kto) --data $(CLAIMS)/thumbs.jsonl
 claim-kto-lopsided = $(method-kto) --data $(CLAIMS)/lopsided.jsonl
 claim-ppo-slow = $(method-ppo) --lr 7e-5

@@ -8,7 +8,6 @@
 thinks of it, what the world's checker says, and how the steps have changed.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from lab import run_command
-from lab.plot import plot_curves
+from lab.plot import plot_curves, read_curves
 from lab.seeds import over_seeds
 from nanoalign import UserError
 from nanoalign.answers import final_answer, gold_answer, same
@@ -60,8 +59,8 @@ def curves(config: Curves) -> None:
         raise UserError("name the tables: best_of_n.csv of one or more seeds.")
     seeds = []
     for path in config.tables:
-        with open(path, newline="", encoding="utf-8") as file:
-            seeds.append({(r["selector"], int(r["n"])): float(r["right"]) for r in csv.DictReader(file)})
+        table = read_curves(path)
+        seeds.append({(name, n): right for name, own in table.items() for n, (right, _) in own.items()})
     shared = [key for key in seeds[0] if all(key in seed for seed in seeds)]
     names, sizes = list(dict.fromkeys(k for k, _ in shared)), sorted({n for _, n in shared})
     print(f"| seeds: {len(seeds)} | {' | '.join(f'n = {n}' for n in sizes)} |\n|{'---|' * (len(sizes) + 1)}")

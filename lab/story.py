@@ -7,11 +7,11 @@ Reads what the demo measured on held-out prompts (scorecard.json), pairs (rm.rep
 got better, then what got worse. The tables: scorecard.txt, rm.report.txt and best_of_8.txt of that folder.
 """
 
-import csv
 import textwrap
 from pathlib import Path
 
 from lab import run_on_paths
+from lab.plot import read_curves
 from lab.seeds import read_report, scorecards
 from nanoalign import UserError
 from nanoalign.terminal import visible
@@ -78,12 +78,13 @@ def process(path: Path) -> list[tuple[str, str]]:
     """What selecting by steps is worth, from best_of_n.py's table; nothing where there is none."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = {(row["selector"], int(row["n"])): float(row["right"]) for row in csv.DictReader(file)}
-    n = max(n for _, n in rows)
-    best = max((right, name) for (name, size), right in rows.items() if size == n and name.startswith("prm"))
-    line = f"of a sum one solution is right in {rows['mean', 1]:.0%}, the commonest answer of {n} in "
-    line += f"{rows['majority', n]:.0%}, the best of {n} by the model of steps in {best[0]:.0%} ({best[1]})"
+    curves = read_curves(str(path))
+    n = max(curves["majority"])
+    best = max((curve[n][0], name) for name, curve in curves.items() if name.startswith("prm"))
+    line = f"of a sum one solution is right in {curves['mean'][1][0]:.0%}, the commonest answer of {n} in "
+    line += (
+        f"{curves['majority'][n][0]:.0%}, the best of {n} by the model of steps in {best[0]:.0%} ({best[1]})"
+    )
     return [("prm", line)]
 
 

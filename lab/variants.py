@@ -14,6 +14,7 @@ import random
 from dataclasses import dataclass
 
 from lab import run_command
+from lab.weak_to_strong import by_judge
 from nanoalign import UserError
 from nanoalign.data import prompt_key
 from nanoalign.rows import read_rows, write_rows
@@ -27,10 +28,6 @@ class Config:
     share: float = 0.5  # of prompts (part), of labels (flip), of thumbs that point up (lopsided)
     count: int = 1200  # rows (clean), prompts (certain)
     seed: int = 0  # of which
-
-
-def verdict(row: dict, response: str):
-    return judge({"prompt": row["prompt"], "meta": row["meta"]}, response)
 
 
 def clean(config: Config, rng: random.Random) -> list[dict]:
@@ -66,9 +63,8 @@ def certain(config: Config, rng: random.Random) -> list[dict]:
     rows, found = read_rows(config.rows, "pairs"), {}
     rng.shuffle(rows)
     for row in rows:
-        better, worse = sorted(("chosen", "rejected"), key=lambda side: -verdict(row, row[side]).utility)
-        if verdict(row, row[better]).utility > verdict(row, row[worse]).utility:
-            found.setdefault(prompt_key(row), {**row, "chosen": row[better], "rejected": row[worse]})
+        if pair := by_judge(row):
+            found.setdefault(prompt_key(row), pair)
     return list(found.values())[: config.count]
 
 

@@ -42,11 +42,11 @@ class Rollout:
         """Each row's generated tokens."""
         return [ids[mask].tolist() for ids, mask in zip(self.ids.cpu(), self.mask.cpu())]
 
-    def read_by(self, reader: GPT) -> Tensor:
-        """`logprobs.likelihoods` (B, T, 3) of a frozen model, computed once for all who ask."""
-        if reader not in self.read:
+    def read_by(self, reader: GPT | None) -> Tensor | None:
+        """`logprobs.likelihoods` (B, T, 3) of a frozen model, computed once for all who ask; None of none."""
+        if reader is not None and reader not in self.read:
             self.read[reader] = likelihoods(reader, self.ids)
-        return self.read[reader]
+        return self.read.get(reader)
 
     def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:
         """log π_ref of the responses (B, T). mask (B, T), which may be on the CPU: `self.mask`."""

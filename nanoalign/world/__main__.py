@@ -63,8 +63,7 @@ def distinct(make, count: int) -> list[dict]:
 
 def by_family(rng: random.Random, held_out: bool, counts: dict[str, int]) -> list[dict]:
     """Prompts of each family, as many as are asked for and no two alike, in random order."""
-    makers = {kind: partial(request, rng, held_out, kind) for kind in counts}
-    rows = [row for kind, n in counts.items() for row in distinct(makers[kind], n)]
+    rows = [row for kind, n in counts.items() for row in distinct(partial(request, rng, held_out, kind), n)]
     rng.shuffle(rows)
     return rows
 
