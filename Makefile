@@ -7,6 +7,7 @@ OUT = out/$(if $(filter small,$(SIZE)),demo,$(SIZE))$(if $(filter 0,$(SEED)),,-s
 DEVICE = auto
 SEED = 0
 JOBS = 2#  runs of the demo at a time
+MICRO = 16#  rows at a time: on a CPU, less padding is worth more than larger matrices; MICRO=0 on a GPU: all
 PYTHON ?= python3
 
 PY := .venv/bin/python
@@ -56,8 +57,7 @@ SFT_RESPONSES = $(if $(filter tiny,$(SIZE)),1710,11400)#  and through SFT's, whi
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
 DPO_FLAGS_small = --epochs 0.2 --lr 1e-4#  six pairs a prompt: a whole epoch would go too far
-RM_FLAGS_small = --epochs 2#  a trunk this small starts with little to build on
-PPO_FLAGS_small = --micro-batch 16#  on a CPU, less padding is worth more than larger matrices
+RM_FLAGS_small = --epochs 4 --lr 5e-4#  a trunk this small starts with little to build on
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 
 $(WORLD)/pretrain.jsonl: $(addprefix nanoalign/world/,facts.py text.py steps.py feedback.py __main__.py) | .venv/installed
@@ -81,12 +81,12 @@ $(OUT)/rm.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 $(OUT)/rm.report.txt: $(OUT)/pairs.jsonl $(OUT)/rm.pt lab/reward_report.py
 	$(PY) -m lab.reward_report --model $(OUT)/rm.pt --data $< $(FLAGS) > $@
 
-PPO = $(train) train_ppo.py --prompts $(WORLD)/prompts.jsonl --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+PPO = $(train) train_ppo.py --prompts $(WORLD)/prompts.jsonl --micro-batch $(MICRO) --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 $(OUT)/ppo.pt: $(WORLD)/prompts.jsonl $(OUT)/sft.pt $(OUT)/rm.pt train_ppo.py
 	$(PPO) --init $(OUT)/sft.pt --reward $(OUT)/rm.pt --watch judge --out $@
 
 from-prompts = --prompts $(WORLD)/prompts.jsonl --init $(OUT)/sft.pt --reward $(OUT)/rm.pt --watch judge \
-  --micro-batch 16 --steps $$(($(RESPONSES) / 256))
+  --micro-batch $(MICRO) --steps $$(($(RESPONSES) / 256))
 method-kto = train_kto.py --data $(OUT)/pairs.jsonl --init $(OUT)/sft.pt --lr 1e-4 --steps $$(($(RESPONSES) / 32))
 method-orpo = train_orpo.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
   --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 64))

@@ -59,7 +59,7 @@ $(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
 
 FEW = $(if $(filter tiny,$(SIZE)),3,30)
 from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl \
-  --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch 64 --steps $(FEW) --eval-every 10
+  --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch $(if $(filter 0,$(MICRO)),0,64) --steps $(FEW) --eval-every 10
 
 .PHONY: sums
 sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
@@ -127,7 +127,7 @@ $(CAI)/sl-cai.pt $(CAI)/unrevised.pt: train_sft.py
 	$(train) train_sft.py --data $(filter %.jsonl,$^) --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
 
 CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
-BY_AI = --annotator ai:$(OUT)/assistant.pt
+BY_AI = --annotator ai:$(OUT)/assistant.pt --own 0.3
 $(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
 	$(CAI_COLLECT) --prompts $< --samples 2 --out $@
 $(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
@@ -219,7 +219,7 @@ RED = $(OUT)/red-team
 ATTACK = $(PY) -m lab.red_team --prompts-searched $(WORLD)/prompts.jsonl --prompts $(PROMPTS) --max-new-tokens 48 \
   $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 4)
 ATTACKS = lab/red_team.py lab/attacks.py
-GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
+GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --micro-batch $(MICRO) --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 
 .PHONY: red-team
 red-team: .venv/installed  ## attack policies and the reward model; retrain it on what fooled it
