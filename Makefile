@@ -56,7 +56,7 @@ RESPONSES = $(if $(filter tiny,$(SIZE)),512,8448)#  through a method's training
 SFT_RESPONSES = $(if $(filter tiny,$(SIZE)),1710,11400)#  and through SFT's, which ORPO does without
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
-DPO_FLAGS_small = --epochs 0.2 --lr 1e-4#  six pairs a prompt: a whole epoch would go too far
+DPO_FLAGS_small = --epochs 0.5 --lr 1e-4 --beta 1#  six pairs a prompt: a whole epoch, or a lower β, goes too far
 RM_FLAGS_small = --epochs 4 --lr 5e-4#  a trunk this small starts with little to build on
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 

@@ -12,7 +12,7 @@ pretrain='' sft='' dpo='' rm='' ppo='' kto=264 orpo=310 grpo=33 # the last three
 case $size in
   tiny) pretrain='--epochs 2 --batch-size 8 --log-every 10' sft='--epochs 3' kto=16 orpo=34 grpo=2
         ppo='--steps 3 --batch-size 32 --minibatch 16' ;;
-  small) dpo='--epochs 0.2 --lr 1e-4' rm='--epochs 4 --lr 5e-4' ;;
+  small) dpo='--epochs 0.5 --lr 1e-4 --beta 1' rm='--epochs 4 --lr 5e-4' ;;
 esac
 
 # a world of facts, people and questions; a base model; one that answers

@@ -150,7 +150,7 @@ CLAIMS = [
     Claim("Pairs from another policy than the reference hurt DPO", "claims", {
         "win rate: own pairs less ORPO's": beats("scoreboard/dpo", "claims/dpo-foreign")}),
     Claim("β too low over-fits to the labels' noise", "claims", {
-        "win rate: β 0.1 less 0.02": beats("scoreboard/dpo", "claims/dpo-loose")}),
+        "win rate: β 1 less 0.1": beats("scoreboard/dpo", "claims/dpo-loose")}),
     Claim("IPO over-fits less than DPO on near-certain pairs", "claims", {
         "KL: DPO less IPO": more("claims/dpo-certain", "claims/ipo-certain", "KL to reference"),
         "win rate: IPO less DPO": beats("claims/ipo-certain", "claims/dpo-certain")}),

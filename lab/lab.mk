@@ -31,12 +31,12 @@ $(OUT)/greedy.json: $(PROMPTS) $(CHECKPOINTS) $(EVALUATE)
 
 METHODS = dpo cdpo robust ipo simpo rpo online kto chosen orpo ppo grpo dr_grpo dapo rloo
 from-pairs = --data $(OUT)/pairs.jsonl --init $(OUT)/sft.pt --lr 1e-4 --steps $$(($(RESPONSES) / 64))
-method-dpo = train_dpo.py $(from-pairs)
-method-cdpo = train_dpo.py --loss cdpo $(from-pairs)
-method-robust = train_dpo.py --loss robust $(from-pairs)
+method-dpo = train_dpo.py $(from-pairs) --beta 1
+method-cdpo = $(method-dpo) --loss cdpo
+method-robust = $(method-dpo) --loss robust
 method-ipo = train_dpo.py --loss ipo $(from-pairs)
 method-simpo = train_dpo.py --loss simpo $(from-pairs)
-method-rpo = train_dpo.py --sft-weight 1 $(from-pairs)
+method-rpo = $(method-dpo) --sft-weight 1
 method-online = -m lab.train_online_dpo --reward $(OUT)/rm.pt --beta 0.2 $(from-pairs)
 method-chosen = train_sft.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
   --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 32))#  the control: only imitate the chosen side
@@ -143,7 +143,7 @@ $(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl $(CAI)/price-$(PRICE)
 CAI_STEPS = $$(($(RESPONSES) / 64))
 $(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  seven passes over so few pairs, not fifteen
 $(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
-	$(train) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
+	$(train) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --beta 1 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
 
 # How good people and the AI are as judges, on the same held-out pairs, by the exact judge.
 $(CAI)/judges.txt: $(PROMPTS) $(CAI)/sl-cai.pt constitution.txt collect.py lab/agreement.py
@@ -260,7 +260,7 @@ $(OUT)/rm-adversarial.pt: $(OUT)/pairs.jsonl $(RED)/before.txt train_rm.py
 # 0.05) and over β (beta), GRPO over the weight of a reward model of such pairs beside one of all the others (weight).
 
 PARETO = $(OUT)/pareto
-POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.03 0.1 0.5) $(addprefix weight-,0 0.5 0.9)
+POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.1 0.3 3) $(addprefix weight-,0 0.5 0.9)
 .PRECIOUS: $(PARETO)/share-%.jsonl
 
 .PHONY: pareto
@@ -279,9 +279,9 @@ $(PARETO)/share-%.jsonl: $(PARETO)/helpful.jsonl $(PARETO)/harmless.jsonl
 	  --count $$(($(RESPONSES) / 2)) --seed $(SEED) --out $@
 
 $(PARETO)/share-%.pt: $(PARETO)/share-%.jsonl $(OUT)/sft.pt train_dpo.py
-	$(train) train_dpo.py $(from-pairs) --data $< --out $@ --resume $(FLAGS)
+	$(train) $(method-dpo) --data $< --out $@ --resume $(FLAGS)
 $(PARETO)/beta-%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_dpo.py
-	$(train) train_dpo.py $(from-pairs) --beta $* --out $@ --resume $(FLAGS)
+	$(train) $(method-dpo) --beta $* --out $@ --resume $(FLAGS)
 $(PARETO)/helpful.pt $(PARETO)/harmless.pt: $(PARETO)/%.pt: $(PARETO)/%.jsonl $(OUT)/sft.pt train_rm.py
 	$(RM) --data $< --out $@
 $(PARETO)/weight-%.pt: $(PARETO)/helpful.pt $(PARETO)/harmless.pt train_grpo.py
@@ -410,12 +410,12 @@ $(CLAIMS)/foreign.jsonl: $(WORLD)/prompts.jsonl $(BOARD)/orpo.pt collect.py
 claim-sft-clean = train_sft.py --init $(OUT)/base.pt --epochs 5 --data $(CLAIMS)/clean.jsonl
 claim-dpo-slow = $(method-dpo) --lr 3e-5
 claim-dpo-fast = $(method-dpo) --lr 3e-4
-claim-dpo-loose = $(method-dpo) --beta 0.02
+claim-dpo-loose = $(method-dpo) --beta 0.1
 claim-dpo-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl
 claim-cdpo-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl --loss cdpo --label-smoothing 0.2
 claim-robust-flipped = $(method-dpo) --data $(CLAIMS)/flipped.jsonl --loss robust --label-smoothing 0.2
-claim-dpo-certain = $(method-dpo) --data $(CLAIMS)/certain.jsonl
-claim-ipo-certain = $(method-dpo) --data $(CLAIMS)/certain.jsonl --loss ipo
+claim-dpo-certain = $(method-dpo) --beta 0.1 --data $(CLAIMS)/certain.jsonl
+claim-ipo-certain = $(method-ipo) --data $(CLAIMS)/certain.jsonl
 claim-dpo-foreign = $(method-dpo) --data $(CLAIMS)/foreign.jsonl
 claim-dpo-no-agreement = $(method-dpo) --data $(CLAIMS)/no-agreement.jsonl
 claim-dpo-no-taste = $(method-dpo) --data $(CLAIMS)/no-taste.jsonl

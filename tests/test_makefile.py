@@ -81,7 +81,7 @@ def test_speedrun_and_make_demo_run_the_same_commands(size, tmp_path):
         ("--lr 1e-4", "--lr 2e-4"),
         ("--watch judge", ""),
         ("--steps $kto", "--steps 1"),
-        ("--epochs 0.2", "--epochs 0.3"),
+        ("--epochs 0.5", "--epochs 0.3"),
         ("python train_dpo.py", "true train_dpo.py"),
         ("dpo,scoreboard/kto,", "dpo,"),
     ],
