@@ -46,8 +46,13 @@ def more(a: str, b: str, metric: str) -> Callable[[Seed], Number]:
 
 
 def helps(run: str, other="beta-0") -> Callable[[Seed], Number]:
-    """By the judge's utility, of two runs of `make hacking`."""
-    return more(f"hacking/{run}", f"hacking/{other}", "utility")
+    """By the judge's utility on held-out prompts, at the end of two runs of `make hacking`."""
+    return last("eval_judge", f"hacking/{run}", f"hacking/{other}")
+
+
+def last(metric: str, a: str, b: str) -> Callable[[Seed], Number]:
+    """The last that a run logged of a metric, less another's."""
+    return lambda s: exact(s.rows(a, metric)[-1] - s.rows(b, metric)[-1])
 
 
 def spread(s: Seed, *names: str) -> float:
@@ -77,10 +82,9 @@ def best_prm(s: Seed, n: int) -> Number:
     return max(s.best("prm-min", n), s.best("prm-product", n))
 
 
-def learnt(s: Seed, a: str, b: str) -> Number:
-    """The last held-out accuracy of a run of weak-to-strong, less another's."""
-    one, other = (s.rows(f"weak-to-strong/{name}", "eval_accuracy")[-1] for name in (a, b))
-    return exact(one - other)
+def learnt(a: str, b: str) -> Callable[[Seed], Number]:
+    """By the held-out accuracy of two runs of `make weak-to-strong`."""
+    return last("eval_accuracy", f"weak-to-strong/{a}", f"weak-to-strong/{b}")
 
 
 RM = "rm.report.json"
@@ -116,8 +120,8 @@ CLAIMS = [
     Claim("PPO needs four models", "claims", {
         "win rate: own critic less a head on the policy": beats("scoreboard/ppo", "claims/ppo-shared")}),
     Claim("Without the KL penalty the reward is hacked", "hacking", {
-        "the proxy's rise": lambda s: moved(s.rows("hacking/beta-0", "eval_rm")),
-        "the judge's fall from its peak": falls_from_its_peak("hacking/beta-0")}),
+        "the proxy's rise": lambda s: moved(s.rows("hacking/beta-0-long", "eval_rm")),
+        "the judge's fall from its peak": falls_from_its_peak("hacking/beta-0-long")}),
     Claim("β too high: nothing changes", "claims", {
         "0.05 less the distance of the win rate at β = 3 from one half":
             lambda s: (0.05 - abs(s.won("claims/ppo-tight")[0] - 0.5), s.won("claims/ppo-tight")[1])}),
@@ -125,7 +129,7 @@ CLAIMS = [
         "a quarter less the last KL's relative distance from 2 nats":
             lambda s: exact(0.25 - abs(mean(s.rows("hacking/adaptive", "eval_kl")[-2:]) / 2 - 1))}),
     Claim("Clipping and the KL penalty do different things", "claims", {
-        "KL: no penalty less both": more("hacking/beta-0", "hacking/ppo", "KL to reference"),
+        "KL: no penalty less one": last("eval_kl", "hacking/beta-0", "hacking/beta-0.1"),
         "largest ratio in a step: no clipping less both": lambda s: exact(
             max(s.rows("claims/ppo-unclipped", "ratio_max")) - max(s.rows("scoreboard/ppo", "ratio_max")))}),
     Claim("A critic lowers the variance of the advantages", "scoreboard", {
@@ -187,7 +191,7 @@ CLAIMS = [
     Claim("A second round of data helps", "hacking", {
         "utility: collected again less only continued": helps("iterated", "continued")}),
     Claim("A length penalty helps against over-optimisation", "hacking", {
-        "utility without KL penalty: with less without": helps("length")}),
+        "utility without KL penalty: with less without": helps("length-long", "beta-0-long")}),
     Claim("Adversarial training helps against over-optimisation", "hacking", {
         "utility without KL penalty: with less without": helps("adversarial")}),
     Claim("A process model beats an outcome model in best of n", "prm", {
@@ -206,9 +210,9 @@ CLAIMS = [
         "refusals of the harmless: half of the pairs about harm less none":
             more("pareto/share-0.5", "pareto/share-0", "over-refusal")}),
     Claim("A weak supervisor's student exceeds it", "weak-to-strong", {
-        "accuracy: student less supervisor": lambda s: learnt(s, "naive", "weak")}),
+        "accuracy: student less supervisor": learnt("naive", "weak")}),
     Claim("… and does not close the gap", "weak-to-strong", {
-        "accuracy: taught on true labels less the student": lambda s: learnt(s, "ceiling", "naive")}),
+        "accuracy: taught on true labels less the student": learnt("ceiling", "naive")}),
 ]  # fmt: skip
 VERDICTS = {1: "holds here", -1: "does not hold here", 0: "cannot be said"}
 

@@ -64,7 +64,7 @@ from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_
 .PHONY: sums
 sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
 $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
-	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
+	$(train) train_grpo.py $(from-problems) --steps $$((2 * $(FEW))) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
 	  --batch-size 512 --minibatch 512 --out $@ --resume $(FLAGS)
 
 $(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt lab/label_steps.py
@@ -167,7 +167,7 @@ cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
 
 LAB = $(OUT)/hacking
-RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued
+RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued beta-0-long length-long
 from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
 run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
 run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
@@ -176,6 +176,9 @@ run-beta-0.2 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.2
 run-judge = $(from-sft) --reward judge
 run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
 run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
+run-beta-0-long = $(run-beta-0) $(LONG)
+run-length-long = $(run-length) $(LONG)
+LONG = $(if $(filter tiny,$(SIZE)),,--steps 75)#  three times as long
 run-adversarial = $(from-sft) --reward $(OUT)/rm-adversarial.pt --beta 0
 run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
 run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt
@@ -190,9 +193,10 @@ $(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	$(RM) --data $< --out $@ --seed $$(($(SEED) + 1000 * $*))
 
 ON_HELD_OUT = --eval-data $(PROMPTS) --eval-prompts 1000 --eval-every 4 --watch "judge, $(OUT)/rm.pt"
-$(LAB)/%.pt: $(OUT)/ppo.pt $(OUT)/rm.1.pt $(OUT)/rm.2.pt train_ppo.py
+$(LAB)/%.pt: $(OUT)/ppo.pt train_ppo.py
 	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
 $(LAB)/adversarial.pt: $(OUT)/rm-adversarial.pt
+$(LAB)/ensemble.pt: $(OUT)/rm.1.pt $(OUT)/rm.2.pt
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt lab/hacking.py
 	$(PY) -m lab.hacking best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(PROMPTS) --out $@ $(FLAGS)

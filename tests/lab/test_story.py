@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lab import reader, story
+from lab import progress, reader, story
 from nanoalign import UserError
 
 
@@ -70,16 +70,52 @@ def test_a_folder_that_is_no_demos_is_one_sentence(demo, tmp_path):
         story.main([str(tmp_path / "nowhere")])
 
 
-def test_the_readers_table_is_means_over_seeds_of_the_gap_to_the_ceiling(tmp_path, capsys):
+def test_the_readers_tables_are_means_over_seeds_of_the_models_that_there_are(tmp_path, capsys):
     for seed, own in enumerate((0.6, 0.7)):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        for name in reader.MODELS:
+        families = {"fact": {"accuracy": own + 0.1, "pairs": 7 + seed}, "chat": {"accuracy": own, "pairs": 1}}
+        if seed:
+            del families["chat"]  # too rare to be in all of the seeds: no mean of it
+        report = {
+            "expected_accuracy": own,
+            "ceiling": 0.8,
+            "by_family": families,
+            "probe": {"padded": {"model": -own}},
+        }
+        for name in ("plain", "reader"):
             for end in (".json", ".unseen.json"):
-                (folder / f"{name}{end}").write_text(json.dumps({"expected_accuracy": own, "ceiling": 0.8}))
+                (folder / f"{name}{end}").write_text(json.dumps(report))
     reader.main([str(tmp_path / "0"), str(tmp_path / "1")])
     lines = capsys.readouterr().out.splitlines()
     cells = "| 0.650 ± 0.050 | 0.800 ± 0.000 | 0.150 ± 0.050 " * 2 + "|"
-    assert sum(line.endswith(cells) for line in lines) == len(reader.MODELS)
+    assert [line.split(" |")[0] for line in lines if line.endswith(cells)] == [
+        "| no reader",
+        "| with a reader",
+    ]
+    assert "| fact | 0.750 ± 0.050 | 7.500 ± 0.500 |" in lines
+    assert "| padded | -0.650 ± 0.050 |" in lines
+    assert not any("chat" in line for line in lines)
     with pytest.raises(UserError, match="name the folders"):
         reader.main([])
+
+
+def test_what_runs_changed_is_their_last_evaluation_less_their_first(tmp_path, capsys):
+    for seed, last in enumerate((0.5, 0.9)):
+        rows = [{"step": 0, "eval_reward": 0.25, "eval_kl": 0.0}, {"step": 1, "loss": 3.0}]
+        rows += [
+            {"step": 2, "eval_reward": 9.0, "eval_kl": 1.0},
+            {"step": 3, "eval_reward": last, "eval_kl": 2.0},
+        ]
+        (tmp_path / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = [str(tmp_path / "0.jsonl"), str(tmp_path / "1.jsonl")]
+    progress.main(paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | reward | kl |"
+    assert lines[2] == f"| {paths[0]} | 0.250 → 0.500 | 0.000 → 2.000 |"
+    assert lines[4] == "| change | 0.450 ± 0.200 | 2.000 ± 0.000 |"
+    (tmp_path / "1.jsonl").write_text(json.dumps({"step": 0, "eval_reward": 0.25}))
+    with pytest.raises(UserError, match="no two held-out evaluations"):
+        progress.main(paths)
+    with pytest.raises(UserError, match="name the metrics files"):
+        progress.main([])
