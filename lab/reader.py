@@ -3,9 +3,9 @@
     python -m lab.reader out/seed*/reader
 
 Each folder is one seed's, as `make reader` fills it: reports of lab/reward_report.py on the split's prompts
-(X.json) and on pairs about entities and in phrasings that no training prompt has (X.unseen.json). A model that
-no folder has is left out. Of the one with a reader also: its accuracy by family, and what restyling a response
-changes: its log-odds of being preferred by the model and by the world's people, and the judge's utility.
+(X.json) and on pairs about entities and in phrasings that no training prompt has (X.unseen.json). A model
+that no folder has is left out. Of the one with a reader also: its accuracy by family, and what restyling a
+response changes: its log-odds of being preferred by the model and by people, and the judge's utility.
 """
 
 from pathlib import Path
