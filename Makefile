@@ -40,8 +40,8 @@ setup: .venv/installed  ## create .venv and install what is needed
 # of models this small, two with a thread each beat one with two
 demo: .venv/installed  ## world → pretrain → SFT → preferences → every method → what each changed; a process reward model
 	+@$(MAKE) --no-print-directory $(OUT)/base.pt
-	+@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --no-print-directory -j$(JOBS) \
-	  $(addprefix $(OUT)/,scorecard.txt rm.report.txt best_of_8.txt)
+	+@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --no-print-directory -j$(JOBS) $(CHECKPOINTS) $(OUT)/best_of_8.txt
+	+@$(MAKE) --no-print-directory $(OUT)/rm.report.txt $(OUT)/scorecard.txt
 	@echo && $(PY) -m lab.story $(OUT)
 	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 

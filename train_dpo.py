@@ -21,7 +21,7 @@ one; its β is therefore per token. SimPO's γ is subtracted as it is: not the r
 
 A healthy run: dpo, cdpo and robust start at ln 2, ipo at 1/(4β²) (checked); the accuracy rises above one
 half, the margin grows. The log-prob of the chosen responses usually *falls*, only less than that of the
-rejected: watch logp_chosen and logp_rejected. In the demo held-out accuracy reaches 64 % at a KL of 1.1.
+rejected: watch logp_chosen and logp_rejected. In the demo held-out accuracy reaches 67 % at a KL of 0.4.
 """
 
 import copy

@@ -28,8 +28,8 @@ not redrawn.
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score (what is trained on:
 --missing-eos-score is in it, and not in the held-out `reward`), an end-token rate near 1, equal_groups well
-below 1. In the demo the score goes from 0 to 0.8 of the reward model's standard
-deviations at a KL of 1.5, and responses grow from 14 to 17 tokens.
+below 1. In the demo the held-out reward rises by a quarter of the reward model's standard
+deviation at a KL of 0.3.
 """
 
 from dataclasses import dataclass

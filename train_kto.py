@@ -19,7 +19,7 @@ A healthy run: at step 0 r = z = 0, so every row costs half its weight (checked)
 desirable responses (reward_chosen) rises above that of the undesirable (reward_rejected), and z stays small.
 A z of 0 throughout means that the mismatched log-ratios are negative on average: the clamp is at work, and
 the reference point is the reference model. So it is in the demo, where both rewards fall, the undesirable one
-further: held-out AUC 0.63, margin 0.24, KL 2.1.
+further: held-out AUC 0.67, margin 0.19, KL 1.3.
 """
 
 import copy

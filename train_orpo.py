@@ -13,7 +13,7 @@ p L(x, y_w, y_l) + (1−p) L(x, y_l, y_w), as if the pair stood there in both or
 
 A healthy run: nll falls as in SFT, odds_loss starts near ln 2 and falls more slowly, log_odds_ratio rises
 above 0. The log-probs of *both* sides rise at first, because rejected answers are answers too. In the demo
-nll goes from 2.3 to 0.5, odds_loss from 0.97 to 0.42 (held out 0.65), held-out accuracy to 63 %.
+nll goes from 2.0 to 0.7 (held out 0.5), odds_loss from 0.73 to 0.54 (0.61), held-out accuracy to 69 %.
 """
 
 import math

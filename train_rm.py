@@ -15,7 +15,7 @@ After training, scores are shifted and scaled to mean 0 and standard deviation 1
 responses; both numbers stay in the checkpoint ("normalisation"), as probabilities need the scale of training.
 
 A healthy run: held-out accuracy rises from one half towards the ceiling, which noisy labels set. The demo's
-gets to some 70 % of a possible 79 % (lab/reward_report.py; `make reader`: what the reader is worth).
+gets to some 73 % of a possible 79 % (lab/reward_report.py; `make reader`: what the reader is worth).
 """
 
 from dataclasses import dataclass
