@@ -1,6 +1,7 @@
 """Scorecards of several seeds → one markdown table, mean ± standard error over seeds.
 
 python -m lab.seeds out/seed0/scorecard.json out/seed1/scorecard.json out/seed2/scorecard.json
+python -m lab.seeds out/seed*/scorecard.json utility "win rate"          # some of its rows only
 """
 
 import json
@@ -45,7 +46,9 @@ def is_card(overall) -> bool:
     return all(isinstance(v, list) and len(v) == 2 and all(isinstance(x, number) for x in v) for v in values)
 
 
-def main(paths: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    paths = [path for path in arguments if path.endswith(".json")]
+    only = [name for name in arguments if name not in paths]
     if not paths:
         raise UserError("name the scorecards, as written by evaluate.py.")
     reports = scorecards(paths)
@@ -54,7 +57,10 @@ def main(paths: list[str]) -> None:
         raise UserError("the scorecards are not of the same checkpoints.")
     checkpoints = [list(report.values()) for report in reports]
     print(visible(f"| {len(paths)} seeds | {' | '.join(names)} |\n|---|{'---|' * len(names)}"))
-    for metric in checkpoints[0][0]["overall"]:
+    metrics = checkpoints[0][0]["overall"]
+    if unknown := set(only) - set(metrics):
+        raise UserError(f"no scorecard has {min(unknown)!r}; they have {', '.join(metrics)}.")
+    for metric in only or metrics:
         cells = [
             over_seeds([card[i]["overall"][metric][0] for card in checkpoints]) for i in range(len(names))
         ]

@@ -153,6 +153,20 @@ def test_scorecards_that_are_missing_or_do_not_match_are_a_sentence(folders, tmp
         seeds([f"{folder}/scorecard.json" for folder in folders])
 
 
+def test_a_table_over_seeds_has_all_rows_or_those_that_are_named(folders, capsys):
+    cards = [f"{folder}/scorecard.json" for folder in folders]
+    seeds(cards)
+    every = capsys.readouterr().out.splitlines()
+    seeds([*cards, "over-refusal"])
+    assert capsys.readouterr().out.splitlines() == [
+        *every[:2],
+        *(r for r in every if "| over-refusal |" in r),
+    ]
+    assert len(every) > 3
+    with pytest.raises(UserError, match="no scorecard has 'overrefusal'; they have "):
+        seeds([*cards, "overrefusal"])
+
+
 def test_the_picture_has_a_point_per_policy_and_the_front_as_a_line(folders, tmp_path, monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     drawn = []
