@@ -121,7 +121,10 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else "")
 
 
-def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) -> None:
+FITTED = {"best-of-n": False, "beta-0-long": True}  # run: is the form of Gao et al. the logarithmic one?
+
+
+def report(folders: list[str], kls: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)) -> None:
     runs: dict[str, list[list[dict]]] = {}
     for folder in folders:
         for path in sorted(Path(folder).glob("*.metrics.jsonl")):
@@ -147,13 +150,15 @@ def report(folders: list[str], kls: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)) ->
                     (name, seed, i, *(round(p[key], 5) for key in ("kl", "proxy", "judge")))
                     for i, p in enumerate(points)
                 )
-    print(f"\nwrote {folders[0]}/curves.csv")
+    print(f"wrote {folders[0]}/curves.csv", file=sys.stderr)
+    print()
     for name, curves in runs.items():
-        if name in ("best-of-n", "beta-0"):
-            form = "d (α − β log d)" if name == "beta-0" else "d (α − β d)"
+        if name in FITTED:
+            form = f"d (α − β {'log ' * FITTED[name]}d)"
             for key in ("proxy", "judge"):
-                fits = np.array([fit(points, key, name == "beta-0") for points in curves])
-                print(f"{name}, {key}: {form} with α = {fits[:, 0].mean():.2f}, β = {fits[:, 1].mean():.2f}")
+                fits = np.array([fit(points, key, FITTED[name]) for points in curves])
+                a, b = (spread(column) for column in fits.T.tolist())
+                print(f"- {name}, {key}: {form} with α = {a}, β = {b}")
     cards = failure_modes(folders)
     if cards:
         print_failures(cards)
@@ -190,7 +195,7 @@ def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no plots: pip install -e '.[plot]' draws them")
+        print("no plots: pip install -e '.[plot]' draws them", file=sys.stderr)
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -201,10 +206,10 @@ def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
             points = curves[0]
             d = np.sqrt([max(p["kl"], 0.0) for p in points])
             [line] = axis.plot(d, [p[key] for p in points], "o-", ms=3, lw=1, label=name)
-            if name in ("best-of-n", "beta-0"):
-                alpha, beta = fit(points, key, name == "beta-0")
+            if name in FITTED:
+                alpha, beta = fit(points, key, FITTED[name])
                 x = np.linspace(0.05, d.max(), 200)
-                fitted = x * (alpha - beta * (np.log(x) if name == "beta-0" else x)) + points[0][key]
+                fitted = x * (alpha - beta * (np.log(x) if FITTED[name] else x)) + points[0][key]
                 axis.plot(x, fitted, "--", color=line.get_color(), lw=1)
     for axis, title in zip(axes, ("proxy: the reward model's score", "the judge's utility")):
         axis.set(xlabel="√KL(policy ‖ SFT), √nats", title=f"{title}, held-out prompts")

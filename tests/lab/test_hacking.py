@@ -36,7 +36,7 @@ def test_the_report_reads_runs_of_several_seeds_and_writes_their_curves(tmp_path
         assert len(curve(folder / "beta-0.metrics.jsonl")) == 3
     report([str(tmp_path / "0"), str(tmp_path / "1")])
     out = capsys.readouterr().out
-    assert "| beta-0 | 2.00 ± 0.00 | 4.00 ± 0.00 | -1.50 ± 0.50 | -0.50 ± 0.50 |" in out
+    assert "| beta-0 | 2.00 ± 0.00 | 4.00 ± 0.00 | -1.50 ± 0.50 | 0.00 ± 0.50 | -0.50 ± 0.50 |" in out
     lines = (tmp_path / "0" / "curves.csv").read_text().splitlines()
     assert lines[0] == "run,seed,evaluation,kl,proxy,judge" and len(lines) == 7
     with pytest.raises(UserError, match="no run"):
