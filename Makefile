@@ -7,7 +7,7 @@ OUT = out/$(if $(filter small,$(SIZE)),demo,$(SIZE))$(if $(filter 0,$(SEED)),,-s
 DEVICE = auto
 SEED = 0
 JOBS = 2#  runs of the demo at a time
-MICRO = 16#  rows at a time: on a CPU, less padding is worth more than larger matrices; MICRO=0 on a GPU: all
+MICRO = $(if $(filter large,$(SIZE)),0,16)#  rows at a time; 0: all. On a CPU less padding is worth more than larger matrices
 PYTHON ?= python3
 
 PY := .venv/bin/python

@@ -185,6 +185,8 @@ def check_flags(config: Config, record: Path) -> tuple[str, str]:
         raise UserError("comparing needs --samples of at least 2; --count is not negative.")
     if config.min_agreement > 1:
         raise UserError(f"--min-agreement {config.min_agreement} is a share of votes: at most 1.")
+    if config.own and not (kind == "ai" and config.own > 0):
+        raise UserError("--own is a weight above 0, of ai:PATH.")
     if config.resume and kind not in ("rm", "ai"):
         raise UserError("--resume is for rm:PATH and ai:PATH; you vote by python -m lab.annotate.")
     if config.resume and not record.exists():
@@ -232,7 +234,8 @@ def main(config: Config) -> None:
         print(f"python -m lab.annotate --votes {record} --out {config.out}")
         return
 
-    before, who = content(record), config.annotator
+    before = content(record)
+    who = config.annotator + (f" --own {config.own:g}" if config.own else "")
     asked = [c for c in comparisons if all(vote["annotator"] != who for vote in c["votes"])]
     if asked and kind in ("rm", "ai"):
         with autocast:

@@ -8,11 +8,12 @@ size=${SIZE:-small}
 out=${OUT:-out/${size/small/demo}}
 make --silent setup && source .venv/bin/activate
 
-pretrain='' sft='' dpo='' rm='' ppo='' kto=264 orpo=310 grpo=33 # the last three in steps
+pretrain='' sft='' dpo='' rm='' ppo='' micro=16 kto=264 orpo=310 grpo=33 # the last three in steps
 case $size in
   tiny) pretrain='--epochs 2 --batch-size 8 --log-every 10' sft='--epochs 3' kto=16 orpo=34 grpo=2
         ppo='--steps 3 --batch-size 32 --minibatch 16' ;;
   small) dpo='--epochs 0.5 --lr 1e-4 --beta 1' rm='--epochs 4 --lr 5e-4' ;;
+  large) micro=0 ;;
 esac
 
 # a world of facts, people and questions; a base model; one that answers
@@ -31,8 +32,8 @@ python train_orpo.py $pairs --init $out/base.pt --out $out/scoreboard/orpo.pt --
 python train_rm.py $pairs --init $out/sft.pt --out $out/rm.pt $rm
 python -m lab.reward_report $pairs --model $out/rm.pt
 policy="--prompts $out/world/prompts.jsonl --init $out/sft.pt --reward $out/rm.pt --watch judge"
-python train_ppo.py $policy --out $out/ppo.pt --micro-batch 16 $ppo
-python train_grpo.py $policy --out $out/scoreboard/grpo.pt --micro-batch 16 --steps $grpo
+python train_ppo.py $policy --out $out/ppo.pt --micro-batch $micro $ppo
+python train_grpo.py $policy --out $out/scoreboard/grpo.pt --micro-batch $micro --steps $grpo
 python evaluate.py --checkpoints $out/{base,sft,dpo,scoreboard/kto,scoreboard/orpo,ppo,scoreboard/grpo}.pt \
   --baseline $out/sft.pt --prompts $out/world/prompts_held_out.jsonl --out $out/scorecard.json
 

@@ -4,9 +4,8 @@
 
 Each folder is one seed's, as `make claims SEEDS=3` fills it on top of results, scoreboard, hacking, prm, cai,
 pareto and weak-to-strong. A claim is one or several differences that must be above zero. Printed of each
-difference is its mean over seeds and the standard error of that mean, the larger of two: over seeds, and
-within them. All above zero by more than two errors: the claim holds here. One below by more than two: it does
-not. Else it cannot be said.
+difference is its mean over seeds and half of its 95 % interval (lab/evidence.py). All intervals above zero:
+the claim holds here. One below: it does not. Else it cannot be said.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from lab import run_on_paths
 from lab.evidence import Number, Seed, exact, less, moved, over_seeds, side
+from lab.hacking import at_kl
 from lab.scoreboard import table
 from nanoalign import UserError
 
@@ -45,9 +45,16 @@ def more(a: str, b: str, metric: str) -> Callable[[Seed], Number]:
     return lambda s: less(s.value(a, metric), s.value(b, metric))
 
 
-def helps(run: str, other="beta-0") -> Callable[[Seed], Number]:
-    """By the judge's utility on held-out prompts, at the end of two runs of `make hacking`."""
-    return last("eval_judge", f"hacking/{run}", f"hacking/{other}")
+def helps(run: str, other="beta-0-long") -> Callable[[Seed], Number]:
+    """By the judge's utility, of two runs of `make hacking`, at the highest KL that both get to."""
+
+    def measure(s: Seed) -> Number:
+        curves = s.curve(run), s.curve(other)
+        kl = min(max(point["kl"] for point in points) for points in curves)
+        one, two = (at_kl(points, kl, "judge") for points in curves)
+        return exact(one - two)
+
+    return measure
 
 
 def last(metric: str, a: str, b: str) -> Callable[[Seed], Number]:
@@ -71,15 +78,16 @@ def better_rm(a: str, b: str) -> Callable[[Seed], Number]:
 
 
 def falls_from_its_peak(run: str) -> Callable[[Seed], Number]:
+    """The even looks say where the peak is, the odd ones beside it how high, the last odd one what is left: a
+    peak that is looked for and measured on the same figures is always above the end."""
+
     def measure(s: Seed) -> Number:
-        judge = s.rows(run, "eval_judge")
-        return exact(max(judge) - judge[-1])
+        judge = [point["judge"] for point in s.curve(run)]
+        peak = 2 * max(range(len(judge[::2])), key=judge[::2].__getitem__)
+        beside = [judge[i] for i in (peak - 1, peak + 1) if 0 < i < len(judge)]
+        return exact(mean(beside) - judge[1::2][-1])
 
     return measure
-
-
-def best_prm(s: Seed, n: int) -> Number:
-    return max(s.best("prm-min", n), s.best("prm-product", n))
 
 
 def learnt(a: str, b: str) -> Callable[[Seed], Number]:
@@ -103,14 +111,16 @@ CLAIMS = [
     Claim("Few good demonstrations beat many noisy ones", "claims", {
         "win rate of SFT on 1,200 good ones less one half": wins("claims/sft-clean")}),
     Claim("A reward model's accuracy is bounded by the noise of its labels", "results", {
-        "ceiling less expected accuracy": lambda s: less(s.accuracy(RM, "ceiling"), s.accuracy(RM))}),
+        "ceiling less accuracy on the labels given":
+            lambda s: less(s.accuracy(RM, "ceiling"), s.accuracy(RM, "accuracy"))}),
     Claim("More comparisons help, with diminishing returns", "claims", {
         "accuracy: all pairs less an eighth": better_rm(RM, "claims/rm-eighth.json"),
         "the gain from ⅛ to ¼ less that from ½ to all": diminishing}),
     Claim("Label smoothing helps with noisy labels", "claims", {
         "accuracy: smoothed less not": better_rm("claims/rm-smoothed.json", RM)}),
     Claim("Filtering by agreement helps with noisy labels", "claims", {
-        "accuracy: pairs on which three agree less all pairs": better_rm("claims/rm-agreed.json", RM)}),
+        "accuracy: pairs on which three agree less all pairs with three votes":
+            better_rm("claims/rm-agreed.json", "claims/rm-voted.json")}),
     Claim("People agree on easy pairs at 85 to 95 %, on hard ones at 55 to 65 %", "results", {
         "easy: within 0.85 and 0.95 by": lambda s: exact(0.05 - abs(s.agreements["easy"] - 0.9)),
         "hard: within 0.55 and 0.65 by": lambda s: exact(0.05 - abs(s.agreements["hard"] - 0.6))}),
@@ -121,7 +131,7 @@ CLAIMS = [
         "win rate: own critic less a head on the policy": beats("scoreboard/ppo", "claims/ppo-shared")}),
     Claim("Without the KL penalty the reward is hacked", "hacking", {
         "the proxy's rise": lambda s: moved(s.rows("hacking/beta-0-long", "eval_rm")),
-        "the judge's fall from its peak": falls_from_its_peak("hacking/beta-0-long")}),
+        "the judge's fall from its peak": falls_from_its_peak("beta-0-long")}),
     Claim("β too high: nothing changes", "claims", {
         "0.05 less the distance of the win rate at β = 3 from one half":
             lambda s: (0.05 - abs(s.won("claims/ppo-tight")[0] - 0.5), s.won("claims/ppo-tight")[1])}),
@@ -183,22 +193,23 @@ CLAIMS = [
     Claim("Sycophancy grows under people who like agreement", "claims", {
         "agreement with false beliefs: DPO on them less on people without that taste":
             more("scoreboard/dpo", "claims/dpo-no-agreement", "sycophancy")}),
-    Claim("Padding grows under people who like length", "claims", {
-        "needless sentences: DPO on them less on people without any taste":
-            more("scoreboard/dpo", "claims/dpo-no-taste", "padding (sentences)")}),
+    Claim("Answers grow longer under people who like length", "claims", {
+        "words: DPO on them less on people without that taste":
+            more("scoreboard/dpo", "claims/dpo-no-length", "length (words)")}),
     Claim("An ensemble helps against over-optimisation", "hacking", {
-        "utility without penalty: the least of three less one": helps("ensemble")}),
+        "utility at equal KL: the least of three less one": helps("ensemble-long")}),
     Claim("A second round of data helps", "hacking", {
-        "utility: collected again less only continued": helps("iterated", "continued")}),
+        "utility at the end: collected again less only continued":
+            last("eval_judge", "hacking/iterated", "hacking/continued")}),
     Claim("A length penalty helps against over-optimisation", "hacking", {
-        "utility without KL penalty: with less without": helps("length-long", "beta-0-long")}),
+        "utility at equal KL: with less without": helps("length-long")}),
     Claim("Adversarial training helps against over-optimisation", "hacking", {
-        "utility without KL penalty: with less without": helps("adversarial")}),
+        "utility at equal KL: with less without": helps("adversarial-long")}),
     Claim("A process model beats an outcome model in best of n", "prm", {
-        "right at n = 16: process less outcome": lambda s: less(best_prm(s, 16), s.best("orm", 16))}),
+        "right at n = 16: process less outcome": lambda s: less(s.best("prm-min", 16), s.best("orm", 16))}),
     Claim("A process model beats the commonest answer", "prm", {
         f"right at n = {n}: process less majority":
-            lambda s, n=n: less(best_prm(s, n), s.best("majority", n)) for n in (4, 16, 64)}),
+            lambda s, n=n: less(s.best("prm-min", n), s.best("majority", n)) for n in (4, 16, 64)}),
     Claim("AI labels do what people's labels do", "cai", {
         "win rate: DPO on them less where it starts": beats("cai/ai", "cai/sl-cai"),
         "win rate: AI's labels less people's, plus 0.02": matches("cai/ai", "cai/human")}),
@@ -228,13 +239,16 @@ def main(folders: list[str]) -> None:
     for claim in CLAIMS:
         try:
             figures = {what: over_seeds([test(s) for s in seeds]) for what, test in claim.tests.items()}
-        except (OSError, ValueError, LookupError, TypeError, UserError) as error:
+        except (OSError, UserError) as error:
             rows.append([claim.text, f"not measured: {error}"[:100], "–", f"`make {claim.how} SEEDS=3`"])
             continue
         told = "<br>".join(f"{what}: {value:+.3f} ± {error:.3f}" for what, (value, error) in figures.items())
         rows.append([claim.text, told, verdict(list(figures.values())), f"`make {claim.how} SEEDS=3`"])
     numbered = [[str(i), *row] for i, row in enumerate(rows, 1)]
-    table(["", "claim", f"measured, {len(seeds)} seeds", "verdict", "command"], numbered)
+    table(
+        ["", "claim", f"measured, {len(seeds)} seeds (± half of the 95 % interval)", "verdict", "command"],
+        numbered,
+    )
 
 
 if __name__ == "__main__":

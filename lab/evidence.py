@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from lab.agreement import impressions, preferences
+from lab.hacking import curve
 from lab.plot import read_curves
 from lab.scoreboard import cost
 from lab.seeds import read_report, scorecards
@@ -43,26 +44,35 @@ class Seed:
         return found, error or 0.0
 
     def won(self, name: str) -> Number:
-        """The win rate against SFT."""
+        """The win rate against the baseline of the scorecard: SFT, of cai/ the assistant."""
         return self.value(name, "win rate")
 
     def accuracy(self, path: str, part="expected_accuracy") -> Number:
-        figure, error = (
-            read_report(self.folder / path, name, "lab/reward_report.py") for name in (part, "accuracy_error")
-        )
-        return figure, error
+        """Of a reward model. Models are compared on the same pairs: the error is left to the seeds."""
+        return exact(read_report(self.folder / path, part, "lab/reward_report.py"))
 
     def rows(self, run: str, metric: str) -> list[float]:
         """A metric of a run, in the order it was logged."""
         rows = self.once(f"{run}.metrics.jsonl", readable_rows)
-        return [row[metric] for row in rows if row.get(metric) is not None]
+        if found := [row[metric] for row in rows if row.get(metric) is not None]:
+            return found
+        raise UserError(f"{self.folder}/{run}.metrics.jsonl has no {metric}.")
+
+    def curve(self, run: str) -> list[dict]:
+        """The held-out evaluations of a run of `make hacking`: kl, proxy and judge."""
+        if found := self.once(f"hacking/{run}.metrics.jsonl", curve):
+            return found
+        raise UserError(f"{self.folder}/hacking/{run}.metrics.jsonl has no evaluation by the judge.")
 
     def cost(self, run: str, what: str) -> Number:
         return exact(cost(self.folder / f"{run}.metrics.jsonl")[what])
 
     def best(self, selector: str, n: int) -> Number:
         """The share right of the best of n, by a selector of best_of_n.py."""
-        return self.once("best_of_n.csv", read_curves)[selector][n]
+        curves = self.once("best_of_n.csv", read_curves)
+        if n not in curves.get(selector, ()):
+            raise UserError(f"{self.folder}/best_of_n.csv has no {selector} of {n}.")
+        return curves[selector][n]
 
     @cached_property
     def agreements(self) -> dict[str, float]:
@@ -92,17 +102,21 @@ def moved(values: list[float]) -> Number:
     return exact(mean(values[-tenth:]) - mean(values[:tenth]))
 
 
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # so many seeds: the 97.5 % quantile of Student's t
+
+
 def over_seeds(found: list[Number]) -> Number:
-    """Figures of seeds, each with its own error → their mean, and the larger of two errors of it: of one seed
-    whose error is not known, infinite."""
+    """Figures of seeds, each with its own standard error → their mean, and half of its 95 % interval: the
+    larger of those by the errors within the seeds and by the spread over them. Of one seed whose error is not
+    known it is infinite; of more than five seeds a little too wide."""
     values, errors = zip(*found)
     n = len(values)
-    within = math.sqrt(sum(error**2 for error in errors)) / n
-    between = stdev(values) / math.sqrt(n) if n > 1 else 0.0 if within else math.inf
+    within = 1.96 * math.sqrt(sum(error**2 for error in errors)) / n
+    between = STUDENT.get(n, 2.78) * stdev(values) / math.sqrt(n) if n > 1 else 0.0 if within else math.inf
     return mean(values), max(within, between)
 
 
 def side(figure: Number) -> int:
-    """1: above zero by more than two errors; −1: below; 0: neither."""
-    value, error = figure
-    return 0 if abs(value) <= 2 * error else 1 if value > 0 else -1
+    """1: the interval is above zero; −1: below; 0: neither."""
+    value, half = figure
+    return 0 if abs(value) <= half else 1 if value > 0 else -1

@@ -37,7 +37,7 @@ method-robust = $(method-dpo) --loss robust
 method-ipo = train_dpo.py --loss ipo $(from-pairs)
 method-simpo = train_dpo.py --loss simpo $(from-pairs)
 method-rpo = $(method-dpo) --sft-weight 1
-method-online = -m lab.train_online_dpo --reward $(OUT)/rm.pt --beta 0.2 $(from-pairs)
+method-online = -m lab.train_online_dpo --reward $(OUT)/rm.pt --beta 1 $(from-pairs)
 method-chosen = train_sft.py --data $(OUT)/pairs.jsonl --init $(OUT)/base.pt \
   --steps $$((($(RESPONSES) + $(SFT_RESPONSES)) / 32))#  the control: only imitate the chosen side
 method-ppo = train_ppo.py $(from-prompts)
@@ -167,7 +167,8 @@ cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences
 # PPO against the learned reward without and with a penalty, against the judge itself, and with each mitigation.
 
 LAB = $(OUT)/hacking
-RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued beta-0-long length-long
+RUNS = beta-0 beta-0.05 beta-0.1 beta-0.2 judge ensemble length adaptive adversarial continued \
+  beta-0-long ensemble-long length-long adversarial-long
 from-sft = --init $(OUT)/sft.pt --critic $(OUT)/rm.pt
 run-beta-0 = $(from-sft) --reward $(OUT)/rm.pt --beta 0
 run-beta-0.05 = $(from-sft) --reward $(OUT)/rm.pt --beta 0.05
@@ -177,7 +178,9 @@ run-judge = $(from-sft) --reward judge
 run-ensemble = $(from-sft) --reward min:$(OUT)/rm.pt,$(OUT)/rm.1.pt,$(OUT)/rm.2.pt --beta 0
 run-length = $(from-sft) --reward "$(OUT)/rm.pt - 0.05*length" --beta 0
 run-beta-0-long = $(run-beta-0) $(LONG)
+run-ensemble-long = $(run-ensemble) $(LONG)
 run-length-long = $(run-length) $(LONG)
+run-adversarial-long = $(run-adversarial) $(LONG)
 LONG = $(if $(filter tiny,$(SIZE)),,--steps 75)#  three times as long
 run-adversarial = $(from-sft) --reward $(OUT)/rm-adversarial.pt --beta 0
 run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
@@ -195,8 +198,8 @@ $(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 ON_HELD_OUT = --eval-data $(PROMPTS) --eval-prompts 1000 --eval-every 4 --watch "judge, $(OUT)/rm.pt"
 $(LAB)/%.pt: $(OUT)/ppo.pt train_ppo.py
 	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
-$(LAB)/adversarial.pt: $(OUT)/rm-adversarial.pt
-$(LAB)/ensemble.pt: $(OUT)/rm.1.pt $(OUT)/rm.2.pt
+$(LAB)/adversarial.pt $(LAB)/adversarial-long.pt: $(OUT)/rm-adversarial.pt
+$(LAB)/ensemble.pt $(LAB)/ensemble-long.pt: $(OUT)/rm.1.pt $(OUT)/rm.2.pt
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt lab/hacking.py
 	$(PY) -m lab.hacking best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(PROMPTS) --out $@ $(FLAGS)
@@ -396,6 +399,7 @@ $(CLAIMS)/flipped.jsonl: $(PAIRS) lab/variants.py
 $(CLAIMS)/certain.jsonl: $(PAIRS) lab/variants.py
 	$(PY) -m lab.variants certain --rows $< --count 64 --out $@ --seed $(SEED)
 $(CLAIMS)/thumbs.jsonl: $(PAIRS)
+	@mkdir -p $(CLAIMS)
 	cp $(PAIRS:.jsonl=.thumbs.jsonl) $@
 $(CLAIMS)/lopsided.jsonl: $(CLAIMS)/thumbs.jsonl lab/variants.py
 	$(PY) -m lab.variants lopsided --rows $< --share 0.9 --out $@ --seed $(SEED)
@@ -404,10 +408,12 @@ $(CLAIMS)/lopsided.jsonl: $(CLAIMS)/thumbs.jsonl lab/variants.py
 CLAIMS_COLLECT = $(PY) collect.py --prompts $(WORLD)/prompts.jsonl --policy $(OUT)/sft.pt $(FLAGS)
 $(CLAIMS)/agreed.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py
 	$(CLAIMS_COLLECT) --votes 3 --min-agreement 1 --out $@
+$(CLAIMS)/voted.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py
+	$(CLAIMS_COLLECT) --votes 3 --out $@
 $(CLAIMS)/no-agreement.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
 	$(CLAIMS_COLLECT) --annotator "lab/tastes.py:without(agreement)" --out $@
-$(CLAIMS)/no-taste.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
-	$(CLAIMS_COLLECT) --annotator "lab/tastes.py:without(all)" --out $@
+$(CLAIMS)/no-length.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt lab/tastes.py
+	$(CLAIMS_COLLECT) --annotator "lab/tastes.py:without(length)" --out $@
 $(CLAIMS)/foreign.jsonl: $(WORLD)/prompts.jsonl $(BOARD)/orpo.pt collect.py
 	$(CLAIMS_COLLECT) --policy $(BOARD)/orpo.pt --out $@
 
@@ -422,7 +428,7 @@ claim-dpo-certain = $(method-dpo) --beta 0.1 --data $(CLAIMS)/certain.jsonl
 claim-ipo-certain = $(method-ipo) --data $(CLAIMS)/certain.jsonl
 claim-dpo-foreign = $(method-dpo) --data $(CLAIMS)/foreign.jsonl
 claim-dpo-no-agreement = $(method-dpo) --data $(CLAIMS)/no-agreement.jsonl
-claim-dpo-no-taste = $(method-dpo) --data $(CLAIMS)/no-taste.jsonl
+claim-dpo-no-length = $(method-dpo) --data $(CLAIMS)/no-length.jsonl
 claim-kto-thumbs = $(method-kto) --data $(CLAIMS)/thumbs.jsonl
 claim-kto-lopsided = $(method-kto) --data $(CLAIMS)/lopsided.jsonl
 claim-ppo-slow = $(method-ppo) --lr 7e-5
@@ -434,22 +440,24 @@ claim-rm-half = train_rm.py --data $(CLAIMS)/half.jsonl $(of-rm)
 claim-rm-quarter = train_rm.py --data $(CLAIMS)/quarter.jsonl $(of-rm)
 claim-rm-eighth = train_rm.py --data $(CLAIMS)/eighth.jsonl $(of-rm)
 claim-rm-agreed = train_rm.py --data $(CLAIMS)/agreed.jsonl $(of-rm)
+claim-rm-voted = train_rm.py --data $(CLAIMS)/voted.jsonl $(of-rm)
 claim-rm-smoothed = train_rm.py --data $(PAIRS) --label-smoothing 0.1 $(of-rm)
-claim-rm-shuffled = -m lab.shuffled_pairs --data $(PAIRS) --batch-size 96 $(of-rm)
+claim-rm-shuffled = -m lab.shuffled_pairs --data $(PAIRS) --batch-size 75 $(of-rm)#  as many steps: 16 prompts have some 75 pairs
 of-rm = --init $(OUT)/sft.pt $(RM_FLAGS_$(SIZE))
 
 CLAIM_POLICIES = $(addprefix $(CLAIMS)/,$(addsuffix .pt,sft-clean dpo-slow dpo-fast dpo-loose dpo-flipped cdpo-flipped \
-  robust-flipped dpo-certain ipo-certain dpo-foreign dpo-no-agreement dpo-no-taste kto-thumbs kto-lopsided ppo-slow \
+  robust-flipped dpo-certain ipo-certain dpo-foreign dpo-no-agreement dpo-no-length kto-thumbs kto-lopsided ppo-slow \
   ppo-fast ppo-unclipped ppo-shared ppo-tight))
-CLAIM_REWARDS = $(addprefix $(CLAIMS)/rm-,$(addsuffix .json,half quarter eighth agreed smoothed shuffled))
+CLAIM_REWARDS = $(addprefix $(CLAIMS)/rm-,$(addsuffix .json,half quarter eighth agreed voted smoothed shuffled))
 $(CLAIMS)/sft-clean.pt: $(CLAIMS)/clean.jsonl
 $(patsubst %,$(CLAIMS)/%-flipped.pt,dpo cdpo robust): $(CLAIMS)/flipped.jsonl
 $(patsubst %,$(CLAIMS)/%-certain.pt,dpo ipo): $(CLAIMS)/certain.jsonl
-$(patsubst %,$(CLAIMS)/dpo-%.pt,foreign no-agreement no-taste): $(CLAIMS)/dpo-%.pt: $(CLAIMS)/%.jsonl
+$(patsubst %,$(CLAIMS)/dpo-%.pt,foreign no-agreement no-length): $(CLAIMS)/dpo-%.pt: $(CLAIMS)/%.jsonl
 $(patsubst %,$(CLAIMS)/kto-%.pt,thumbs lopsided): $(CLAIMS)/kto-%.pt: $(CLAIMS)/%.jsonl
-$(patsubst %,$(CLAIMS)/rm-%.pt,half quarter eighth agreed): $(CLAIMS)/rm-%.pt: $(CLAIMS)/%.jsonl
+$(patsubst %,$(CLAIMS)/rm-%.pt,half quarter eighth agreed voted): $(CLAIMS)/rm-%.pt: $(CLAIMS)/%.jsonl
 $(CLAIMS)/%.pt: $(PAIRS) $(OUT)/rm.pt
 	$(train) $(claim-$*) --out $@ --resume $(FLAGS)
+$(CLAIMS)/rm-shuffled.pt $(CLAIMS)/rm-smoothed.pt: $(PAIRS)
 $(CLAIMS)/rm-%.json: $(CLAIMS)/rm-%.pt lab/reward_report.py
 	$(REPORT) --model $< --data $(PAIRS) --out $@ > $(@:.json=.txt)
 $(CLAIMS)/scorecard.json: $(PROMPTS) $(CLAIM_POLICIES) evaluate.py
@@ -457,5 +465,5 @@ $(CLAIMS)/scorecard.json: $(PROMPTS) $(CLAIM_POLICIES) evaluate.py
 
 .PHONY: claims
 claims: .venv/installed  ## the textbook on trial: every claim, its experiment, the figure, the verdict
-	$(call over-seeds,claims/scorecard.json $(CLAIM_REWARDS:$(OUT)/%=%))
+	$(call over-seeds,rm.report.txt scoreboard/scorecard.json hacking/beta-0.pt hacking/beta-0.1.pt $(CLAIM_REWARDS:$(OUT)/%=%) claims/scorecard.json)
 	$(PY) -m lab.claims $(call of-seeds,)

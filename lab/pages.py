@@ -37,7 +37,11 @@ def printed(command: str) -> str:
 
 
 def renewed(page: str, run=printed) -> str:
-    """A page with every block as its command prints it now."""
+    """A page with every block as its command prints it now; UserError if a block does not end."""
+    if page.count("<!-- python -m lab.") != len(blocks := BLOCK.findall(page)):
+        raise UserError(
+            f"a table has no `<!-- end -->`: it is not behind one of {[name for name, _ in blocks]}."
+        )
     return BLOCK.sub(lambda block: f"<!-- {block[1]} -->\n{run(block[1])}\n<!-- end -->", page)
 
 

@@ -83,8 +83,8 @@ def beside_its_ceiling(margins: np.ndarray, rows: list[dict]) -> dict:
     families = {}
     for kind in sorted(set(kinds)):
         of_kind = kinds == kind
-        right, best = float((margins[of_kind] > 0).mean()), ceiling(p[of_kind])
-        families[kind] = {"accuracy": right, "ceiling": best, "pairs": int(of_kind.sum())}
+        own = np.where(margins > 0, p, 1 - p)[of_kind].mean()
+        families[kind] = {"expected": float(own), "ceiling": ceiling(p[of_kind]), "pairs": int(of_kind.sum())}
     return {"ceiling": ceiling(p.tolist()), "expected_accuracy": expected, "by_family": families}
 
 
@@ -154,9 +154,9 @@ def show(found: dict) -> None:
         print(f"  ceiling  {found['ceiling']:.1%} (no model can exceed it on labels this noisy; exact)")
         expected = found["expected_accuracy"]
         print(f"  expected {expected:.1%} over the labels that these people could have given")
-        print("  by family:" + " " * 30 + "accuracy ceiling  pairs")
+        print("  by family:" + " " * 30 + "expected ceiling  pairs")
         for kind, one in found["by_family"].items():
-            print(f"    {visible(kind):>36} {one['accuracy']:8.1%} {one['ceiling']:7.1%} {one['pairs']:6,}")
+            print(f"    {visible(kind):>36} {one['expected']:8.1%} {one['ceiling']:7.1%} {one['pairs']:6,}")
     print(f"  calibration: ECE {found['ece']:.3f}\n    {'confidence':>10} {'accuracy':>9} {'pairs':>6}")
     for one in found["reliability"]:
         print(f"    {one['confidence']:10.1%} {one['accuracy']:9.1%} {one['pairs']:6,}")

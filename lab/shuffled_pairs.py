@@ -15,7 +15,7 @@ Config = train_rm.Config
 
 
 def one_by_one(pairs: list, rows: list[dict]) -> list[train_rm.Prompt]:
-    """In place of `train_rm.by_prompt`: a "prompt" for each pair."""
+    """In place of `train_rm.by_prompt`: a "prompt" for each pair, which weighs as much as any other."""
     first, second = np.array([0]), np.array([1])
     return [train_rm.Prompt(list(pair), first, second, [row]) for pair, row in zip(pairs, rows)]
 

@@ -40,8 +40,13 @@ def changes(before: dict, card: dict) -> str:
         if change and error and abs(change) > 2 * error:
             values = (written.format(own["overall"][name][0]) for own in (before, card))
             found[(change > 0) == more].append((-abs(change) / error, f"{called} {' → '.join(values)}"))
-    better, worse = (", ".join(text for _, text in sorted(found[side])[:4]) for side in (True, False))
+    better, worse = (listed([text for _, text in sorted(found[side])]) for side in (True, False))
     return f"{better or 'nothing better'}; but {worse}" if worse else better or "no change to speak of"
+
+
+def listed(changed: list[str], most: int = 4) -> str:
+    more = f", and {len(changed) - most} more" if len(changed) > most else ""
+    return ", ".join(changed[:most]) + more
 
 
 def share(card: dict, name: str) -> str:
@@ -80,12 +85,9 @@ def process(path: Path) -> list[tuple[str, str]]:
         return []
     curves = read_curves(str(path))
     n = max(curves["majority"])
-    best = max((curve[n][0], name) for name, curve in curves.items() if name.startswith("prm"))
-    line = f"of a sum one solution is right in {curves['mean'][1][0]:.0%}, the commonest answer of {n} in "
-    line += (
-        f"{curves['majority'][n][0]:.0%}, the best of {n} by the model of steps in {best[0]:.0%} ({best[1]})"
-    )
-    return [("prm", line)]
+    one, most, best = (curves[name][k][0] for name, k in (("mean", 1), ("majority", n), ("prm-min", n)))
+    line = f"of a sum one solution is right in {one:.0%}, the commonest answer of {n} in {most:.0%}, the best"
+    return [("prm", f"{line} of {n} by its least certain step in {best:.0%}")]
 
 
 def main(paths: list[str]) -> None:

@@ -78,7 +78,7 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = load_reference(config.reference, policy, tokenizer, device)
-    reward = make_reward(config.reward, tokenizer, device)
+    reward = make_reward(config.reward, tokenizer, device, ref)
     room = policy.config.context - config.max_new_tokens
     (rows, prompts), held_out = read_prompts(config, tokenizer, room)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)

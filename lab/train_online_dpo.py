@@ -137,7 +137,7 @@ def main(config: Config) -> None:
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = freeze(copy.deepcopy(policy)) if loss.reference else None
-    reward = make_reward(config.reward, tokenizer, device)
+    reward = make_reward(config.reward, tokenizer, device, ref)
 
     rows, eval_rows = read_split(config, config.data, "pairs", 500)
     eval_rows = without_ties(eval_rows, "held-out")

@@ -46,14 +46,21 @@ def part(config: Config, rng: random.Random) -> list[dict]:
     """The pairs of a share of the prompts."""
     rows = read_rows(config.rows, "pairs")
     prompts = list(dict.fromkeys(map(prompt_key, rows)))
-    kept = set(rng.sample(prompts, max(2, round(config.share * len(prompts)))))
+    kept = set(rng.sample(prompts, round(config.share * len(prompts))))
     return [row for row in rows if prompt_key(row) in kept]
+
+
+def without_odds(meta: dict) -> dict:
+    """What is known of a pair but for the people's odds, which are of the sides as they were."""
+    return {name: value for name, value in meta.items() if name != "p_chosen"}
 
 
 def flip(config: Config, rng: random.Random) -> list[dict]:
     """All pairs, in a share of which the sides have changed places."""
     return [
-        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if rng.random() < config.share else row
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"], "meta": without_odds(row["meta"])}
+        if rng.random() < config.share
+        else row
         for row in read_rows(config.rows, "pairs")
     ]
 
@@ -84,6 +91,8 @@ KINDS = {kind.__name__: kind for kind in (clean, part, flip, certain, lopsided)}
 
 def varies(kind):
     def main(config: Config) -> None:
+        if not 0 < config.share <= 1 or config.count < 1:
+            raise UserError("--share is above 0 and at most 1, --count at least 1.")
         rows = kind(config, random.Random(f"{kind.__name__}-{config.seed}"))
         if not rows:
             raise UserError(f"{config.rows} has no row for {kind.__name__}.")

@@ -49,9 +49,9 @@ class Rollout:
         return self.read.get(reader)
 
     def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:
-        """log π_ref of the responses (B, T). mask (B, T), which may be on the CPU: `self.mask`."""
+        """log π_ref of what mask (B, T), which may be on the CPU, is True of; (B, T), 0 elsewhere."""
         if temperature == 1 and ref in self.read:  # some reader of a reward model was the reference
-            return self.read[ref][..., 0].masked_fill(~self.mask, 0)
+            return self.read[ref][..., 0].masked_fill(~mask.to(self.ids.device), 0)
         return token_logprobs(ref, self.ids, mask, temperature)
 
 

@@ -49,7 +49,7 @@ class Flags:
     micro_batch: int = 0  # rows per forward and backward pass; 0: all at once
     micro_tokens: int = 0  # tokens per forward pass at most, padding included; 0: no limit
     lr: float = 2e-4  # peak learning rate
-    warmup: int = 20  # steps of linear warmup, then a cosine to a tenth
+    warmup: int = 20  # steps of linear warmup, then a cosine to zero
     weight_decay: float = 0.0  # on matrices
     clip: float = 1.0  # gradient norm
     log_every: int = 10  # steps between metrics

@@ -56,6 +56,7 @@ class ScalarGPT(nn.Module):
         model, trunk = cls(policy.config, reader), policy.state_dict()
         if reader:
             model.reader.load_state_dict(trunk)
+            print("reader: a frozen copy of the model reads along (a large one needs none: --no-reader)")
         trunk["head.weight"] = trunk["embed.weight"]  # the trunk's own output head is never used
         model.gpt.load_state_dict(trunk)
         return model.to(policy.embed.weight.device)

@@ -72,11 +72,11 @@ class Watch:
     """
 
     def __init__(self, config: OnPolicy, models: tuple, held_out: tuple, reward, autocast):
-        policy, _, tokenizer = models
+        policy, ref, tokenizer = models
         rewards = {"reward": reward}
         for name in parse_rewards(config.watch):
             short = name if Path(name).stem in rewards else Path(name).stem
-            rewards[short] = make_reward(name, tokenizer, policy.embed.weight.device)
+            rewards[short] = make_reward(name, tokenizer, policy.embed.weight.device, ref)
         self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
         self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
         self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()

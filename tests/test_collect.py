@@ -1,5 +1,6 @@
 """Votes become labels; a reward model's votes are its probabilities, an AI's have no position bias."""
 
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -403,6 +404,19 @@ def test_a_judge_that_fails_loses_no_response(ai, tmp_path):
     assert [sorted((pair["chosen"], pair["rejected"])) for pair in read_rows(out, "pairs")] == [
         *map(sorted, sampled)
     ]
+
+
+def test_a_judge_that_consults_itself_votes_under_a_name_of_its_own(ai, tmp_path):
+    path, out = ai()[1], str(tmp_path / "by_ai.jsonl")
+    write_rows(str(tmp_path / "p.jsonl"), [{"prompt": f"Hi {i}"} for i in range(3)])
+    flags = {"out": out, "annotator": f"ai:{path}", "constitution": str(ROOT / "constitution.txt")}
+    collect.main(collect.Config(path, str(tmp_path / "p.jsonl"), max_new_tokens=4, **flags))
+    collect.main(collect.Config(resume=True, own=0.3, **flags))
+    for c in read_rows(out.replace(".jsonl", ".votes.jsonl"), "compared"):
+        assert [vote["annotator"] for vote in c["votes"]] == [f"ai:{path}", f"ai:{path} --own 0.3"]
+    for who, own in (("world", 1.0), ("rm:x.pt", 1.0), ("ai:x.pt", -1.0), ("ai:x.pt", math.nan)):
+        with pytest.raises(UserError, match="--own is a weight above 0, of ai:PATH"):
+            collect.main(collect.Config(annotator=who, own=own, out=out))
 
 
 def test_an_ai_labels_the_pairs_of_any_prompts_softly_and_its_votes_stand_beside_others(ai, tmp_path, capsys):

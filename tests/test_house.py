@@ -29,7 +29,7 @@ BUDGETS = {
     "nanoalign/messages.py": 254, "nanoalign/show_rows.py": 141,
     "nanoalign/model.py": 281, "nanoalign/packing.py": 74, "nanoalign/rewards.py": 236,
     "nanoalign/rows.py": 344, "nanoalign/run.py": 287, "nanoalign/statistics.py": 122,
-    "nanoalign/scalar.py": 89, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 70,
+    "nanoalign/scalar.py": 90, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 70,
     "nanoalign/tokenizer.py": 143,
     "nanoalign/terminal.py": 24, "nanoalign/training.py": 142, "nanoalign/watch.py": 140,
     "Makefile": 135, "README.md": 110, "speedrun.sh": 50,

@@ -62,7 +62,7 @@ def distinct(make, count: int) -> list[dict]:
 
 
 def by_family(rng: random.Random, held_out: bool, counts: dict[str, int]) -> list[dict]:
-    """Prompts of each family, as many as are asked for and no two alike, in random order."""
+    """Prompts of each family, as many as are asked for, if there are, and no two alike, in random order."""
     rows = [row for kind, n in counts.items() for row in distinct(partial(request, rng, held_out, kind), n)]
     rng.shuffle(rows)
     return rows

@@ -29,6 +29,13 @@ def test_only_the_laboratorys_own_commands_are_run():
         assert pages.renewed(text, run=lambda command: pytest.fail(command)) == text
 
 
+@pytest.mark.parametrize("last", ["", "<!-- python -m lab.seeds c.json -->\n| 2 |\n<!-- end -->\n"])
+def test_a_table_without_an_end_takes_nothing_with_it(last):
+    page = "<!-- python -m lab.seeds a.json -->\n| 1 |\n\nProse.\n" + last
+    with pytest.raises(UserError, match="has no `<!-- end -->`"):
+        pages.renewed(page, run=lambda command: pytest.fail(command))
+
+
 def test_a_command_that_fails_leaves_the_page_alone(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- python -m lab.seeds no-such-file.json -->\n| 1 |\n<!-- end -->\n")

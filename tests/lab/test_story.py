@@ -45,7 +45,9 @@ def test_every_stage_is_told_by_its_figures(demo, capsys):
     assert "30% of its texts answer, 5% are right" in out
     assert "answers 80%, and 50% are right" in out and "helps with 20% of harm" in out
     assert "70% of held-out pairs" in out and "in more than 77%" in out
-    assert "right in 30%, the commonest answer of 8 in 40%" in out and "steps in 50% (prm-min)" in out
+    assert (
+        "right in 30%, the commonest answer of 8 in 40%" in out and "by its least certain step in 50%" in out
+    )
 
 
 def test_a_change_is_told_where_it_is_certain_and_as_better_or_worse(demo):
@@ -119,3 +121,23 @@ def test_what_runs_changed_is_their_last_evaluation_less_their_first(tmp_path, c
         progress.main(paths)
     with pytest.raises(UserError, match="name the metrics files"):
         progress.main([])
+
+
+def test_runs_that_log_in_another_order_or_more_stand_in_the_right_columns(tmp_path, capsys):
+    one = [{"eval_kl": 0.0, "eval_judge": 1.0}, {"eval_kl": 1.0, "eval_judge": 2.0}]
+    two = [
+        {"eval_judge": 3.0, "eval_rm": 9.0, "eval_kl": 2.0},
+        {"eval_rm": 9.0, "eval_judge": 5.0, "eval_kl": 4.0},
+    ]
+    for name, rows in (("1", one), ("2", two)):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    progress.main([str(tmp_path / "1"), str(tmp_path / "2")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|  | kl | judge |" and lines[3].endswith("| 2.000 → 4.000 | 3.000 → 5.000 |")
+    assert lines[4] == "| change | 1.500 ± 0.500 | 1.500 ± 0.500 |"
+
+
+def test_what_does_not_fit_is_counted():
+    assert story.listed(["a", "b"], most=2) == "a, b"
+    assert story.listed(list("abcde"), most=2) == "a, b, and 3 more"
+    assert story.listed([]) == ""

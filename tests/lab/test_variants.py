@@ -73,6 +73,19 @@ def test_a_share_of_the_labels_is_flipped_and_nothing_else(tmp_path):
     assert all(same)
 
 
+def test_the_odds_of_a_flipped_pair_are_not_those_of_its_sides_before(tmp_path):
+    rows = [{**row, "meta": row["meta"] | {"p_chosen": 0.9}} for row in some_pairs()]
+    found = varied(tmp_path, variants.flip, rows, share=0.5)
+    for own, row in zip(found, rows):
+        assert ("p_chosen" in own["meta"]) == (own["chosen"] == row["chosen"])
+
+
+@pytest.mark.parametrize("flags", [{"share": 0.0}, {"share": 5.0}, {"count": 0}])
+def test_a_share_is_one(tmp_path, flags):
+    with pytest.raises(UserError, match="--share is above 0 and at most 1"):
+        varied(tmp_path, variants.part, some_pairs(), **flags)
+
+
 def test_certain_pairs_are_one_a_prompt_with_the_judges_side_first(tmp_path):
     found = varied(tmp_path, variants.certain, some_pairs(), count=20)
     assert len({json.dumps(row["prompt"]) for row in found}) == len(found) == 20
