@@ -121,6 +121,14 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else "")
 
 
+DRAWN = {
+    "best-of-n",
+    "beta-0-long",
+    "ensemble-long",
+    "length-long",
+    "adversarial-long",
+    "judge",
+}  # of all seeds
 FITTED = {"best-of-n": False, "beta-0-long": True}  # run: is the form of Gao et al. the logarithmic one?
 
 
@@ -201,16 +209,13 @@ def plot(runs: dict[str, list[list[dict]]], cards: dict, folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharex=True)
-    for name, curves in runs.items():
-        for axis, key in zip(axes, ("proxy", "judge")):
-            points = curves[0]
+    colours = plt.get_cmap("tab10")
+    for k, name in enumerate(sorted(DRAWN & runs.keys()) or runs):
+        for seed, points in enumerate(runs[name]):
             d = np.sqrt([max(p["kl"], 0.0) for p in points])
-            [line] = axis.plot(d, [p[key] for p in points], "o-", ms=3, lw=1, label=name)
-            if name in FITTED:
-                alpha, beta = fit(points, key, FITTED[name])
-                x = np.linspace(0.05, d.max(), 200)
-                fitted = x * (alpha - beta * (np.log(x) if FITTED[name] else x)) + points[0][key]
-                axis.plot(x, fitted, "--", color=line.get_color(), lw=1)
+            for axis, key in zip(axes, ("proxy", "judge")):
+                look = {"color": colours(k % 10), "label": "" if seed else name, "alpha": 0.9}
+                axis.plot(d, [p[key] for p in points], "o-", ms=2, lw=1, **look)
     for axis, title in zip(axes, ("proxy: the reward model's score", "the judge's utility")):
         axis.set(xlabel="√KL(policy ‖ SFT), √nats", title=f"{title}, held-out prompts")
         axis.grid(alpha=0.3)

@@ -64,7 +64,7 @@ from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_
 .PHONY: sums
 sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
 $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
-	$(train) train_grpo.py $(from-problems) --steps $$((2 * $(FEW))) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
+	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
 	  --batch-size 512 --minibatch 512 --out $@ --resume $(FLAGS)
 
 $(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt lab/label_steps.py
