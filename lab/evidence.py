@@ -26,14 +26,14 @@ class Seed:
         self.folder, self.read = Path(folder), {}
 
     def once(self, path: str, reader: Callable):
-        if path not in self.read:
-            self.read[path] = reader(self.folder / path)
-        return self.read[path]
+        if (path, reader) not in self.read:
+            self.read[path, reader] = reader(self.folder / path)
+        return self.read[path, reader]
 
     def card(self, name: str) -> dict:
         """The scorecard of a checkpoint: "sft", "scoreboard/kto", "hacking/judge", …"""
         own, _, stem = name.rpartition("/")
-        cards = self.once(f"{own}/scorecard.json".lstrip("/"), lambda path: scorecards([path])[0])
+        cards = self.once(f"{own}/scorecard.json".lstrip("/"), scorecard)
         found = {Path(path).stem: card for path, card in cards.items()}
         if stem not in found:
             raise UserError(f"{self.folder}/{own}/scorecard.json has no checkpoint {stem}.")
@@ -85,6 +85,10 @@ class Seed:
         third = len(found) // 3
         parts = {"hard": found[:third], "easy": found[-third:], "all": found}
         return {name: agreement([p for _, p in part]) for name, part in parts.items()}
+
+
+def scorecard(path: Path) -> dict:
+    return scorecards([path])[0]
 
 
 def less(a: Number, b: Number, times: float = 1.0) -> Number:

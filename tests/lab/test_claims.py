@@ -75,6 +75,12 @@ def test_figures_are_read_from_the_reports_of_a_folder(tmp_path):
     table = "selector,n,right,error\nprm-min,16,0.5,0.02\nmajority,16,0.4,0.03\n"
     (tmp_path / "best_of_n.csv").write_text(table)
     assert seed.best("majority", 16) == (0.4, 0.03)
+    (tmp_path / "hacking").mkdir()
+    (tmp_path / "hacking" / "run.metrics.jsonl").write_text(
+        '{"step": 0, "eval_kl": 0.1, "eval_rm": 2.0, "eval_judge": 3.0}\n{"step": 1, "kl": 0.5}\n'
+    )
+    assert seed.rows("hacking/run", "eval_rm") == [2.0]
+    assert seed.curve("run") == [{"kl": 0.1, "proxy": 2.0, "judge": 3.0}]
 
 
 def test_a_claim_that_was_not_measured_says_so(tmp_path, capsys):
