@@ -28,6 +28,7 @@ class Claim(NamedTuple):
 
 
 def wins(name: str) -> Callable[[Seed], Number]:
+    """Against the baseline of its scorecard."""
     return lambda s: less(s.won(name), HALF)
 
 
@@ -211,7 +212,7 @@ CLAIMS = [
         f"right at n = {n}: process less majority":
             lambda s, n=n: less(s.best("prm-min", n), s.best("majority", n)) for n in (4, 16, 64)}),
     Claim("AI labels do what people's labels do", "cai", {
-        "win rate: DPO on them less where it starts": beats("cai/ai", "cai/sl-cai"),
+        "win rate against where it starts, less one half": wins("cai/ai"),
         "win rate: AI's labels less people's, plus 0.02": matches("cai/ai", "cai/human")}),
     Claim("Critique and revision make answers safer", "cai", {
         "help with harm: control less revised": more("cai/unrevised", "cai/sl-cai", "harmful compliance")}),

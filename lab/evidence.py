@@ -44,7 +44,7 @@ class Seed:
         return found, error or 0.0
 
     def won(self, name: str) -> Number:
-        """The win rate against the baseline of the scorecard: SFT, of cai/ the assistant."""
+        """The win rate against the baseline of the scorecard: SFT, of cai/ the revised model."""
         return self.value(name, "win rate")
 
     def accuracy(self, path: str, part="expected_accuracy") -> Number:

@@ -144,7 +144,7 @@ $(CAI)/mixed.jsonl: $(CAI)/human.jsonl $(CAI)/ai.jsonl $(CAI)/price-$(PRICE)
 CAI_STEPS = $$(($(RESPONSES) / 64))
 $(CAI)/few.pt: CAI_STEPS = $$(($(RESPONSES) / 128))#  seven passes over so few pairs, not fifteen
 $(CAI)/%.pt: $(CAI)/%.jsonl $(CAI)/sl-cai.pt train_dpo.py
-	$(train) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --beta 1 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
+	$(train) train_dpo.py --data $< --init $(CAI)/sl-cai.pt --lr 1e-4 --beta 0.3 --steps $(CAI_STEPS) --out $@ --resume $(FLAGS)
 
 # How good people and the AI are as judges, on the same held-out pairs, by the exact judge.
 $(CAI)/judges.txt: $(PROMPTS) $(CAI)/sl-cai.pt constitution.txt collect.py lab/agreement.py
@@ -155,7 +155,7 @@ $(CAI)/judges.txt: $(PROMPTS) $(CAI)/sl-cai.pt constitution.txt collect.py lab/a
 
 CAI_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/assistant.pt $(patsubst %,$(CAI)/%.pt,unrevised sl-cai human ai few mixed)
 $(CAI)/scorecard.json: $(PROMPTS) $(CAI_CHECKPOINTS) $(CAI)/judges.txt evaluate.py
-	$(SCORECARD) --checkpoints $(CAI_CHECKPOINTS) --baseline $(OUT)/assistant.pt --reference $(CAI)/sl-cai.pt --show 0 \
+	$(SCORECARD) --checkpoints $(CAI_CHECKPOINTS) --baseline $(CAI)/sl-cai.pt --reference $(CAI)/sl-cai.pt --show 0 \
 	  --out $@ > $(CAI)/scorecard.txt
 
 .PHONY: cai
