@@ -31,6 +31,7 @@ from nanoalign.world.people import Annotator, agreement, ceiling, impression, pe
 class Config:
     votes: str = "out/demo/pairs.votes.jsonl"  # comparisons and the votes on them
     crowd: int = 5  # how many people the world has: collect.py's --crowd
+    brief: bool = False  # print no more than how often labels are right, as a list in markdown
 
 
 # -------------------------------------------------------------------------------------------- statistics
@@ -153,13 +154,14 @@ def report_agreement(names: list[str], kinds: np.ndarray) -> None:
             print(f"{line}, Cohen's κ {cohen_kappa(a, b):.2f}")
 
 
-def against_judge(comparisons: list[dict], name: str) -> None:
-    """Print how often the mean vote of those whose names begin with `name` is for the response that the exact
-    judge prefers: in all, by kind of request, and by how sure the vote is. What the judge likes equally well
-    is left out."""
+def against_judge(comparisons: list[dict], name: str, mark: str = "") -> None:
+    """Print how often the mean vote of one annotator, or of all people of the world, is for the response that
+    the exact judge prefers: in all, by kind of request, and by how sure the vote is. What the judge likes
+    equally well is left out."""
     utilities, p, first, kinds = {}, [], [], []
     for c in comparisons:
-        own = [v["p"] for v in c["votes"] if v["annotator"].startswith(name) and v["p"] is not None]
+        votes = by_people(c) if name == "world" else [v for v in c["votes"] if v["annotator"] == name]
+        own = [vote["p"] for vote in votes if vote["p"] is not None]
         said = [(prompt_key(c), *response) for response in zip(c["responses"], c["ended"])]
         for key in said:
             if key not in utilities:
@@ -176,12 +178,12 @@ def against_judge(comparisons: list[dict], name: str) -> None:
     each = ", ".join(
         f"{visible(kind)} {right[kinds == kind].mean():.0%}" for kind in sorted({*kinds.tolist()})
     )
-    print(f"{name}: by the exact judge {right.mean():.1%} of {len(p):,} labels are right ({each})")
+    print(f"{mark}{name}: by the exact judge {right.mean():.1%} of {len(p):,} labels are right ({each})")
     if not {*p.tolist()} <= {0.0, 0.5, 1.0}:
         bins = calibration(p, first)
         gap = sum(count * abs(sure - share) for sure, share, count in bins) / len(p)
         told = "  ".join(f"{sure:.2f} → {share:.2f} ({count:,})" for sure, share, count in bins)
-        print(f"{name}: how sure → share right: {told}   expected calibration error {gap:.3f}")
+        print(f"{mark}{name}: how sure → share right: {told}   expected calibration error {gap:.3f}")
 
 
 def impressions(comparison: dict) -> list[dict]:
@@ -211,13 +213,14 @@ def by_people(comparison: dict) -> list[dict]:
 
 def main(config: Config) -> None:
     comparisons = read_rows(config.votes, "compared")
-    report(comparisons)
+    if not config.brief:
+        report(comparisons)
     if not all(map(knows, comparisons)):
         return
     names = {vote["annotator"] for c in comparisons for vote in c["votes"]}
     for name in sorted({"world" if name.startswith("world:") else name for name in names}):
-        against_judge(comparisons, name)
-    if all(map(by_people, comparisons)):
+        against_judge(comparisons, name, "- " * config.brief)
+    if all(map(by_people, comparisons)) and not config.brief:
         exactly(comparisons, config.crowd)
 
 

@@ -217,6 +217,20 @@ def test_of_the_worlds_people_agreement_and_ceiling_are_exact(tmp_path, capsys):
     assert "exact" not in (out := capsys.readouterr().out) and "Fleiss" in out
 
 
+def test_a_judges_votes_are_not_those_of_one_whose_name_goes_on(tmp_path, capsys):
+    meta = {"kind": "fact", "relation": "capital", "subject": "Peru"}
+    row = {"prompt": [{"role": "user", "content": "What is the capital of Peru?"}], "meta": meta}
+    texts = ["The capital of Peru is Lima.", "The capital of Peru is Rome."]
+    votes = [{"annotator": "ai:m.pt", "p": 0.1}, {"annotator": "ai:m.pt --own 1", "p": 0.95}]
+    path = str(tmp_path / "x.votes.jsonl")
+    write_rows(path, [{**row, "responses": texts, "ended": [True, True], "votes": votes}] * 2)
+    agreement.main(agreement.Config(path, brief=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("- ai:m.pt: by the exact judge 0.0% of 2 labels are right (fact 0%)")
+    assert lines[2].startswith("- ai:m.pt --own 1: by the exact judge 100.0% of 2 labels are right (fact 100%)")
+    assert len(lines) == 4  # and of each how sure it is
+
+
 def _prefers(person, c):
     a, b = (person.utility(c, *response) for response in zip(c["responses"], c["ended"]))
     return person.prefers(a, b)
