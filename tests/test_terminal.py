@@ -85,7 +85,7 @@ def test_neither_a_model_nor_a_row_nor_a_name_in_a_file_drives_the_terminal(caps
     scoreboard.table([f"name{CLEAR}"], [[f"cell{CLEAR}"]])
     card = {"checkpoints": {f"a{CLEAR}.pt": {"overall": {f"metric{CLEAR}": [0.5, 0.1]}}}}
     (tmp_path / "card.json").write_text(json.dumps(card), encoding="utf-8")
-    seeds.main([tmp_path / "card.json"])
+    seeds.main([str(tmp_path / "card.json")])
     shown = capsys.readouterr().out
     for word in (
         "Why?",
