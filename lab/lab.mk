@@ -62,7 +62,9 @@ from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_
   --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch $(if $(filter 0,$(MICRO)),0,64) --steps $(FEW) --eval-every 10
 
 .PHONY: sums
-sums: .venv/installed $(OUT)/sums.pt  ## GRPO on sums of several steps, rewarded for the exact answer
+sums: .venv/installed  ## GRPO on sums of several steps, rewarded for the exact answer
+	$(call over-seeds,sums.pt)
+	$(PY) -m lab.progress $(call of-seeds,sums.metrics.jsonl)
 $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
 	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
 	  --batch-size 512 --minibatch 512 --out $@ --resume $(FLAGS)
@@ -76,8 +78,10 @@ $(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl 
 	$(PRM) --data $< --out $@
 
 .PHONY: prm
-prm: .venv/installed $(OUT)/best_of_n.txt $(OUT)/best_of_n.rollouts.txt  ## score every step: process reward models, best of n, search
-	@cat $(filter %.txt,$^)
+prm: .venv/installed  ## score every step: process reward models, best of n, search
+	$(call over-seeds,best_of_n.txt best_of_n.rollouts.txt)
+	@cat $(call of-seeds,best_of_n.txt) $(call of-seeds,best_of_n.rollouts.txt)
+	$(PY) -m lab.prm curves --tables $(call of-seeds,best_of_n.csv)
 
 BEST_FLAGS_tiny = --samples 4 --depth 4
 $(OUT)/best_of_n.txt: $(OUT)/prm.pt $(OUT)/orm.pt best_of_n.py
