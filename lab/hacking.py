@@ -5,9 +5,10 @@
 
 `best-of-n` draws N responses a prompt and writes, for n = 1, 2, 3, 4, 6, … ≤ N, what the best of n by the
 reward scores, by the reward and by the judge: unbiased, over all subsets of the N drawn. `report` reads every
-metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, prints tables in
-markdown, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d = √KL with the
-forms fitted by Gao et al. (2022), d (α − β d) for best-of-n and d (α − β log d) for RL; failure modes by KL.
+metrics.jsonl (held-out `eval_rm`, `eval_judge`, `eval_kl`) and the folder's scorecard.json, if there is one.
+It prints tables in markdown and the forms fitted by Gao et al. (2022) over d = √KL, d (α − β d) for best-of-n
+and d (α − β log d) for RL, writes curves.csv and, with the `plot` extra, pictures: proxy and judge against d,
+a line for each seed; failure modes by KL.
 """
 
 import csv
