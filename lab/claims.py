@@ -5,7 +5,8 @@
 Each folder is one seed's, as `make claims SEEDS=3` fills it on top of results, scoreboard, hacking, prm, cai,
 pareto and weak-to-strong. A claim is one or several differences that must be above zero. Printed of each
 difference is its mean over seeds and half of its 95 % interval (lab/evidence.py). All intervals above zero:
-the claim holds here. One below: it does not. Else it cannot be said.
+the claim holds here. One below: it does not. Else it cannot be said. Seeds without a
+file that it needs are left out, and named.
 """
 
 from collections.abc import Callable
@@ -233,22 +234,34 @@ def verdict(figures: list[Number]) -> str:
     return VERDICTS[min(map(side, figures))]
 
 
+def tried(claim: Claim, seeds: list[Seed]) -> tuple[str, str]:
+    """What was measured, on the seeds that have been, and the verdict."""
+    found, missing = {what: [] for what in claim.tests}, []
+    for s in seeds:
+        try:
+            one = {what: test(s) for what, test in claim.tests.items()}
+        except (OSError, UserError) as error:
+            missing.append((s.folder, error))
+            continue
+        for what, figure in one.items():
+            found[what].append(figure)
+    if len(missing) == len(seeds):
+        return f"not measured: {missing[0][1]}"[:100], "–"
+    figures = {what: over_seeds(numbers) for what, numbers in found.items()}
+    told = [f"{what}: {value:+.3f} ± {error:.3f}" for what, (value, error) in figures.items()]
+    if missing:
+        told.append(f"(without {', '.join(str(folder) for folder, _ in missing)})")
+    return "<br>".join(told), verdict(list(figures.values()))
+
+
 def main(folders: list[str]) -> None:
     if not folders:
         raise UserError("name the folders, such as out/seed0.")
-    seeds, rows = list(map(Seed, folders)), []
-    for claim in CLAIMS:
-        try:
-            figures = {what: over_seeds([test(s) for s in seeds]) for what, test in claim.tests.items()}
-        except (OSError, UserError) as error:
-            rows.append([claim.text, f"not measured: {error}"[:100], "–", f"`make {claim.how} SEEDS=3`"])
-            continue
-        told = "<br>".join(f"{what}: {value:+.3f} ± {error:.3f}" for what, (value, error) in figures.items())
-        rows.append([claim.text, told, verdict(list(figures.values())), f"`make {claim.how} SEEDS=3`"])
-    numbered = [[str(i), *row] for i, row in enumerate(rows, 1)]
+    seeds = list(map(Seed, folders))
+    rows = [(claim.text, *tried(claim, seeds), f"`make {claim.how} SEEDS=3`") for claim in CLAIMS]
     table(
         ["", "claim", f"measured, {len(seeds)} seeds (± half of the 95 % interval)", "verdict", "command"],
-        numbered,
+        [[str(i), *row] for i, row in enumerate(rows, 1)],
     )
 
 

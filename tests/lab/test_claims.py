@@ -97,6 +97,18 @@ def test_a_claim_that_was_not_measured_says_so(tmp_path, capsys):
         claims.main([])
 
 
+def test_a_claim_is_tried_on_the_seeds_that_were_measured_and_names_the_others(tmp_path):
+    for name, answered in (("a", 0.3), ("b", 0.4)):
+        folder(tmp_path / name, ".", base={"overall": {"answered": [answered, 0.01]}})
+    (tmp_path / "c").mkdir()
+    seeds = [Seed(tmp_path / name) for name in "abc"]
+    told, found = claims.tried(CLAIMS[0], seeds)
+    assert "+0.300 ± 1.271" in told  # of 0.4 and 0.2: 12.71 standard errors of a mean of two
+    assert f"(without {tmp_path}/c)" in told and found == "cannot be said"
+    told, found = claims.tried(CLAIMS[0], seeds[:2])
+    assert "without" not in told
+
+
 class Told:
     """A seed that says what it is told to, and remembers what it was asked."""
 
