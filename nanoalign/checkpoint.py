@@ -1,6 +1,6 @@
 """One file per checkpoint: atomic save, strict load, nothing in it can execute code.
 
-A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
+A Hugging Face folder, or hf:ORG/NAME, is read as well (hf.py). A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
@@ -25,9 +25,10 @@ from nanoalign.contents import (
 )
 from nanoalign.expressions import spelled_out
 from nanoalign.files import beside, writing
+from nanoalign.hf import is_folder, load_folder, read_folder
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
-from nanoalign.tokenizer import Tokenizer, get_tokenizer
+from nanoalign.tokenizer import Tokenizer, tokenizer_of
 
 FULL = (errno.ENOSPC, "the disk may be full")
 NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
@@ -54,16 +55,20 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
     """
     weights = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
-    head = {"format": FORMAT, "chat": chat, "tokenizer": tokenizer.name, "model_config": shape}
+    head = {"format": FORMAT, "chat": chat, "model_config": shape, **tokenizer.saved()}
     content = {**head, "model": weights, "config": flags, **rest}
     write(Path(path), {**content, "checksum": checksum(content)})
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
-    """Read a checkpoint onto the CPU, checked; `stages`: the kinds the caller can use (empty: any)."""
-    if not os.path.exists(path):
+    """Read a checkpoint onto the CPU, checked; `stages`: the kinds the caller can use (empty: any). Of a folder
+    all but the weights."""
+    if is_folder(path):
+        content = read_folder(path)
+    elif not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}; train it first, or check the path.")
-    content = check(path, unpack(path))
+    else:
+        content = check(path, unpack(path))
     if stages and content["stage"] not in stages:
         expected = " or ".join(map(repr, stages))
         raise UserError(f"{path} is a {content['stage']!r} checkpoint; expected {expected}.")
@@ -72,11 +77,14 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
 
 
 def _load_model(kind, path, device, content: dict, what: str):
-    model = build(path, content, kind, what)
     try:
-        tokenizer = get_tokenizer(content["tokenizer"])
+        tokenizer = tokenizer_of(content)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from None
+    if "folder" in content:
+        model = load_folder(content["folder"], tokenizer.vocab_size)
+    else:
+        model = build(path, content, kind, what)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise damaged(path, f"its model has fewer tokens than {content['tokenizer']!r}")
     return model.to(device), tokenizer, content

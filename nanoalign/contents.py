@@ -82,6 +82,9 @@ FIELDS = {  # what a field has to be
     "step": is_whole,
     # what some files have
     "chat": lambda x: isinstance(x, bool),
+    "vocabulary": lambda x: isinstance(x, str),
+    "chat_format": lambda x: isinstance(x, str),
+    "system": lambda x: isinstance(x, str),
     "checksum": lambda x: isinstance(x, str),
     "kind": lambda x: isinstance(x, str),
     "normalisation": is_scale,

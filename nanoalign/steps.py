@@ -26,13 +26,15 @@ def step_example(
     """Prompt ids (P,), steps → ids (T,) and a mask true at the tokens that end a line, cut at max_length, as
     the steps are read when they are sampled; and of each step that is whole (its number, where it starts,
     where the token stands that ends it). Blank steps that one token ends together are one."""
-    response = tokenizer.response("\n".join(steps))
+    text = "\n".join(steps)
+    response = tokenizer.response(text)
     marks = np.isin(response, [*tokenizer.newlines, tokenizer.end])
     ids = np.concatenate((prompt, np.where(marks, tokenizer.step, response)))[:max_length]
     marks = np.concatenate((prompt < 0, marks))[:max_length]
-    breaks = np.cumsum([len(step.encode()) + 1 for step in steps])  # the byte of each line break after a step
+    breaks = np.cumsum([len(step.encode()) + 1 for step in steps]) - 1  # the byte that ends each step's line,
+    breaks += tokenizer.shift(text)
     reached = np.cumsum(tokenizer.lengths[response])  # bytes up to and with each token, the end token one
-    ends = len(prompt) + np.searchsorted(reached, breaks, side="right")
+    ends = len(prompt) + np.searchsorted(reached[:-1], breaks, side="right")  # … the end token at the latest
     spans, start = [], len(prompt)
     for number, end in enumerate(ends.tolist()):
         if start <= end < max_length:
