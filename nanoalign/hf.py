@@ -21,7 +21,9 @@ import torch
 from nanoalign import UserError, cli
 from nanoalign.chat_formats import FORMATS, recognise, template
 from nanoalign.files import write_json, write_text
-from nanoalign.hf_weights import load_weights, read_config, read_json, resolve, save_weights
+from nanoalign import hf_weights
+from nanoalign.hf_config import read_config
+from nanoalign.hf_weights import read_json, resolve, save_folder
 from nanoalign.model import GPT
 from nanoalign.tokenizer import OWN, Tokenizer, made_again
 from nanoalign.vocabulary import write_vocabulary
@@ -65,7 +67,7 @@ def read_folder(path, chat_format: str = "") -> dict:
 def load_folder(folder: str, vocab_size: int) -> GPT:
     """The model of a folder, fp32, on the CPU, with at least so many tokens. A new one's row is the mean of all,
     plus a tenth of their spread at random, the same at each load: no two alike."""
-    model = load_weights(folder)
+    model = hf_weights.load_folder(folder)
     if (new := vocab_size - model.config.vocab_size) <= 0:
         return model
     print(f"{folder}: {new} new tokens for the chat format; they are learnt in training")
@@ -96,7 +98,7 @@ def export(path: str, folder: str, dtype: torch.dtype) -> None:
     settings |= {"eos_token": name[tokenizer.end], "pad_token": name[tokenizer.pad]}
     if content["chat"] or stage == "rm":
         settings["chat_template"] = template(tokenizer.format, tokenizer.system)
-    save_weights(model, folder, dtype, ids)
+    save_folder(model, folder, dtype, ids)
     whole = write_vocabulary(tokenizer.vocabulary._replace(encoding=tokenizer.encoding))
     write_text(Path(folder, "tokenizer.json"), json.dumps(whole, ensure_ascii=False))
     write_json(Path(folder, "tokenizer_config.json"), settings)
