@@ -72,6 +72,9 @@ def read_config(fields: dict, tensors: dict) -> GPTConfig:
         raise UserError(f"a GGUF file of architecture {str(kind)[:40]!r} is not read; only 'llama' is.")
     if odd := [name for name in fields if re.match(r"llama\.(rope\.scaling|expert_count)", name)]:
         raise UserError(f"a GGUF file with {odd[0]} is not read.")
+    for name in ("token_embd.weight", "output_norm.weight"):
+        if name not in tensors:
+            raise UserError(f"the GGUF file has no tensor {name!r}.")
     if missing := [name for name in FIELDS.values() if f"llama.{name}" not in fields]:
         raise UserError(f"the GGUF file has no field llama.{missing[0]}.")
     shape = {ours: fields[f"llama.{theirs}"] for ours, theirs in FIELDS.items()}

@@ -27,6 +27,7 @@ from nanoalign.vocabulary import Vocabulary, encode, read_vocabulary, write_voca
 ROLES = ("system", "user", "assistant")
 OWN = "nanoalign"  # this project's chat format
 STEP, PAD = "<|step|>", "<|pad|>"
+SPECIALS = (*(f"<|{role}|>" for role in ROLES), "<|end|>", STEP, PAD)  # of this project's own format
 PADDING = ("<|endoftext|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")  # what published models pad with
 
 WORLD_BPE = Path(__file__).parent / "world" / "world.tiktoken"
@@ -174,24 +175,19 @@ def tokenizer_of(content: dict) -> Tokenizer:
 def get_tokenizer(name: str) -> Tokenizer:
     """`"world"`, or the name of any tiktoken encoding (`"gpt2"`, `"r50k_base"`, `"cl100k_base"`, …)."""
     if name == "world":
-        return Tokenizer(plain(world_encoding()))
+        return Tokenizer(Vocabulary(world_encoding()))
     known = ["world", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"there is no tokenizer {name[:40]!r}; choose from {', '.join(known)}.")
     if name == "gpt2":
         name = "r50k_base"  # the same vocabulary, in one file
     try:
-        return Tokenizer(plain(tiktoken.get_encoding(name)))
+        return Tokenizer(Vocabulary(tiktoken.get_encoding(name)))
     except Exception as error:  # the download failed: requests raises a family of exceptions
         raise UserError(
             f"the vocabulary of {name!r} could not be loaded ({type(error).__name__}): connect once, "
             "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer world."
         ) from error
-
-
-def plain(encoding: tiktoken.Encoding) -> Vocabulary:
-    """An encoding that takes text as it is."""
-    return Vocabulary(encoding, nfc=False, inline=frozenset(), missing=b"")
 
 
 def world_encoding() -> tiktoken.Encoding:

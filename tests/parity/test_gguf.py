@@ -15,9 +15,9 @@ pytestmark = pytest.mark.parity
 
 HEADS, KV_HEADS, WIDTH, LAYERS = 6, 2, 48, 3
 TURNS = [
-    {"role": "user", "content": "Why is 12345 odd?"},
-    {"role": "assistant", "content": "It ends in 5."},
-    {"role": "user", "content": "And   70\n\n7?"},
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Air scatters blue light.\n"},
+    {"role": "user", "content": "And red at night?"},
 ]
 
 
@@ -43,7 +43,7 @@ def write(path, theirs, tied: bool, scramble=neighbours) -> None:
         if name == "lm_head.weight" and tied:
             continue
         x = scramble(x, HEADS) if "q_proj" in name else scramble(x, KV_HEADS) if "k_proj" in name else x
-        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", np.ascontiguousarray(x))
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(x))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,6 +97,7 @@ def test_a_gguf_file_that_is_none_or_lacks_a_part_is_one_sentence(tmp_path):
 
 @torch.no_grad()
 def test_the_published_file_gives_transformers_tokens_and_logits():
+    """Of words alone: transformers takes the file's digits and spaces apart by GPT-2's rule, not by the file's."""
     path = os.environ.get("NANOALIGN_GGUF", "")
     if not os.path.exists(path):
         pytest.skip("NANOALIGN_GGUF names no file: `make real` fetches SmolLM2-135M-Instruct.Q4_1.gguf")
