@@ -42,13 +42,13 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.generate import rollouts
+from nanoalign.hf import tokenizer_of
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.run import fingerprint
 from nanoalign.seeds import derived_seed
 from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, print_table
-from nanoalign.tokenizer import tokenizer_of
 from nanoalign.training import setup
 
 VALUE = (Real, np.bool_, type(None))  # of a check

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nanoalign.chat_formats import recognise
-from nanoalign.vocabulary import read_vocabulary
 from torch import Tensor
 
 from nanoalign import UserError, cli
+from nanoalign.chat_formats import recognise
 from nanoalign.checkpoint import save
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.tokenizer import OWN, Tokenizer
+from nanoalign.vocabulary import read_vocabulary
 
 FIELDS = {  # ours: theirs, behind "llama."
     "context": "context_length", "layers": "block_count", "width": "embedding_length",
@@ -63,7 +63,7 @@ def read(path: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def halves_together(weight: Tensor, heads: int) -> Tensor:
-    """Rows of q or k: llama.cpp rotates neighbours, (x₀, x₁), and stores them so; GPT rotates (x₀, x_{d/2})."""
+    """Rows of q or k: llama.cpp rotates neighbours, (x₀, x₁), and stores them so; GPT (x₀, x_{d/2})."""
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 

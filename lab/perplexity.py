@@ -1,8 +1,8 @@
-"""Perplexity of a language model on texts: exp of the mean negative log-prob of a token, each text read by itself.
+"""Perplexity of a language model on texts, each read by itself: exp of a token's mean negative log-prob.
 
     python -m lab.perplexity --checkpoint out/real/smollm2.pt --data gsm8k_test.jsonl --field question
 
-Its ± is a standard error over texts (delta method). A byte count makes models of different tokenizers comparable.
+Its ± is a standard error over texts (delta method). Bits a byte compare models of different tokenizers.
 """
 
 import json
@@ -65,10 +65,9 @@ def main(config: Config) -> None:
     with autocast:
         sums, tokens, size = negative_logprobs(policy, tokenizer, texts, config, device).T
     nats, error = ratio(sums, tokens)
+    level = math.exp(nats)
     bits, spread = (x / math.log(2) for x in ratio(sums, size))
-    print(
-        f"{len(texts)} texts, {int(tokens.sum()):,} tokens: perplexity {math.exp(nats):.2f} ± {error * math.exp(nats):.2f}"
-    )
+    print(f"{len(texts)} texts, {int(tokens.sum()):,} tokens: perplexity {level:.2f} ± {error * level:.2f}")
     print(f"{bits:.3f} ± {spread:.3f} bits a byte")
 
 

@@ -1,10 +1,10 @@
-"""A task that a program can check: three tips, each on a line of its own that begins with a dash.
+"""A task that a program can check: three short tips, numbered, one a line, and nothing else.
 
-python -m lab.tips --out out/real/tips.jsonl          # prompts, for train_grpo.py, evaluate.py …
-… --reward lab/tips.py:three_tips                      # 1 for an answer of just that form, else 0
+python -m lab.tips --out out/real/tips.jsonl           # prompts, for train_grpo.py, evaluate.py, …
+… --reward lab/tips.py:form                            # how much of that form an answer has, 0 to 1
+… --reward lab/tips.py:exact                           # 1 if it has all of it, else 0
 """
 
-import re
 from dataclasses import dataclass
 
 from nanoalign import cli
@@ -32,11 +32,11 @@ lawn; composting leaves; keeping bees; fishing from a pier; rowing a boat; skati
 a frisbee; flying a kite; knitting a scarf
 """
 ASKED = (
-    "Give me three short tips for {}. Put each on its own line, beginning with a dash.",
-    "How do I get better at {}? Answer with a list of three lines that begin with a dash.",
-    'Write exactly three tips for {}, one a line, each line starting with "- ".',
+    "Give me three short tips for {}: numbered 1. to 3., one a line, and nothing else.",
+    "How do I get better at {}? Answer with three numbered lines and nothing else.",
+    "Three tips for {}, please. Only a numbered list, one short line for each.",
 )
-TIP = re.compile(r"- \S[^\n]*")
+WORDS = 20  # in a line, at most
 
 
 @dataclass
@@ -44,14 +44,24 @@ class Config:
     out: str = "out/real/tips.jsonl"  # the prompts
 
 
-def three_tips(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
-    """1.0 where a response is three lines, each "- " and a text of its own, and has ended; else 0.0."""
-    return [float(done and is_list(text)) for text, done in zip(texts, ended)]
+def share(text: str, ended: bool) -> float:
+    """A quarter for each tip that is in its place, and one for nothing beside them, the end included."""
+    lines = [line.strip() for line in text.strip().split("\n") if line.strip()]
+    right = sum(is_tip(line, number) for number, line in enumerate(lines[:3], start=1))
+    alone = ended and len(lines) == right == 3 and len({line[3:] for line in lines}) == 3
+    return (right + alone) / 4
 
 
-def is_list(text: str) -> bool:
-    lines = [line.strip() for line in text.strip().split("\n")]
-    return len(set(lines)) == len(lines) == 3 and all(map(TIP.fullmatch, lines))
+def is_tip(line: str, number: int) -> bool:
+    return line.startswith(f"{number}. ") and 2 <= len(line.split()) - 1 <= WORDS
+
+
+def form(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
+    return list(map(share, texts, ended))
+
+
+def exact(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
+    return [float(share(text, done) == 1) for text, done in zip(texts, ended)]
 
 
 def prompts() -> list[dict]:

@@ -81,7 +81,7 @@ def written(source: str) -> tuple[str, str]:
             kept.pop()
         elif word not in ("", "set", "generation", "endgeneration"):
             text += f"\0{word}\0"
-    return text, conditions
+    return text + "\0" * (len(kept) > 1), conditions
 
 
 def recognise(source: str, where: str) -> tuple[str, str]:

@@ -1,6 +1,6 @@
-"""One file per checkpoint: atomic save, strict load, nothing in it can execute code.
+"""One file per checkpoint: atomic save, strict load, nothing in it can execute code. Folders: hf.py.
 
-A Hugging Face folder, or hf:ORG/NAME, is read as well (hf.py). A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
+A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
@@ -25,10 +25,10 @@ from nanoalign.contents import (
 )
 from nanoalign.expressions import spelled_out
 from nanoalign.files import beside, writing
-from nanoalign.hf import is_folder, load_folder, read_folder
+from nanoalign.hf import is_folder, load_folder, read_folder, saved, tokenizer_of
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
-from nanoalign.tokenizer import Tokenizer, tokenizer_of
+from nanoalign.tokenizer import Tokenizer
 
 FULL = (errno.ENOSPC, "the disk may be full")
 NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
@@ -55,14 +55,14 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
     """
     weights = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
-    head = {"format": FORMAT, "chat": chat, "model_config": shape, **tokenizer.saved()}
+    head = {"format": FORMAT, "chat": chat, "model_config": shape, **saved(tokenizer)}
     content = {**head, "model": weights, "config": flags, **rest}
     write(Path(path), {**content, "checksum": checksum(content)})
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
-    """Read a checkpoint onto the CPU, checked; `stages`: the kinds the caller can use (empty: any). Of a folder
-    all but the weights."""
+    """Read a checkpoint onto the CPU, checked, of a folder all but the weights; `stages`: the kinds the
+    caller can use (empty: any)."""
     if is_folder(path):
         content = read_folder(path)
     elif not os.path.exists(path):

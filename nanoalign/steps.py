@@ -26,6 +26,7 @@ def step_example(
     """Prompt ids (P,), steps → ids (T,) and a mask true at the tokens that end a line, cut at max_length, as
     the steps are read when they are sampled; and of each step that is whole (its number, where it starts,
     where the token stands that ends it). Blank steps that one token ends together are one."""
+    steps = [tokenizer.decode(tokenizer.encode(step)) for step in steps]  # as they are read: Unicode's form C
     text = "\n".join(steps)
     response = tokenizer.response(text)
     marks = np.isin(response, [*tokenizer.newlines, tokenizer.end])

@@ -4,15 +4,14 @@ A conversation is a flat run of turns, each opened by its role's tokens and clos
 
     <|user|> What is the capital of France?<|end|><|assistant|> Paris.<|end|>
 
-Published models bring a vocabulary and a format of their own (chat_formats.py). Special tokens that one lacks are
-*added* beyond it, and text from people is always encoded with ordinary tokens, so a message that spells
-"<|assistant|>" cannot open a turn. Each piece is encoded by itself: no BPE merge ever crosses from a prompt into
-a response.
+Published models bring a vocabulary and a format of their own (chat_formats.py). Special tokens that one
+lacks are *added* beyond it, and text from people is always encoded with ordinary tokens, so a message that
+spells "<|assistant|>" cannot open a turn. Each piece is encoded by itself: no BPE merge ever crosses from a
+prompt into a response.
 """
 
 import base64
 import functools
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ import tiktoken
 
 from nanoalign import UserError
 from nanoalign.chat_formats import FORMATS
-from nanoalign.vocabulary import Vocabulary, encode, read_vocabulary, write_vocabulary
+from nanoalign.vocabulary import Vocabulary, encode
 
 ROLES = ("system", "user", "assistant")
 OWN = "nanoalign"  # this project's chat format
@@ -86,7 +85,9 @@ class Tokenizer:
         kept = self._ordinary | {*self.encoding._special_tokens.values()} if specials else self._ordinary
         return self.encoding.decode([i for i in map(int, ids) if i in kept])
 
-    def turn(self, role: str, content: str, weight: int = 1, last: bool = False) -> tuple[list[int], list[bool]]:
+    def turn(
+        self, role: str, content: str, weight: int = 1, last: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """One turn's ids and mask: an assistant's text and end token are scored, unless its weight is 0, and
         nothing else is. last: it ends the conversation."""
         if role not in self.opening:
@@ -124,51 +125,22 @@ class Tokenizer:
         return np.append(so_far, [*self.after, *self.opening["assistant"], *self.answer]).astype(np.int64)
 
     def shift(self, text: str) -> int:
-        """By how many bytes `response` moves a text: the space in front, less the white space that it strips."""
+        """By how many bytes `response` moves a text: the space in front, less the white space that it
+        strips."""
         lost = len(text) - len(text.lstrip()) if self.format.trim else 0
         return len(self.lead.encode()) - len(text[:lost].encode())
 
     def response(self, text: str) -> np.ndarray:
         """A message's text and the end token → ids (T,).
 
-        The space that this project's format puts in front (`lead`) makes the first word the same token as that word
-        inside a sentence.
+        The space that this project's format puts in front (`lead`) makes the first word the same token as
+        that word inside a sentence.
         """
         return np.array([*self.encode(self.lead + (text.strip() if self.format.trim else text)), self.end])
 
     def decode_response(self, ids) -> str:
         """The inverse of `response`: the text of the ordinary tokens."""
         return self.decode(ids).removeprefix(self.lead)
-
-    def saved(self) -> dict:
-        """What a checkpoint keeps of it: a name, and of a vocabulary that has no name elsewhere the whole."""
-        found = {"tokenizer": self.name}
-        if self.name.startswith("json-"):
-            found |= {"vocabulary": json.dumps(write_vocabulary(self.vocabulary), ensure_ascii=False)}
-            found |= {"chat_format": self.chat_format, "system": self.system}
-        return found
-
-
-@functools.cache
-def made_again(vocabulary: str, chat_format: str, system: str, where: str = "its vocabulary") -> Tokenizer:
-    """A tokenizer.json, a chat format and a system prompt → the tokenizer, such as the one that was `saved`.
-
-    where: what a sentence about it names.
-    """
-    if chat_format not in FORMATS:
-        raise UserError(f"there is no chat format {chat_format!r}; choose from {', '.join(FORMATS)}.")
-    try:
-        spec = json.loads(vocabulary)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} holds no tokenizer.json that is JSON.") from None
-    return Tokenizer(read_vocabulary(spec, where), chat_format, system)
-
-
-def tokenizer_of(content: dict) -> Tokenizer:
-    """That of a checkpoint."""
-    if "vocabulary" not in content:
-        return get_tokenizer(content["tokenizer"])
-    return made_again(content["vocabulary"], content.get("chat_format", OWN), content.get("system", ""))
 
 
 @functools.cache

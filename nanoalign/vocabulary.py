@@ -1,8 +1,8 @@
 """A tokenizer.json of byte-level BPE ↔ a tiktoken encoding that gives the same ids.
 
-`tokenizers` applies listed merges, in their order; tiktoken joins the neighbours that make the lowest id. Both
-treat the bytes of a token as they would without what stands around them: so one pair alone ever makes it. If
-all these pairs are listed, in the order of ids (`last_pairs`), the two agree on every text; else it is refused.
+`tokenizers` applies listed merges in their order; tiktoken joins the neighbours that make the lowest id. Both
+join the bytes of a token as if nothing stood around them, so one pair alone ever makes it (`last_pairs`). If
+all these pairs are listed, in the order of ids, the two agree on every text; other files are refused.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import unicodedata
 from itertools import pairwise, product
 from typing import NamedTuple
 
-import regex
+import regex  # tiktoken brings it
 import tiktoken
 
 from nanoalign import UserError
@@ -26,8 +26,8 @@ PLAIN = re.compile(  # patterns that mean the same to both: without ^, $, {1,3}+
     r"|\(\?(?:[:>=!]|i:)|\)(?![*+{])|[^\\\[\](){}.^$?*+]|[?*+]\+?|\{\d+(?:,\d*)?\}(?!\+))*"
 )
 PROBE = "".join(map("".join, product("a1!' \né中", repeat=3)))  # each kind of character beside each other
-SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that a file spells as themselves
-SPELT = dict(zip([*SHOWN, *(b for b in range(256) if b not in SHOWN)], [*SHOWN, *range(256, 512)]))
+HIDDEN = [*range(33), *range(127, 161), 173]  # bytes that a file spells as the characters from 256 on
+SPELT = {byte: byte for byte in range(256)} | {byte: 256 + i for i, byte in enumerate(HIDDEN)}
 BYTES = {spelling: byte for byte, spelling in SPELT.items()}
 
 
@@ -88,7 +88,7 @@ def read(spec: dict) -> Vocabulary:
     model, added, normalizer = spec["model"], spec.get("added_tokens") or [], spec.get("normalizer")
     kind = "SentencePiece" if model.get("byte_fallback") else model.get("type", "BPE")
     require(kind == "BPE", f"its model is {kind!a:.40}; only byte-level BPE is read.")
-    nfc, pattern = normalizer is not None, split_pattern(spec.get("pre_tokenizer") or {"type": None})
+    nfc, pattern = normalizer is not None, word_pattern(spec.get("pre_tokenizer") or {"type": None})
     require(not nfc or normalizer["type"] == "NFC", f"its normalizer, {normalizer!a:.80}, is not NFC.")
     special = {token["content"]: token["id"] for token in added}
     inline = frozenset(token["content"] for token in added if not token["special"])
@@ -97,14 +97,12 @@ def read(spec: dict) -> Vocabulary:
     missing = bytes(byte for byte in range(256) if chr(SPELT[byte]) not in vocab)
     odd = ["unk_token"] * bool(missing and model.get("unk_token"))
     odd += [name for part in (model, *added) for name in [*UNREAD, *["normalized"] * nfc] if part.get(name)]
-    require(not odd, f"it has {odd[:1]}, which is not read.")
-    ids = [*vocab.values(), *special.values()]
-    sound = {*map(type, ids)} == {int} and 0 <= min(ids) <= max(ids) < LARGEST and len({*ids}) == len(ids)
-    same = model["vocab"] | special == special | model["vocab"] and "" not in model["vocab"] | special
-    require(sound and same, "its tokens are not strings with a whole number from 0 on each.")
+    require(not odd, f"it has {min(odd, default='')}, which is not read.")
+    ids = {*(names := model["vocab"] | special).values()}
+    sound = {*map(type, ids)} == {int} and 0 <= min(ids) <= max(ids) < LARGEST and len(ids) == len(names)
+    require(sound and "" not in names and names == special | model["vocab"], "its tokens' ids are not sound.")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    pairs = last_pairs(vocab)
-    due = dict.fromkeys(filter(None, pairs.values()))
+    due = dict.fromkeys(filter(None, (pairs := last_pairs(vocab)).values()))
     alike = [pair for pair in merges if pair in due] == [*due] and {*map("".join, merges)} <= vocab.keys()
     alike &= None not in pairs.values() or (model.get("ignore_merges") is True and not missing)
     require(alike, "its merges are not those that the order of its tokens' ids implies.")
@@ -117,8 +115,7 @@ def read(spec: dict) -> Vocabulary:
     return Vocabulary(encoding, nfc, inline, missing)
 
 
-def split_pattern(splitter: dict) -> str:
-    """The one expression that cuts a text into words as the pre-tokenizers do, one after the other."""
+def word_pattern(splitter: dict) -> str:
     *first, last = splitter["pretokenizers"] if splitter["type"] == "Sequence" else [splitter]
     match [*first, (last["type"], last.get("add_prefix_space"), last.get("use_regex", True))]:
         case [("ByteLevel", False, True)]:
@@ -132,23 +129,22 @@ def split_pattern(splitter: dict) -> str:
 
 
 def write_vocabulary(vocabulary: Vocabulary) -> dict:
-    """The inverse, for any tiktoken encoding: the content of a tokenizer.json."""
-    encoding, special = vocabulary.encoding, vocabulary.encoding._special_tokens
+    """The inverse, for any encoding: the content of a tokenizer.json. Special tokens stand in the model's
+    vocabulary too: otherwise `tokenizers` would number them anew, after it."""
+    encoding, nfc, inline, _ = vocabulary
     counted = r"(\\p\{\w+\}|\[[^\]]*\])(\{[\d,]+\})\+"  # {1,3}+ and $ mean something else to `tokenizers`
     pattern = re.sub(counted, r"(?>\1\2)", encoding._pat_str).replace("++$", r"++\z")
     vocab = {token.decode("latin-1").translate(SPELT): i for token, i in encoding._mergeable_ranks.items()}
+    special = encoding._special_tokens
     apart = PLAIN.fullmatch(pattern) and not vocab.keys() & special.keys()
     require(apart, f"the encoding {encoding.name!r} cannot be written so that `tokenizers` reads it alike.")
     pairs, flags = last_pairs(vocab), dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": t, **flags, "special": t not in inline} for t, i in special.items()]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    kinds = {token: {**flags, "special": token not in vocabulary.inline} for token in special}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "post_processor": None, "decoder": level,
-        "added_tokens": [{"id": i, "content": token, **kinds[token]} for token, i in special.items()],
-        "normalizer": {"type": "NFC"} if vocabulary.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "model": {"type": "BPE", "ignore_merges": None in pairs.values(),
-                  "vocab": vocab | special,  # without the special ones `tokenizers` numbers them anew, after it
-                  "merges": [list(pair) for pair in pairs.values() if pair]},
+        "version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"} if nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
+        "model": {"type": "BPE", "ignore_merges": None in pairs.values(), "vocab": vocab | special,
+                  "merges": [*filter(None, pairs.values())]},
     }  # fmt: skip

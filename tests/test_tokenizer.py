@@ -73,7 +73,12 @@ def test_a_plain_prompt_holds_no_special_token():
 
 def test_special_ids_are_distinct_and_lie_beyond_the_encodings_own(r50k):
     for tokenizer, base_size in ((WORLD, 2042), (r50k, 50257)):
-        special = [*(ids[0] for ids in tokenizer.opening.values()), tokenizer.end, tokenizer.step, tokenizer.pad]
+        special = [
+            *(ids[0] for ids in tokenizer.opening.values()),
+            tokenizer.end,
+            tokenizer.step,
+            tokenizer.pad,
+        ]
         assert sorted(special) == list(range(base_size, base_size + 6))
         assert tokenizer.vocab_size == base_size + 6
 
