@@ -103,7 +103,7 @@ ALWAYS = ("stage", "tokenizer", "model_config", "model", "config", "step")
 def unpack(path):
     """What torch.save wrote to a file."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is no file, but a folder or a device.")
+        raise UserError(f"{path} is no file, but a device or a pipe.")
     try:
         with open(path, "rb") as file:
             begin = file.read(4)

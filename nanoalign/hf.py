@@ -88,7 +88,9 @@ def read_tokenizer(folder: Path, chat_format: str = "") -> tuple[Tokenizer, bool
 
 def read_folder(path, chat_format: str = "") -> dict:
     """A folder → what checkpoint.load gives of a checkpoint, without the weights."""
-    folder = resolve(path)
+    folder = resolve(str(path))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a folder without config.json: no checkpoint, and no published model.")
     config = read_config(read_json(folder / "config.json"), str(folder))
     tokenizer, chat = read_tokenizer(folder, chat_format)
     return {
