@@ -57,7 +57,7 @@ def main(config: Config) -> None:
     for name, part in zip((config.out, beside(config.out, ".held_out.jsonl")), parts):
         write_rows(name, part)
     train, held_out = map(len, parts)
-    print(f"{train:,} pairs to train on, {held_out:,} held out; {len(rows) - train - held_out:,} are too long")
+    print(f"{train:,} pairs to train on, {held_out:,} held out; {len(rows) - train - held_out:,} too long")
 
 
 if __name__ == "__main__":
