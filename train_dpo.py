@@ -184,7 +184,8 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
-    made_from, models = (policy, pairs, soft), ("policy", *(["reference"] if ref else []))
+    made_from = policy, pairs, soft
+    models = ("policy", *(["reference"] if ref else []))
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
 
     for step in run:

@@ -170,7 +170,8 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     lengths = [len(ids) for ids, _ in examples]
     order = BatchOrder(lengths, config.batch_size, config.seed, least=2)
-    made_from, models = (policy, labels, examples), ("policy", "reference")
+    made_from = policy, labels, examples
+    models = "policy", "reference"
     run = Run(config, "kto", policy, tokenizer, optimizer, order, made_from, models)
 
     for step in run:

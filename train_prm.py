@@ -7,7 +7,8 @@ no shift: it has read the whole step by then. Unlabelled steps are context only.
 share of continuations from s that reach the right answer (Math-Shepherd: Wang et al. 2024, eq. 4).
 
 With --lm-weight w the model also stays a language model (the joint objective of Cobbe et al. 2021, §4.2): w
-times the mean −log p of the tokens of steps labelled right is added, read through the embedding.
+times the mean −log p of the tokens of steps labelled right is added, read through the embedding. With --lora
+the embedding stays as it is, in which <|step|> is a line break.
 
     python train_prm.py                                         # the built-in world, labels by its checker
     python train_prm.py --outcome --out out/demo/orm.pt         # an outcome reward model, for comparison
@@ -167,7 +168,8 @@ def main(config: Config) -> None:
     prepare(config, model.gpt)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
-    made_from, models = (model, examples), ("process reward",)
+    made_from = model, examples
+    models = ("process reward",)
     run = Run(config, "prm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:
