@@ -243,8 +243,7 @@ def main(config: Config) -> None:
     stages, tokenizers, room = {}, set(), []
     for path in filter(None, (*paths, config.reference)):
         content = load(path)
-        stages[path] = content["stage"]
-        tokenizer = tokenizer_of(content)
+        stages[path], tokenizer = content["stage"], tokenizer_of(content)
         tokenizers.add(tokenizer.name)
         room.append(content["model_config"]["context"] - 1)
     if len(tokenizers) > 1:

@@ -97,7 +97,7 @@ def test_a_gguf_file_that_is_none_or_lacks_a_part_is_one_sentence(tmp_path):
 
 @torch.no_grad()
 def test_the_published_file_gives_transformers_tokens_and_logits():
-    """Of words alone: transformers takes the file's digits and spaces apart by GPT-2's rule, not by the file's."""
+    """Of words alone: digits and spaces transformers cuts by GPT-2's rule, not by the file's."""
     path = os.environ.get("NANOALIGN_GGUF", "")
     if not os.path.exists(path):
         pytest.skip("NANOALIGN_GGUF names no file: `make real` fetches SmolLM2-135M-Instruct.Q4_1.gguf")
