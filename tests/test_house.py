@@ -30,11 +30,11 @@ BUDGETS = {
     "nanoalign/model.py": 281, "nanoalign/packing.py": 74, "nanoalign/rewards.py": 236,
     "nanoalign/rows.py": 344, "nanoalign/run.py": 287, "nanoalign/statistics.py": 122,
     "nanoalign/scalar.py": 90, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 70,
-    "nanoalign/tokenizer.py": 143, "nanoalign/vocabulary.py": 150,
+    "nanoalign/tokenizer.py": 143, "nanoalign/vocabulary.py": 150, "nanoalign/chat_formats.py": 110,
     "nanoalign/terminal.py": 24, "nanoalign/training.py": 142, "nanoalign/watch.py": 140,
     "Makefile": 135, "README.md": 110, "speedrun.sh": 50,
 }  # fmt: skip
-ADDED = ("vocabulary.py",)  # rooms that came after the package's total was set
+ADDED = ("vocabulary.py", "chat_formats.py")  # rooms that came after the package's total was set
 
 
 def lines(path: Path) -> int:
