@@ -1,6 +1,7 @@
-"""Chat formats: what stands around the texts of a conversation, and the Jinja templates that say the same. A
-template is a program, and none is ever run: `recognise` reads what it would write, texts and names in their
-order, without the branches for tools and for thoughts that come with a message."""
+"""Chat formats: what stands around the texts of a conversation, and the Jinja templates that say the same.
+A template is a program, and none is ever run: `recognise` reads what it would write, texts and names in their
+order, without the branches for tools and for thoughts that come with a message.
+"""
 
 import contextlib
 import json
@@ -37,16 +38,18 @@ BODY = """
 {{- (message['content'] | trim if trim else message['content']) + end }}{% endfor %}
 {%- if add_generation_prompt %}{{- (after if messages else '') + opening + 'assistant' + opened + answer }}
 {%- endif %}"""
-GAPS = r"\{#.*?#\}|(?<=%\})\n|\s+(?=\{[{%]-)|(?<=-[%}]\})\s+|^[ \t]+(?=\{%)|\n\Z"  # Jinja cuts them out
+GAPS = r"\{#.*?#\}\n?|(?<!\s)\s+(?=\{[{%]-)|(?<=-[%}]\})\s+|(?<=%\})\n|^[ \t]+(?=\{[%#])|\n\Z"  # Jinja's
 TAG = re.compile(r"\{([{%])-?\s*(.*?)\s*-?[%}]\}", re.DOTALL)
 TERM = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|([^\s+~'"][^+~'"]*)""", re.DOTALL)
 ASIDE = re.compile(r"(?!.*not message\.tool).*(?:tool|reasoning_content is|</think>)", re.DOTALL)
-CONDITIONS = re.compile(
-    r"(?:message in (?:loop_)?messages(?:\[::-1\])?|message\.role == .\w+.|messages\[0\]\.role [!=]= .system."
-    r"|loop\.(?:first|last|index0 (?:== 0|> ns\.last_query_index))|not|and|or|is (?:defined|false|string)"
-    r"|add_generation_prompt|enable_thinking|message\.content|reasoning_content|message\.tool_calls|[\s()])*"
+CONDITION = re.compile(  # what the known templates ask
+    r"message in (loop_)?messages(\[::-1\])?|(loop\.first and )?messages\[0\]\.role [!=]= 'system'"
+    r"|(\(message\.role == '\w+'( and not (loop\.first|message\.tool_calls))?\)( or )?)+|loop\.first"
+    r"|loop\.index0 (== 0|> ns\.last_query_index)|loop\.last or \(not loop\.last and reasoning_content\)"
+    r"|message\.role == '\w+'|message\.content( is string)?|(not )?add_generation_prompt( is defined)?"
+    r"|enable_thinking is defined and enable_thinking is false|"
 )
-ROLES = ("system", "user", "assistant")
+ROLES, LONGEST = ("system", "user", "assistant"), 10_000
 THOUGHT = "<think>\n\0reasoning_content.strip(\0\n\0)\0\n</think>\n\n\0content.lstrip(\0\n\0)\0"
 
 
@@ -58,16 +61,14 @@ def template(form: ChatFormat, system: str = "") -> str:
     return "\n".join(head) + BODY
 
 
-def written(source: str) -> tuple[str, str]:
+def written(source: str) -> tuple[str, list[str]]:
     """What a template writes, each name between two \\0, and the conditions that decide on it."""
     source = re.sub(GAPS, "", source, flags=re.MULTILINE | re.DOTALL)
     *pieces, text = TAG.split(re.sub(r"\[(['\"])(\w+)\1\]", r".\2", source))
-    conditions, kept = "", [True]
+    conditions, kept = [], [True]
     for before, kind, code in zip(pieces[::3], pieces[1::3], pieces[2::3]):
         word, _, rest = code.partition(" ") if kind == "%" else ("", "", "")
-        shown = re.match(
-            r"(?:message|messages|loop_messages|content) = (?s:(.*))", rest if word == "set" else ""
-        )
+        shown = re.match("(?:message|messages|loop_messages|content) = (?s:(.*))", rest * (word == "set"))
         for literal, name in TERM.findall(shown[1] if shown else code * (kind == "{")):
             said = literal[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape")
             named = "".join(name.split()).replace("messages[0]", "message")
@@ -76,7 +77,7 @@ def written(source: str) -> tuple[str, str]:
         kept += [True] * (word in ("if", "for"))
         if word in ("if", "for", "elif", "else"):
             kept[-1] = kept[-2] and not ASIDE.match(rest)
-            conditions += f" {rest}" * kept[-1]
+            conditions += [rest.replace('"', "'")] * kept[-1]
         elif word in ("endif", "endfor"):
             kept.pop()
         elif word not in ("", "set", "generation", "endgeneration"):
@@ -89,9 +90,10 @@ def recognise(source: str, where: str) -> tuple[str, str]:
     is given. What is not plainly one of the known formats is refused."""
     with contextlib.suppress(ValueError, LookupError, TypeError):  # no template at all
         own = re.match(r"\{%- set system = (.*) %\}\n", source)
-        system, (text, conditions) = json.loads(own[1]) if own else "", written(source)
-        asked = {*re.findall(r"message\.role == .(\w+)", conditions)}
-        plain = CONDITIONS.fullmatch(conditions) and (asked >= {*ROLES} or not asked)
+        system, (text, conditions) = str(json.loads(own[1])) if own else "", written(source[:LONGEST])
+        asked = {*re.findall(r"message\.role == '(\w+)", " ".join(conditions))}
+        known = len(source) <= LONGEST and all(map(CONDITION.fullmatch, conditions))
+        plain = known and (asked >= {*ROLES} or not asked)
         for name, form in FORMATS.items():
             if source == template(form, system):
                 return name, system
@@ -103,8 +105,6 @@ def recognise(source: str, where: str) -> tuple[str, str]:
             whole = re.fullmatch(f"(?:{first}|{'|'.join(map(re.escape, pieces))})*", text)
             found = {"", *re.findall(first, text)}
             fits = plain and whole and all(piece in text for piece in needed) and (asked or role in text)
-            if fits and len(found) <= 1 + ("messages[0].role" in conditions):
+            if fits and len(found) <= 1 + ("messages[0].role" in "".join(conditions)):
                 return name, max(found)
-    raise UserError(
-        f"{where} has a chat template that is not plainly {', '.join(FORMATS)}: give --chat-format."
-    )
+    raise UserError(f"the chat template in {where} is none of {', '.join(FORMATS)}: give --chat-format.")
