@@ -33,9 +33,7 @@ GOOD = "1. Keep a regular hour.\n2. Avoid coffee at night.\n3. Keep the room dar
         ("", True, 0.0),
     ],
 )
-def test_an_answer_is_worth_a_quarter_for_each_tip_in_its_place_and_for_nothing_beside_them(
-    text, ended, worth
-):
+def test_an_answer_is_worth_a_quarter_for_each_tip_in_its_place_and_for_nothing_else(text, ended, worth):
     assert tips.form([{}], [text], [ended]) == [worth]
     assert tips.exact([{}], [text], [ended]) == [float(worth == 1)]
 
@@ -61,7 +59,7 @@ def test_pairs_fit_and_none_is_on_both_sides(tmp_path, sft):
         longer = max(len(tokenizer.response(row[side])) for side in ("chosen", "rejected"))
         assert len(tokenizer.prompt(row["prompt"])) + longer <= 16
     assert all(place(row) < 0.3 for row in held_out) and all(place(row) >= 0.3 for row in train)
-    assert 0.2 < len(held_out) / len(train + held_out) < 0.4 and 60 < len(train) < 199
+    assert 0.2 < len(held_out) / len(train + held_out) < 0.4 and 40 < len(train) < 150
 
 
 def test_rows_that_are_not_there_and_cannot_be_downloaded_are_one_sentence(tmp_path, monkeypatch, sft):
@@ -75,7 +73,7 @@ def test_perplexity_is_that_of_the_definition(tmp_path, base, capsys):
     texts = [
         "The capital of France is Paris.",
         "7 + 5 = 12",
-        "Is it true that the sky is green? No, it is blue.",
+        "Is the sky green? No, it is blue.",
     ]
     data = write_lines(tmp_path / "texts.jsonl", [{"question": text} for text in texts])
     policy, tokenizer, _ = load_policy(base)
