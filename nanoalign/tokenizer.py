@@ -92,11 +92,13 @@ class Tokenizer:
         nothing else is. last: it ends the conversation."""
         if role not in self.opening:
             raise UserError(f'a message has role {role!r}; expected "system", "user" or "assistant".')
-        body, opening = self.response(content).tolist(), self.opening[role]
-        if last and role == "assistant":
-            opening = opening + self.answer
-        scored = role == "assistant" and weight > 0
-        return [*opening, *body], [False] * len(opening) + [scored] * len(body)
+        if role != "assistant":  # what opens it and its text are one text to a published model
+            special, name = re.fullmatch(r"(.*\|>)(.*)", self.format.opening.format(role), re.DOTALL).groups()
+            ids = [*self._with_specials(special), *self.encode(name + self.body(content)), self.end]
+            return ids, [False] * len(ids)
+        opening = self.opening[role] + (self.answer if last else [])
+        body = self.response(content).tolist()
+        return [*opening, *body], [False] * len(opening) + [weight > 0] * len(body)
 
     def render(self, messages: list[dict], more: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation → ids (T,) int64 and mask (T,) bool, true on assistant turns of weight 1.
@@ -136,7 +138,11 @@ class Tokenizer:
         The space that this project's format puts in front (`lead`) makes the first word the same token as
         that word inside a sentence.
         """
-        return np.array([*self.encode(self.lead + (text.strip() if self.format.trim else text)), self.end])
+        return np.array([*self.encode(self.body(text)), self.end])
+
+    def body(self, text: str) -> str:
+        """A message's text as it stands in its turn."""
+        return self.lead + (text.strip() if self.format.trim else text)
 
     def decode_response(self, ids) -> str:
         """The inverse of `response`: the text of the ordinary tokens."""
