@@ -185,7 +185,7 @@ def main(config: Config) -> None:
     prepare(config, policy, ref)
     lengths = [max(len(ids) for ids, _ in pair) for pair in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
-    made_from, models = (policy.embed.weight, pairs, soft), ("policy", *(["reference"] if ref else []))
+    made_from, models = (policy, pairs, soft), ("policy", *(["reference"] if ref else []))
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
 
     for step in run:

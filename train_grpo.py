@@ -205,7 +205,7 @@ def main(config: Config) -> None:
     prepare(config, policy, ref)
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
-    made_from = policy.embed.weight, ref.embed.weight, prompts, reward.files
+    made_from = policy, ref, prompts, reward.files
     models = "policy", "reference", *reward.models
     run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, shown=SHOWN)
     watch.begin(run)

@@ -171,7 +171,7 @@ def main(config: Config) -> None:
     prepare(config, policy, ref)
     lengths = [len(ids) for ids, _ in examples]
     order = BatchOrder(lengths, config.batch_size, config.seed, least=2)
-    made_from, models = (policy.embed.weight, labels, examples), ("policy", "reference")
+    made_from, models = (policy, labels, examples), ("policy", "reference")
     run = Run(config, "kto", policy, tokenizer, optimizer, order, made_from, models)
 
     for step in run:

@@ -143,7 +143,7 @@ def main(config: Config) -> None:
     prepare(config, policy)
     lengths = [max(len(ids) for ids, _ in pair) for pair, _ in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
-    made_from = policy.embed.weight, pairs
+    made_from = policy, pairs
     run = Run(config, "orpo", policy, tokenizer, optimizer, order, made_from)
 
     for step in run:

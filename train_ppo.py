@@ -184,7 +184,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(trained, config.lr, config.weight_decay, eps=1e-5)
     prepare(config, policy, ref, getattr(critic, "gpt", None))
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
-    made_from = policy.embed.weight, ref.embed.weight, [*critic.parameters()], prompts, reward.files
+    made_from = policy, ref, critic, prompts, reward.files
     models = "policy", "reference", "critic" + " (a head)" * config.shared_critic, *reward.models
     run = Run(
         config, "ppo", policy, tokenizer, optimizer, order, made_from, models,

@@ -169,7 +169,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
-    made_from, models = (model.gpt.embed.weight, examples), ("process reward",)
+    made_from, models = (model, examples), ("process reward",)
     run = Run(config, "prm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:

@@ -185,7 +185,7 @@ def main(config: Config) -> None:
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
     tokens = order.lengths * [len(p.responses) for p in prompts]
-    made_from, models = (model.gpt.embed.weight, prompts), ("reward",)
+    made_from, models = (model, prompts), ("reward",)
     run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:

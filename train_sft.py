@@ -79,7 +79,7 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     prepare(config, policy)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
-    made_from = policy.embed.weight, examples
+    made_from = policy, examples
     run = Run(config, "sft", policy, tokenizer, optimizer, order, made_from)
     if run.first == 0:
         check_ends(examples, tokenizer, max_length)

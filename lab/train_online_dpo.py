@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     prepare(config, policy, ref)
     order = Collections(prompts, config)
     files = [Path(path).read_bytes() for path in reward.files]
-    made_from = policy.embed.weight, prompts, files
+    made_from = policy, prompts, files
     models = ("policy", *(["reference"] if ref else []), *reward.models)
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
     if "fresh" in run.state:  # the pairs collected last, of which some steps are still to come

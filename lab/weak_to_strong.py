@@ -133,7 +133,7 @@ def train(config: Student) -> None:
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)
     tokens = order.lengths * [len(p.responses) for p in prompts]
-    made_from, models = (model.gpt.embed.weight, prompts), ("reward",)
+    made_from, models = (model, prompts), ("reward",)
     run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     for step in run:
         alpha = config.confidence * min(1.0, step / (0.2 * run.steps))

@@ -70,8 +70,8 @@ class Flags:
 class Run:
     """Iterates over the optimiser steps (PPO's iterations) that are left, and logs, saves, stops and resumes.
 
-    order: `order[step]` are the rows of a step. made_from: tensors, arrays and strings (nested as you like)
-    that the result depends on; a resumed run must have the same. models: what is held in memory, by name.
+    order: `order[step]` are the rows of a step. made_from: models, tensors, arrays and strings (nested) that
+    the result depends on; a resumed run must have the same. models: what is held in memory, by name.
     trained: the module whose gradient is clipped, if it is more than `model`. state: what a stopped run kept
     (`keep`) beside weights, optimiser and random numbers.
     """
@@ -242,15 +242,16 @@ def already_finished(config) -> bool:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings, tensors and files, nested as you like: what a result was made from."""
+    """A short hash of arrays, strings, tensors, models and files, nested: what a result was made from."""
     digest = hashlib.sha256()
     for part in parts:
+        part = [*part.state_dict().values()] if isinstance(part, nn.Module) else part
         if isinstance(part, (list, tuple)):
             part = fingerprint(*part)
         elif isinstance(part, Path):
             part = part.read_bytes()
         elif isinstance(part, Tensor):
-            part = part.detach().cpu().numpy()
+            part = (part.float() if part.dtype == torch.bfloat16 else part).detach().cpu().numpy()
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())
             part = np.ascontiguousarray(part).tobytes()
