@@ -32,9 +32,10 @@ from torch import Tensor
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import finish, partial_path, resume, save_partial
+from nanoalign.contents import damaged
 from nanoalign.data import BatchOrder, micro_batches
 from nanoalign.seeds import derived_seed
-from nanoalign.training import check, learning_rate, optimizer_step
+from nanoalign.training import check, in_bf16, learning_rate, optimizer_step
 
 
 @dataclass(kw_only=True)
@@ -56,13 +57,13 @@ class Flags:
     eval_every: int = 100  # steps between held-out evaluations
     save_every: int = 100  # steps between saves of X.partial.pt, from which --resume continues
     seed: int = 0  # of data order and samples
+    precision: str = ""  # of matrix products: fp32 or bf16; empty: bf16 on a GPU, fp32 on a CPU
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
-    fields: str = ""  # other names of the fields, in --data and --eval-data alike: ours=theirs,…, such as
-    # prompt=instruction,completion=output
+    fields: str = ""  # other names of the fields in all rows, ours=theirs: prompt=question,completion=answer
 
     beside_out = (".partial.pt", ".metrics.jsonl")  # X.pt: what else is written
 
@@ -92,14 +93,13 @@ class Run:
             where = partial_path(config.out)
             raise UserError(f"{where} is damaged: it is at step {self.first}. Delete it to start afresh.")
         self.device = next(model.parameters()).device
+        self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
         self.done, self.stop = self.first, CleanStop()
         if config.warmup > self.steps:
-            part = f"{self.steps / config.warmup:.0%} of --lr {config.lr:g}"
-            print(
-                f"warning: --warmup {config.warmup} outlasts the run's {self.steps} steps, which reach {part}"
-            )
+            lasts = f"--warmup {config.warmup} outlasts the run's {self.steps} steps"
+            print(f"warning: {lasts}, which reach {self.steps / config.warmup:.0%} of --lr {config.lr:g}")
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
@@ -132,9 +132,8 @@ class Run:
             try:
                 module.load_state_dict(self.state[name])
             except RuntimeError:
-                where = partial_path(self.config.out)
-                sentence = f"{where} is damaged: its {name} does not fit. Delete it to start afresh."
-                raise UserError(sentence) from None
+                what = f"its {name} does not fit. Delete it to start afresh"
+                raise damaged(partial_path(self.config.out), what) from None
         self.keep[name] = module.state_dict()
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
@@ -182,7 +181,7 @@ class Run:
         """Step-0 check: the first loss is what theory says, or policy and reference disagree."""
         loss = self.means()["loss"].item()
         print(f"step-0 check: loss {loss:.6f}, {what} = {due:.6f}")
-        tolerance = 1e-2 if self.device.type == "cuda" else 1e-4  # bf16 or fp32
+        tolerance = 1e-2 if self.bf16 else 1e-4
         if not abs(loss - due) <= tolerance * due:
             raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
 
@@ -193,9 +192,7 @@ class Run:
         distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
         moment = "first minibatch" if self.step else "step-0 check"
         print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {distance:.1e}")
-        tolerance = (
-            1e-3 if self.device.type == "cuda" else 1e-6
-        )  # of the mean: a token in bf16 may be far off
+        tolerance = 1e-3 if self.bf16 else 1e-6  # of the mean: a token in bf16 may be far off
         if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
             raise UserError("the ratio must start at 1 and KL at 0: log-probs come from two different paths.")
 

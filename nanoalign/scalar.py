@@ -21,11 +21,9 @@ from nanoalign.model import GPT, GPTConfig
 
 
 class ScalarHead(nn.Linear):
-    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not (of
-    fp32 a GPU makes its products in TF32: training.setup).
+    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not.
 
-    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
-    """
+    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences)."""
 
     def __init__(self, width: int):
         super().__init__(width, 1)

@@ -23,11 +23,15 @@ def setup(config) -> tuple[torch.device, torch.autocast]:
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; fp32 on the CPU
-    on_gpu = device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
-    print(f"device: {device}, {'bf16 autocast' if on_gpu else f'fp32, {torch.get_num_threads()} threads'}")
-    return device, autocast
+    bf16 = in_bf16(config, device)
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")  # TF32 for what autocast leaves in fp32
+    print(f"device: {device}, {'bf16 autocast' if bf16 else 'fp32'}, {torch.get_num_threads()} threads")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def in_bf16(config, device: torch.device) -> bool:
+    """Are matrix products made in bf16? As --precision says, by default on a GPU."""
+    return (getattr(config, "precision", "") or {"cuda": "bf16"}.get(device.type)) == "bf16"
 
 
 def check(config) -> None:
@@ -40,6 +44,8 @@ def check(config) -> None:
         raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {smoothing}.")
     if hasattr(config, "minibatch") and (config.temperature <= 0 or config.steps < 1):
         raise UserError("--temperature must be above 0 (greed has no gradient), --steps at least 1.")
+    if getattr(config, "precision", "") not in ("", "fp32", "bf16"):
+        raise UserError("--precision must be fp32 or bf16.")
     for name in ("batch_size", "minibatch", "eval_prompts", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -53,9 +59,7 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except Exception:  # each device fails in its own way: hpu by ModuleNotFoundError
-        raise UserError(
-            f"device {name[:40]!r} is not available here; try --device auto or --device cpu."
-        ) from None
+        raise UserError(f"device {name[:40]!r} is not available here; try --device auto or cpu.") from None
 
 
 def compile_hidden(model: nn.Module) -> None:

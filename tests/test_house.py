@@ -31,7 +31,7 @@ BUDGETS = {
     "nanoalign/rows.py": 344, "nanoalign/run.py": 291, "nanoalign/statistics.py": 122,
     "nanoalign/scalar.py": 90, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 70,
     "nanoalign/tokenizer.py": 143,
-    "nanoalign/terminal.py": 24, "nanoalign/training.py": 142, "nanoalign/watch.py": 140,
+    "nanoalign/terminal.py": 24, "nanoalign/training.py": 156, "nanoalign/watch.py": 140,
     "Makefile": 135, "README.md": 110, "speedrun.sh": 50,
 }  # fmt: skip
 
