@@ -26,6 +26,7 @@ BUDGETS = {
     "nanoalign/compiler.py": 27, "nanoalign/contents.py": 235, "nanoalign/data.py": 283,
     "nanoalign/feedback.py": 160, "nanoalign/files.py": 253,
     "nanoalign/generate.py": 291, "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 111,
+    "nanoalign/lora.py": 90,
     "nanoalign/messages.py": 254, "nanoalign/show_rows.py": 141,
     "nanoalign/model.py": 281, "nanoalign/packing.py": 74, "nanoalign/rewards.py": 236,
     "nanoalign/rows.py": 344, "nanoalign/run.py": 291, "nanoalign/statistics.py": 122,
