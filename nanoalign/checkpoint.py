@@ -4,6 +4,7 @@ A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which al
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -77,7 +78,7 @@ def base_of(model, path: str) -> dict:
     layer, shape = next(matrices(model)), dataclasses.asdict(model.config)
     frozen = {name: weights for name, weights in model.named_parameters() if not weights.requires_grad}
     path = os.path.abspath(path) if os.path.exists(path) else path
-    own = {"rank": layer.rank, "alpha": layer.alpha, "bf16": layer.weight.dtype == torch.bfloat16}
+    own = {"rank": layer.rank, "alpha": float(layer.alpha), "bf16": layer.weight.dtype == torch.bfloat16}
     return {**own, "base": path, "checksum": checksum({"model_config": shape, "model": frozen})}
 
 
@@ -94,7 +95,8 @@ def merged(path, content: dict, kind: type, what: str):
     if content["stage"] == "prm":
         read_as_line_breaks(model, tokenizer)
     if kind is ScalarGPT:
-        model = ScalarGPT.from_policy(model, "read_in.weight" in weights)
+        with contextlib.redirect_stdout(None):  # that its reader is new
+            model = ScalarGPT.from_policy(model, "read_in.weight" in weights)
     add(model, max(len(A) for name, A in weights.items() if name.endswith(".A")), own["alpha"], own["bf16"])
     if base_of(model, own["base"]) != own:
         differs = "other weights" if same else "another shape"

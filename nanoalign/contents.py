@@ -153,7 +153,8 @@ def check(path, content) -> dict:
     if not all(weights.isfinite().all() for weights in content["model"].values()):
         raise UserError(f"{path} holds weights that are not a finite number: its training had gone wrong.")
     config_of(path, content)
-    if "lora" in content and {A.dim() for name, A in content["model"].items() if name[-2:] == ".A"} != {2}:
+    of = [A for name, A in content["model"].items() if name.endswith(".A")]
+    if "lora" in content and {A.dim() * bool(A.numel()) for A in of} != {2}:
         raise damaged(path, "its adapters are none")
     if content.get("checksum", due := checksum(content)) != due:
         raise damaged(path, "its weights are not those that were saved")

@@ -71,6 +71,7 @@ def done(request, job):
         patch.setattr(runs.Run, "__init__", begin)
         patch.setattr(runs.Run, "update", step)
         seen.loaded = spy(patch, script, "load_reference") if stage in REFERENCE else []
+        seen.rewards = spy(patch, script, "make_reward") if stage in ON_POLICY else []
         script.main(config)
     return seen
 
@@ -116,6 +117,17 @@ def test_the_reference_gives_the_log_probs_of_the_base_at_every_step(done):
         assert all(torch.equal(logits, base(IDS)) for logits in found) and len(found) == len(done.loaded)
     if done.loaded:
         assert not torch.allclose(done.run.model(IDS), base(IDS), atol=1e-3)
+
+
+def test_the_reward_model_stays_that_of_its_file_also_where_a_critic_lies_on_it(done):
+    for call in done.rewards:
+        [reward], due = call.result.held, load_scalar(done.config.reward)[0]
+        assert torch.equal(reward(IDS), due(IDS)) and not adapters(reward)
+        assert not any(weight.requires_grad for weight in reward.parameters())
+    if done.stage == "ppo":
+        critic = done.run.trained[1]
+        assert critic.gpt.embed.weight is reward.gpt.embed.weight and critic.score is not reward.score
+        assert not torch.allclose(critic(IDS), reward(IDS), atol=1e-3)
 
 
 def test_the_metrics_name_the_models_that_are_in_memory(done):
@@ -164,8 +176,9 @@ def test_the_checkpoint_holds_adapters_and_heads_and_says_what_they_belong_to(do
     assert Path(config.out).stat().st_size < Path(config.init).stat().st_size / 3
 
 
-def test_what_is_loaded_is_a_plain_model_that_does_as_the_trained_one(done):
+def test_what_is_loaded_is_a_plain_model_that_does_as_the_trained_one(done, capsys):
     plain, model = loaded(done.stage, done.config.out), done.run.model
+    assert capsys.readouterr().out == ""
     assert not adapters(plain) and type(plain) is type(model)
     assert all(
         weight.requires_grad != name.startswith("reader.") for name, weight in plain.named_parameters()
@@ -298,6 +311,7 @@ def test_adapters_that_do_not_fit_are_refused(files):
         {"model": {k: v for k, v in whole["model"].items() if k != name}},
         {"model": {**whole["model"], name: whole["model"][name][:, :5]}},
         {"model": {**whole["model"], name: whole["model"][name][0]}},
+        {"model": {**whole["model"], name: torch.zeros(2**40, 0)}},
         {"model": {"norm.weight": torch.ones(64)}},
         {"model": {**whole["model"], name: torch.full_like(whole["model"][name], torch.nan)}},
         {"lora": {**whole["lora"], "rank": RANK + 1}},

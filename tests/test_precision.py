@@ -124,6 +124,19 @@ def test_the_step_0_checks_are_as_sharp_as_the_precision_allows():
             check(*given)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_checks_its_start_as_sharply_as_its_own_precision_allows(precision, job, monkeypatch):
+    """A thousandth off is an error in fp32, and rounding in bf16."""
+    script, config = job("dpo", precision=precision, **TWO)
+    off = script.LOSSES["dpo"]._replace(start=lambda beta: 1.001 * math.log(2))
+    monkeypatch.setitem(script.LOSSES, "dpo", off)
+    if precision == "bf16":
+        script.main(config)
+    else:
+        with pytest.raises(UserError, match="the loss must start at"):
+            script.main(config)
+
+
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # RMSNorm of bf16 by fp32 weights has no fused form
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sampler_in_bf16_keeps_its_cache_so_and_its_log_probs_are_those_of_one_pass(shape, monkeypatch):
