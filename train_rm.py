@@ -180,8 +180,8 @@ def main(config: Config) -> None:
     held_out = by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
     responses = [example for p in prompts for example in p.responses]
 
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
     tokens = order.lengths * [len(p.responses) for p in prompts]

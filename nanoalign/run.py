@@ -31,9 +31,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError, cli
-from nanoalign.checkpoint import finish, partial_path, resume, save_partial
+from nanoalign.checkpoint import finish, must_not_be_read, partial_path, resume, save_partial
 from nanoalign.contents import damaged
 from nanoalign.data import BatchOrder, micro_batches
+from nanoalign.lora import adapters, restore
 from nanoalign.seeds import derived_seed
 from nanoalign.training import check, in_bf16, learning_rate, optimizer_step
 
@@ -57,6 +58,9 @@ class Flags:
     eval_every: int = 100  # steps between held-out evaluations
     save_every: int = 100  # steps between saves of X.partial.pt, from which --resume continues
     seed: int = 0  # of data order and samples
+    lora: int = 0  # train adapters of this rank in place of the weights (nanoalign/lora.py); 0: none
+    lora_alpha: float = 0.0  # α of the adapters; 0: twice their rank
+    base_dtype: str = "fp32"  # what --lora keeps the matrices of the blocks in: fp32 or bf16
     precision: str = ""  # of matrix products: fp32 or bf16; empty: bf16 on a GPU, fp32 on a CPU
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
@@ -85,6 +89,7 @@ class Run:
         self.config, self.model, self.trained = config, model, trained or model
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
+        must_not_be_read(config.out, getattr(model, "bases", ()))
         self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
         self.data = fingerprint(*made_from)
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
@@ -95,7 +100,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
-        self.metrics.models(*models)
+        own = config.lora and not getattr(config, "reference", "")  # the policy with its adapters off
+        self.metrics.models(*(name for name in models if not (own and name == "reference")))
         self.done, self.stop = self.first, CleanStop()
         if config.warmup > self.steps:
             lasts = f"--warmup {config.warmup} outlasts the run's {self.steps} steps"
@@ -130,11 +136,11 @@ class Run:
         """Save a module beside the model, and go on with what a stopped run kept of it."""
         if name in self.state:
             try:
-                module.load_state_dict(self.state[name])
+                restore(module, self.state[name])
             except RuntimeError:
                 what = f"its {name} does not fit. Delete it to start afresh"
                 raise damaged(partial_path(self.config.out), what) from None
-        self.keep[name] = module.state_dict()
+        self.keep[name] = adapters(module) or module.state_dict()
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
         """The step's examples and their indices, in pieces that --micro-batch and --micro-tokens allow.

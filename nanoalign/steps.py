@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import Tokenizer
 
@@ -41,6 +42,13 @@ def step_example(
     return ids, marks, spans
 
 
+@torch.no_grad()
+def read_as_line_breaks(policy: GPT, tokenizer: Tokenizer) -> None:
+    """Let a policy, which knows what a line break means and nothing yet of <|step|>, read both alike."""
+    for table in {policy.embed.weight, policy.head.weight}:
+        table[tokenizer.step] = table[tokenizer.newlines[0]]
+
+
 def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
     """ids and response mask (B, T) → bool (B, T): the response's tokens that end a step."""
     breaks = torch.tensor([*tokenizer.newlines, tokenizer.end], device=ids.device)
@@ -48,9 +56,7 @@ def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def step_probabilities(
-    model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer
-) -> tuple[Tensor, Tensor]:
+def step_probabilities(model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> tuple:
     """Sampled ids and response mask (B, T) → P(step is right) (B, T) and where steps end, bool (B, T)."""
     ends = step_ends(ids, mask, tokenizer)
     return model(ids.masked_fill(ends, tokenizer.step)).float().sigmoid(), ends
