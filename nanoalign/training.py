@@ -65,7 +65,9 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except Exception:  # each device fails in its own way: hpu by ModuleNotFoundError
-        raise UserError(f"device {name[:40]!r} is not available here; try --device auto or cpu.") from None
+        raise UserError(
+            f"device {name[:40]!r} is not available here; try --device auto or --device cpu."
+        ) from None
 
 
 def compile_hidden(model: nn.Module) -> None:
