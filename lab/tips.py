@@ -1,13 +1,14 @@
 """A task that a program can check: three short tips, numbered, one a line, and nothing else.
 
-python -m lab.tips --out out/real/tips.jsonl           # prompts, for train_grpo.py, evaluate.py, …
-… --reward lab/tips.py:form                            # how much of that form an answer has, 0 to 1
-… --reward lab/tips.py:exact                           # 1 if it has all of it, else 0
+python -m lab.tips --out out/real/tips.jsonl      # prompts, and tips.held_out.jsonl about other topics
+train_grpo.py --reward lab/tips.py:form           # how much of that form an answer has, 0 to 1
+evaluate.py --checks lab/tips.py                  # form, and exact: does it have all of it?
 """
 
 from dataclasses import dataclass
 
 from nanoalign import cli
+from nanoalign.files import beside
 from nanoalign.rows import write_rows
 
 TOPICS = """
@@ -42,6 +43,7 @@ WORDS = 20  # in a line, at most
 @dataclass
 class Config:
     out: str = "out/real/tips.jsonl"  # the prompts
+    beside_out = (".held_out.jsonl",)
 
 
 def share(text: str, ended: bool) -> float:
@@ -60,19 +62,22 @@ def form(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
     return list(map(share, texts, ended))
 
 
-def exact(rows: list[dict], texts: list[str], ended: list[bool]) -> list[float]:
-    return [float(share(text, done) == 1) for text, done in zip(texts, ended)]
+def checks(prompt: list[dict], response: str, meta: dict, ended: bool) -> dict[str, float]:
+    value = share(response, ended)
+    return {"form": value, "exact": value == 1, "utility": value}
 
 
-def prompts() -> list[dict]:
+def prompts(held_out: bool) -> list[dict]:
+    """Every fourth topic is held out."""
     topics = [" ".join(topic.split()) for topic in TOPICS.split(";")]
-    return [{"prompt": how.format(topic), "meta": {"kind": "tips"}} for topic in topics for how in ASKED]
+    picked = [topic for i, topic in enumerate(topics) if (i % 4 == 3) == held_out]
+    return [{"prompt": how.format(topic), "meta": {"kind": "tips"}} for topic in picked for how in ASKED]
 
 
 def main(config: Config) -> None:
-    rows = prompts()
-    write_rows(config.out, rows)
-    print(f"{len(rows)} prompts → {config.out}")
+    write_rows(config.out, prompts(held_out=False))
+    write_rows(beside(config.out, ".held_out.jsonl"), prompts(held_out=True))
+    print(f"{len(prompts(False))} prompts, {len(prompts(True))} held out → {config.out}")
 
 
 if __name__ == "__main__":
