@@ -580,7 +580,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
 
 MEASURE = """
 import sys, torch
-from nanoalign import hf_weights
+from nanoalign import hf_weights as hf
 
 def memory(what):  # in bytes
     return int(open("/proc/self/status").read().split(what + ":")[1].split()[0]) * 1024
