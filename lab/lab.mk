@@ -492,7 +492,7 @@ REAL_GRPO_tiny = --steps 2 --batch-size 8 --minibatch 8 --eval-prompts 4
 .PHONY: real
 real: .venv/parity $(REAL)/dpo.scorecard.json $(REAL)/grpo.scorecard.json $(REAL)/perplexity.txt  ## a published model: DPO and GRPO on it, measured (40 minutes)
 	$(PY) -m lab.real circle --checkpoint $(REAL)/dpo.pt --folder $(REAL)/exported --prompts $(REAL)/tips.held_out.jsonl
-	$(PY) -m lab.real report $(REAL)
+	$(PY) -m lab.real report --folder $(REAL)
 
 $(REAL)/smollm2.pt: lab/gguf_import.py | .venv/parity
 	@mkdir -p $(REAL)

@@ -1,6 +1,6 @@
 """What `make real` measures on a published model (docs/real-models.md).
 
-    python -m lab.real report out/real                      # its tables
+    python -m lab.real report --folder out/real             # its tables
     python -m lab.real circle --checkpoint out/real/dpo.pt --prompts out/real/tips.held_out.jsonl
 
 The circle: a checkpoint is exported, loaded by transformers, and answers greedily; chat.py's own answers must
