@@ -19,6 +19,7 @@ pareto.csv in the first folder.
 """
 
 import csv
+import sys
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,7 @@ def report(config: Report) -> None:
         lines.writerow(("policy", "seed", *(name for m in BETTER for name in (m, "error"))))
         for seed, own in enumerate(found):
             lines.writerows((name, seed, *row.round(5).flatten()) for name, row in zip(names, own))
-    print(f"wrote {path}")
+    print(f"wrote {path}", file=sys.stderr)
     if config.plot:
         plot(names, means, error, config.plot)
 

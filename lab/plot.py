@@ -6,6 +6,7 @@ python -m lab.plot out/demo/best_of_n.csv best_of_n.png      # a curve per selec
 
 import csv
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def write(figure, path: str) -> None:
     with writing(path, "wb") as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=120)
     pyplot(path).close(figure)
-    print(f"wrote {path}")
+    print(f"wrote {path}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- the scorecard
