@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import command, forked
 
 from nanoalign import cli
 from nanoalign.checkpoint import load_policy, load_scalar, save
@@ -210,7 +212,9 @@ def test_a_mistake_is_one_sentence_that_names_it(script, flags, names, mistakes,
     assert all(name in message for name in names), message
 
 
-def test_a_real_process_ends_a_mistake_without_a_traceback(run):
-    for flags, status, key in [("--data none.txt", 1, "none.txt"), ("--nonsense 1", 2, "--nonsense")]:
-        code, _, errors = run("train_pretrain.py", *flags.split())
+def test_a_real_process_ends_a_mistake_without_a_traceback(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fork = lambda *words: forked(lambda: command(*words))  # noqa: E731
+    for start, flags, status, key in [(run, "--data no.txt", 1, "no.txt"), (fork, "--no 1", 2, "--no")]:
+        code, _, errors = start("train_pretrain.py", *flags.split())
         assert code == status and errors.startswith("error: ") and key in errors and errors.count("\n") == 1

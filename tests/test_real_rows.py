@@ -62,7 +62,7 @@ def test_shakespeare_and_hh_run_through_every_stage(tmp_path, r50k, monkeypatch)
     with (DATA / "tinyshakespeare.txt").open(encoding="utf-8") as file:
         (tmp_path / "text.txt").write_text(file.read(6_000), encoding="utf-8")
     with HH.open(encoding="utf-8") as file:
-        short = sorted(itertools.islice(file, 100), key=len)[:12]  # what is scored costs 50,257 logits a token
+        short = sorted(itertools.islice(file, 100), key=len)[:12]  # a scored token costs 50,257 logits
     (tmp_path / "hh.jsonl").write_text("".join(short), encoding="utf-8")
     base, sft, dpo, rm = (str(tmp_path / f"{stage}.pt") for stage in ("base", "sft", "dpo", "rm"))
     hh, pairs, card = (str(tmp_path / name) for name in ("hh.jsonl", "by_rm.jsonl", "card.json"))

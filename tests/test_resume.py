@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import signal
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runs import (
     WORLD,
     Killed,
     crash,
+    forked,
     hang_up,
     in_a_process,
     interrupt,
@@ -25,7 +27,7 @@ from runs import (
     write_lines,
 )
 
-from nanoalign import UserError, checkpoint
+from nanoalign import UserError, checkpoint, cli
 from nanoalign.checkpoint import load, load_scalar, partial_path, resume, save, save_partial
 from nanoalign.model import GPT, preset
 from nanoalign.rows import read_rows
@@ -72,6 +74,12 @@ cli.run(train_pretrain.main, train_pretrain.Config)
 """
 
 
+def signalled(script, number, flags):
+    interrupt(pytest.MonkeyPatch(), 6, lambda: os.kill(os.getpid(), number))
+    sys.argv = ["train_pretrain.py", "--resume", *flags]
+    cli.run(script.main, script.Config)
+
+
 @pytest.mark.parametrize(
     "number, status, left_at",
     [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 6), (signal.SIGHUP, 129, 6), (signal.SIGKILL, -9, 4)],
@@ -83,7 +91,10 @@ def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(number, status, le
     _, config = job("pretrain", resume=True)
     flags = {k: v for k, v in asdict(config).items() if not isinstance(v, bool) and v != ""}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    code, _, errors = run("-c", SIGNALLED, int(number), "--resume", *flags)
+    if number == signal.SIGTERM:  # from a fresh interpreter; the others are copies of this process
+        code, _, errors = run("-c", SIGNALLED, int(number), "--resume", *flags)
+    else:
+        code, _, errors = forked(lambda: signalled(script, number, flags))
     assert code == status and "Traceback" not in errors
     if number != signal.SIGKILL:
         assert "saved in" in errors and "--resume" in errors
