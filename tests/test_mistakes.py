@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -17,15 +18,24 @@ from nanoalign.model import GPT
 from nanoalign.run import Flags as Config
 
 
-@pytest.fixture
-def mistakes(world, base, sft, pairs, thumbs, rm, tmp_path):
-    """The names that the table below uses."""
+@pytest.fixture(scope="module")
+def checkpoints(sft, rm, tmp_path_factory):
+    """A folder with a policy of another shape, and a reward model whose scores are no numbers."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     other, tokenizer, _ = load_policy(sft)
     other = GPT(replace(other.config, layers=1))
-    save(tmp_path / "other.pt", other, stage="sft", tokenizer=tokenizer, config=Config(), step=1)
+    save(folder / "other.pt", other, stage="sft", tokenizer=tokenizer, config=Config(), step=1)
     broken, _, _ = load_scalar(rm)
     torch.nn.init.constant_(broken.score.bias, math.nan)
-    save(tmp_path / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=Config(), step=1)
+    save(folder / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=Config(), step=1)
+    return folder
+
+
+@pytest.fixture
+def mistakes(world, base, sft, pairs, thumbs, rm, checkpoints, tmp_path):
+    """The names that the table below uses."""
+    for path in checkpoints.iterdir():
+        shutil.copy(path, tmp_path)
     files = {"empty": "", "rows": '{"text": "a"}\n', "garbage": "hello", "bare": '{"prompt": "Hi"}\n' * 3}
     files["long"] = json.dumps({"prompt": "word " * 200}) + "\n"
     files["other"] = '{"prompt": "Hi", "meta": {"kind": "mine"}}\n' * 3
