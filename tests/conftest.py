@@ -131,6 +131,16 @@ def pairs(world, sft):
 
 
 @pytest.fixture(scope="session")
+def few_pairs(world, pairs):
+    """The pairs of half as many prompts: a reward model reads them all at its end."""
+    from nanoalign.rows import read_rows
+
+    rows = read_rows(pairs, "pairs")
+    half = rows[len(rows) // 2]["prompt"]
+    return write_lines(world / "few_pairs.jsonl", rows[: [row["prompt"] for row in rows].index(half)])
+
+
+@pytest.fixture(scope="session")
 def thumbs(pairs):
     """The path of the thumbs up and down that were collected with the pairs."""
     return pairs.removesuffix(".jsonl") + ".thumbs.jsonl"
@@ -189,7 +199,7 @@ STAGES = {  # which files a stage reads, by the fixtures that make them, and its
     "dpo": ({"init": "sft", "data": "pairs"}, {"lr": 1e-3, "max_new_tokens": 24, "epochs": 0.14}),
     "kto": ({"init": "sft", "data": "thumbs"}, {"lr": 1e-3, "warmup": 2, "epochs": 0.8}),
     "orpo": ({"init": "base", "data": "pairs"}, {"epochs": 0.14}),
-    "rm": ({"init": "sft", "data": "pairs"}, {"epochs": 0.8}),
+    "rm": ({"init": "sft", "data": "few_pairs"}, {"batch_size": 4, "epochs": 0.9}),
     "prm": ({"init": "sft", "data": "steps_file"}, {"lr": 1e-3, "epochs": 0.5}),
     "ppo": ({"init": "sft", "reward": "rm"}, {"kl_target": 0.1, "kl_horizon": 50.0}),
     "grpo": ({"init": "brief", "reward": "rm"}, {"group_size": 4}),

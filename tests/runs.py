@@ -2,8 +2,11 @@
 
 import json
 import os
+import runpy
 import signal
 import sys
+import tempfile
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -147,16 +150,63 @@ def flags(config):
 
 def in_a_process(script, config, prepare=lambda: None):
     """Run a script by its command line in a process of its own → the exit status, or minus the signal."""
-    if (child := os.fork()) == 0:
-        status = 70
-        try:
-            sys.argv = [f"{script.__name__}.py", *flags(config)]
-            prepare()
-            cli.run(script.main, script.Config, script.__doc__)
-            status = 0
-        except SystemExit as left:
-            status = left.code if isinstance(left.code, int) else 1
-            print(left.code)
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def action():
+        sys.argv = [f"{script.__name__}.py", *flags(config)]
+        prepare()
+        cli.run(script.main, script.Config, script.__doc__)
+
+    status, out, errors = forked(action)
+    print(out, errors)
+    return status
+
+
+def forked(action, encoding="utf-8", input=""):
+    """Do this in a process of its own → the exit status, or minus the signal; stdout; stderr.
+
+    It is a copy of this one and has imported everything, which costs a new interpreter seconds. Its streams
+    are made as an interpreter makes them; only what depends on an interpreter's start needs another.
+    """
+    file = tempfile.TemporaryFile
+    with file() as given, file() as out, file() as errors:
+        given.write(input.encode(encoding))
+        given.seek(0)
+        if (child := os.fork()) == 0:
+            status = 70
+            try:
+                os.dup2(given.fileno(), 0)
+                os.dup2(out.fileno(), 1)
+                os.dup2(errors.fileno(), 2)
+                sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
+                sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+                marks = {"encoding": encoding, "errors": "backslashreplace"}
+                sys.stderr = open(2, "w", **marks, closefd=False)  # noqa: SIM115
+                action()
+                status = 0
+            except SystemExit as left:
+                status = left.code or 0
+                if isinstance(left.code, str):
+                    status = 1
+                    print(left.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        errors.seek(0)
+        return status, out.read().decode(encoding), errors.read().decode(encoding)
+
+
+def command(*words):
+    """What `python WORD …` does: a script or, after -m, a module."""
+    words = [str(word) for word in words]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.modules.pop(words[1], None)
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")

@@ -4,7 +4,8 @@ import io
 import sys
 
 import pytest
-from runs import WORLD
+from conftest import ROOT
+from runs import WORLD, command, forked
 
 import chat
 from nanoalign.tokenizer import SPECIALS
@@ -61,8 +62,10 @@ def test_special_tokens_in_a_message_stay_text(converse, monkeypatch):
     assert special == [WORLD.opening["user"][0], WORLD.end, WORLD.opening["assistant"][0]]
 
 
-def test_piped_questions_are_answered_by_a_real_process(run, sft):
-    code, out, errors = run("chat.py", "--checkpoint", sft, "--max-new-tokens", 8, input="Hi\nnaïve 日本\n")
+def test_piped_questions_are_answered_by_a_real_process(sft, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = ["chat.py", "--checkpoint", sft, "--max-new-tokens", 8]
+    code, out, errors = forked(lambda: command(*words), input="Hi\nnaïve 日本\n")
     assert (code, errors) == (0, "") and len(out.strip().splitlines()) >= 2
 
 

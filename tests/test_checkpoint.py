@@ -3,14 +3,15 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
+import resource
+import signal
 import tracemalloc
 import zipfile
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from runs import forked
 
 from nanoalign import UserError
 from nanoalign.checkpoint import (
@@ -127,23 +128,18 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch, 
 def test_a_disk_that_really_fills_up_leaves_the_old_file(saved):
     _, path = saved
     before = path.read_bytes()
-    code = f"""
-import resource, signal
-from nanoalign.checkpoint import save, load_policy
-from nanoalign import UserError
-from test_checkpoint import Config, tiny, WORLD
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    save({str(path)!r}, tiny(seed=1), stage="sft", tokenizer=WORLD, config=Config(""), step=8)
-except UserError as error:
-    print(error)
-"""
-    here = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{os.path.dirname(here)}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "could not write" in done.stdout and len(done.stdout.splitlines()) == 1
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            save(path, tiny(seed=1), stage="sft", tokenizer=WORLD, config=Config(""), step=8)
+        except UserError as error:
+            print(error)
+
+    status, out, errors = forked(full)
+    assert (status, errors) == (0, "")
+    assert "could not write" in out and len(out.splitlines()) == 1
     assert path.read_bytes() == before and os.listdir(path.parent) == ["sft.pt"]
 
 

@@ -81,22 +81,28 @@ def test_the_world_imports_no_script_and_no_laboratory(path):
     assert not reaches(path, *NAMES, "lab")
 
 
-def test_what_dpo_and_ppo_import_leads_to_neither_world_nor_laboratory():
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory):
+    """One that has imported DPO and PPO, said which modules that were, and imported all scripts."""
+    folder, scripts = tmp_path_factory.mktemp("interpreter"), ", ".join(sorted(NAMES))
+    code = f"""import sys, train_dpo, train_ppo; print([*sys.modules])
+import {scripts}, nanoalign.world.__main__, nanoalign.world.bpe"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True), folder
+
+
+def test_what_dpo_and_ppo_import_leads_to_neither_world_nor_laboratory(interpreter):
     """By the interpreter, which also sees what the syntax tree hides."""
-    code = "import sys, train_dpo, train_ppo; print([*sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    modules = ast.literal_eval(done.stdout)
+    modules = ast.literal_eval(interpreter[0].stdout)
     assert "nanoalign.run" in modules
     assert not [name for name in modules if f"{name}.".startswith(("lab.", "nanoalign.world."))]
 
 
-def test_importing_a_script_prints_nothing_and_creates_nothing(tmp_path):
-    code = f"import {', '.join(sorted(NAMES))}, nanoalign.world.__main__, nanoalign.world.bpe"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not os.listdir(tmp_path)
+def test_importing_a_script_prints_nothing_and_creates_nothing(interpreter):
+    done, folder = interpreter
+    assert (done.returncode, done.stderr) == (0, "") and not os.listdir(folder)
+    assert done.stdout.startswith("[") and done.stdout.endswith("]\n") and done.stdout.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------- lines

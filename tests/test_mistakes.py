@@ -3,11 +3,14 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import ROOT
+from runs import command, forked
 
 from nanoalign import cli
 from nanoalign.checkpoint import load_policy, load_scalar, save
@@ -15,15 +18,24 @@ from nanoalign.model import GPT
 from nanoalign.run import Flags as Config
 
 
-@pytest.fixture
-def mistakes(world, base, sft, pairs, thumbs, rm, tmp_path):
-    """The names that the table below uses."""
+@pytest.fixture(scope="module")
+def checkpoints(sft, rm, tmp_path_factory):
+    """A folder with a policy of another shape, and a reward model whose scores are no numbers."""
+    folder = tmp_path_factory.mktemp("checkpoints")
     other, tokenizer, _ = load_policy(sft)
     other = GPT(replace(other.config, layers=1))
-    save(tmp_path / "other.pt", other, stage="sft", tokenizer=tokenizer, config=Config(), step=1)
+    save(folder / "other.pt", other, stage="sft", tokenizer=tokenizer, config=Config(), step=1)
     broken, _, _ = load_scalar(rm)
     torch.nn.init.constant_(broken.score.bias, math.nan)
-    save(tmp_path / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=Config(), step=1)
+    save(folder / "nan.pt", broken, stage="rm", tokenizer=tokenizer, config=Config(), step=1)
+    return folder
+
+
+@pytest.fixture
+def mistakes(world, base, sft, pairs, thumbs, rm, checkpoints, tmp_path):
+    """The names that the table below uses."""
+    for path in checkpoints.iterdir():
+        shutil.copy(path, tmp_path)
     files = {"empty": "", "rows": '{"text": "a"}\n', "garbage": "hello", "bare": '{"prompt": "Hi"}\n' * 3}
     files["long"] = json.dumps({"prompt": "word " * 200}) + "\n"
     files["other"] = '{"prompt": "Hi", "meta": {"kind": "mine"}}\n' * 3
@@ -210,7 +222,9 @@ def test_a_mistake_is_one_sentence_that_names_it(script, flags, names, mistakes,
     assert all(name in message for name in names), message
 
 
-def test_a_real_process_ends_a_mistake_without_a_traceback(run):
-    for flags, status, key in [("--data none.txt", 1, "none.txt"), ("--nonsense 1", 2, "--nonsense")]:
-        code, _, errors = run("train_pretrain.py", *flags.split())
+def test_a_real_process_ends_a_mistake_without_a_traceback(run, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    fork = lambda *words: forked(lambda: command(*words))  # noqa: E731
+    for start, flags, status, key in [(run, "--data no.txt", 1, "no.txt"), (fork, "--no 1", 2, "--no")]:
+        code, _, errors = start("train_pretrain.py", *flags.split())
         assert code == status and errors.startswith("error: ") and key in errors and errors.count("\n") == 1

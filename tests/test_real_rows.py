@@ -60,19 +60,20 @@ def test_gsm8k_rows_are_chat_rows_and_prompts_as_they_are(r50k):
 def test_shakespeare_and_hh_run_through_every_stage(tmp_path, r50k, monkeypatch):
     monkeypatch.setattr(nanoalign.kernels, "LARGE", 10**9)  # compiling is not what is tested
     with (DATA / "tinyshakespeare.txt").open(encoding="utf-8") as file:
-        (tmp_path / "text.txt").write_text(file.read(20_000), encoding="utf-8")
+        (tmp_path / "text.txt").write_text(file.read(6_000), encoding="utf-8")
     with HH.open(encoding="utf-8") as file:
-        (tmp_path / "hh.jsonl").write_text("".join(itertools.islice(file, 40)), encoding="utf-8")
+        short = sorted(itertools.islice(file, 100), key=len)[:12]  # a scored token costs 50,257 logits
+    (tmp_path / "hh.jsonl").write_text("".join(short), encoding="utf-8")
     base, sft, dpo, rm = (str(tmp_path / f"{stage}.pt") for stage in ("base", "sft", "dpo", "rm"))
     hh, pairs, card = (str(tmp_path / name) for name in ("hh.jsonl", "by_rm.jsonl", "card.json"))
-    few = {"batch_size": 4, "warmup": 0, "epochs": 0.5}
+    few = {"batch_size": 2, "warmup": 0, "epochs": 0.5}
 
     model = {"model": "world-tiny", "tokenizer": "r50k_base"}
     train_pretrain.main(train_pretrain.Config(data=str(tmp_path / "text.txt"), out=base, **model, **few))
     train_sft.main(train_sft.Config(init=base, data=hh, out=sft, **few))
     train_dpo.main(train_dpo.Config(init=sft, data=hh, out=dpo, **few))
     train_rm.main(train_rm.Config(init=sft, data=hh, out=rm, **few))
-    sampling = {"skip_bad_rows": True, "count": 20, "max_new_tokens": 8}
+    sampling = {"skip_bad_rows": True, "count": 6, "max_new_tokens": 8}
     collect.main(collect.Config(policy=sft, prompts=str(HH), out=pairs, annotator=f"rm:{rm}", **sampling))
     assert all(0.5 <= row["probability"] <= 1 for row in read_rows(pairs, "pairs"))
     judged = {"checkpoints": (sft, dpo), "prompts": hh, "reward": rm}

@@ -4,6 +4,7 @@ import importlib
 import os
 import random
 import signal
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runs import (
     WORLD,
     Killed,
     crash,
+    forked,
     hang_up,
     in_a_process,
     interrupt,
@@ -25,7 +27,7 @@ from runs import (
     write_lines,
 )
 
-from nanoalign import UserError, checkpoint
+from nanoalign import UserError, checkpoint, cli
 from nanoalign.checkpoint import load, load_scalar, partial_path, resume, save, save_partial
 from nanoalign.model import GPT, preset
 from nanoalign.rows import read_rows
@@ -72,6 +74,12 @@ cli.run(train_pretrain.main, train_pretrain.Config)
 """
 
 
+def signalled(script, number, flags):
+    interrupt(pytest.MonkeyPatch(), 6, lambda: os.kill(os.getpid(), number))
+    sys.argv = ["train_pretrain.py", "--resume", *flags]
+    cli.run(script.main, script.Config)
+
+
 @pytest.mark.parametrize(
     "number, status, left_at",
     [(signal.SIGTERM, 143, 6), (signal.SIGINT, 130, 6), (signal.SIGHUP, 129, 6), (signal.SIGKILL, -9, 4)],
@@ -83,7 +91,10 @@ def test_a_real_process_stops_cleanly_and_resumes_bit_for_bit(number, status, le
     _, config = job("pretrain", resume=True)
     flags = {k: v for k, v in asdict(config).items() if not isinstance(v, bool) and v != ""}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    code, _, errors = run("-c", SIGNALLED, int(number), "--resume", *flags)
+    if number == signal.SIGTERM:  # from a fresh interpreter; the others are copies of this process
+        code, _, errors = run("-c", SIGNALLED, int(number), "--resume", *flags)
+    else:
+        code, _, errors = forked(lambda: signalled(script, number, flags))
     assert code == status and "Traceback" not in errors
     if number != signal.SIGKILL:
         assert "saved in" in errors and "--resume" in errors
@@ -210,9 +221,9 @@ def test_any_other_flag_that_changes_refuses_a_resume(stage, tmp_path):
 
 def test_other_soft_labels_are_other_data_to_a_resumed_run(job, pairs, tmp_path):
     for stage in ("dpo", "rm"):
-        rows = read_rows(pairs, "pairs")
+        rows = read_rows(pairs, "pairs")[:90]
         data = write_lines(tmp_path / "soft.jsonl", rows)
-        script, config = job(stage, data=data)
+        script, config = job(stage, data=data, save_every=1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("nanoalign.run.finish", lambda *a, **k: None)  # leaves its partial checkpoint
             script.main(config)

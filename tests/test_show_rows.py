@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from runs import command, forked
 from test_data import GOOD
 
 from nanoalign import UserError
@@ -110,7 +111,7 @@ def test_the_command_takes_a_file_and_flags(run, tmp_path):
     path.write_text(json.dumps(ROWS["chat"][0]))
     status, out, err = run("-m", "nanoalign.rows", path, "--count", "1")
     assert (status, err) == (0, "") and "⟦ Hello.<|end|>⟧" in out
-    assert run("-m", "nanoalign.rows", "--help")[1].startswith("usage: -m nanoalign.rows")
+    assert forked(lambda: command("-m", "nanoalign.rows", "--help"))[1].startswith("usage: -m nanoalign.rows")
     for data, said in ((str(tmp_path / "none.jsonl"), "does not exist"), ("", "name a file")):
         with pytest.raises(UserError, match=said):
             main(Config(data=data))

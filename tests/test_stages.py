@@ -69,9 +69,10 @@ def test_a_compiled_run_saves_the_same_keys_and_no_traces_of_the_compiler(stage,
     + [("sft", {"packing": True}), ("sft", {"packing": True, "micro_tokens": 99})],
 )
 def test_micro_batches_change_nothing(stage, split, job, double):
-    fewer = {"kto": 0.3, "orpo": 0.05, "dpo": 0.05, "sft": 0.5, "prm": 0.1}
+    fewer = {"kto": 0.3, "orpo": 0.05, "dpo": 0.05, "sft": 0.5, "prm": 0.1, "rm": 0.3}
     kl = "reward" if stage == "rloo" else "k3"
     changes = {"kind": stage, "kl": kl, "steps": 4, "eval_prompts": 1} if stage in KINDS else {}
+    changes |= {"steps": 6, "eval_prompts": 1} if stage == "ppo" else {}
     changes |= {"epochs": fewer[stage], "eval_every": 99} if stage in fewer else {}
     runs, logged = [], []
     for flags in ({}, split):

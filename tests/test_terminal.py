@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import compared
+from runs import command, compared, forked
 
 import best_of_n
 import chat
@@ -44,25 +44,33 @@ def test_what_people_write_stays_as_it_is():
     assert visible("a\tb\r\nc") == "a   b\nc"
 
 
-@pytest.mark.parametrize(
-    "encoding, command, status, shown",
-    [
-        ("cp1252", ["train_ppo.py", "--help"], 0, "\\u03bb of the advantage"),
-        ("ascii", ["-m", "lab.seeds", "--help"], 0, "seeds \\u2192 one"),
-        ("latin-1", ["chat.py", "--checkpoint", "no → π.pt"], 1, "no checkpoint no \\u2192 \\u03c0.pt"),
-        ("utf-8", ["chat.py", "--checkpoint", "no → π.pt"], 1, "no checkpoint no → π.pt"),
-    ],
-)
-def test_help_and_errors_appear_whatever_the_encoding(encoding, command, status, shown):
-    """Also in a locale that has no other characters than English ones."""
-    surroundings = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=surroundings, capture_output=True)
-    assert done.returncode == status, done.stderr
-    assert b"Traceback" not in done.stderr and shown.encode() in done.stdout + done.stderr
+HELP = [
+    ("cp1252", ["train_ppo.py", "--help"], 0, "\\u03bb of the advantage"),
+    ("ascii", ["-m", "lab.seeds", "--help"], 0, "seeds \\u2192 one"),
+    ("utf-8", ["chat.py", "--checkpoint", "no → π.pt"], 1, "no checkpoint no → π.pt"),
+]
 
 
-def test_an_error_shows_no_escape_sequence_of_a_file_name(run):
-    code, _, errors = run("chat.py", "--checkpoint", "no\x1b[2J\nsuch.pt")
+@pytest.mark.parametrize("encoding, words, status, shown", HELP)
+def test_help_and_errors_appear_whatever_the_encoding(encoding, words, status, shown, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, out, errors = forked(lambda: command(*words), encoding)
+    assert code == status, errors
+    assert "Traceback" not in errors and shown in out + errors
+
+
+def test_errors_appear_in_a_locale_that_has_no_other_characters_than_english_ones():
+    """From a fresh interpreter, which takes its flags and its streams from there."""
+    words = ["chat.py", "--checkpoint", "no → π.pt"]
+    surroundings = {**os.environ, "PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=surroundings, capture_output=True)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert b"no checkpoint no \\u2192 \\u03c0.pt" in done.stderr
+
+
+def test_an_error_shows_no_escape_sequence_of_a_file_name(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, _, errors = forked(lambda: command("chat.py", "--checkpoint", "no\x1b[2J\nsuch.pt"))
     assert code == 1 and "\x1b" not in errors and errors.count("\n") == 1 and "such.pt" in errors
 
 

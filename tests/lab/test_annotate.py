@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import by, compared
+from runs import by, command, compared, forked
 
 from lab import annotate
 from nanoalign import UserError
@@ -160,9 +160,13 @@ def test_pairs_are_decided_by_all_votes_and_agreement_is_printed(tmp_path, monke
 
 
 def test_without_a_standard_input_and_for_a_share_above_one_there_is_one_sentence(tmp_path):
-    command = f"{sys.executable} -m lab.annotate --votes {tmp_path}/x.votes.jsonl"
-    done = subprocess.run(f"{command} <&-", shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "nobody to ask" in done.stderr
+    def closed():
+        os.close(0)
+        sys.stdin = None  # which an interpreter makes of it
+        command("-m", "lab.annotate", "--votes", f"{tmp_path}/x.votes.jsonl")
+
+    status, _, errors = forked(closed)
+    assert status == 1 and errors.startswith("error: ") and "nobody to ask" in errors
     for flags, said in (({"min_agreement": 2.0}, "--min-agreement 2"), ({}, "does not exist")):
         with pytest.raises(UserError, match=said):
             annotate.main(annotate.Config(votes=f"{tmp_path}/x.votes.jsonl", **flags))

@@ -67,13 +67,13 @@ def test_robust_dpo_ends_at_the_optimum_although_labels_are_flipped_and_dpo_does
 
 
 def test_ppo_ends_at_the_optimum(world):
-    policy, _ = ppo(world)
+    policy, _ = ppo(world, steps=120)
     assert world.distance(policy_of(world, policy), world.optimum()) < CLOSE
 
 
 @pytest.mark.parametrize("kind", train_grpo.KINDS)
 def test_group_methods_with_kl_in_the_reward_end_at_the_optimum(world, kind):
-    policy, _ = grpo(world, kind)
+    policy, _ = grpo(world, kind, steps=120)
     assert world.distance(policy_of(world, policy), world.optimum()) < CLOSE
 
 
@@ -81,7 +81,7 @@ def test_group_methods_with_kl_in_the_reward_end_at_the_optimum(world, kind):
 def test_kl_as_a_loss_per_token_ends_somewhere_else(world, kl, least, most):
     """k1 has no gradient in expectation, so nothing holds the policy; k2 leaves out what a token does to the
     KL of those that follow; k3 has another gradient altogether."""
-    policy, _ = grpo(world, "dr_grpo", kl, steps=150)
+    policy, _ = grpo(world, "dr_grpo", kl, steps=100)
     assert least < world.distance(policy_of(world, policy), world.optimum()) < most
 
 
