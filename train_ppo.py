@@ -188,7 +188,7 @@ def main(config: Config) -> None:
     models = "policy", "reference", "critic" + " (a head)" * config.shared_critic, *reward.models
     run = Run(
         config, "ppo", policy, tokenizer, optimizer, order, made_from, models,
-        trained=trained, shown=SHOWN,
+        trained=trained, shown=SHOWN, held=(ref, *watch.held),
     )  # fmt: skip
     beta = run.state.get("beta", config.beta)
     run.keeps("critic", critic)

@@ -65,11 +65,12 @@ def reward_models(expression: str) -> list[str]:
 def make_reward(expression: str, tokenizer: Tokenizer, device, ref: GPT | None = None) -> Reward:
     """An expression → reward(rows, rollout) → scores (B,), or (B, T) if a term is dense: the others then
     stand on the last token. rows: the prompt rows of the rollout's rows. ref: a frozen model that is
-    in memory anyway, to take the place of a reward model's reader that is the same.
+    in memory anyway, to take the place of a reward model's reader that is the same. reward.held: its models.
 
     Raises UserError for an unknown term, a reward model of another tokenizer, and scores that are not finite.
     """
-    terms = [(term.weight, _scorer(term, tokenizer, device, ref)) for term in parse_reward(expression)]
+    held: list[ScalarGPT] = []
+    terms = [(term.weight, _scorer(term, tokenizer, device, ref, held)) for term in parse_reward(expression)]
 
     def reward(rows: list[dict], rollout: Rollout) -> Tensor:
         parts = [weight * score(rows, rollout) for weight, score in terms]
@@ -77,19 +78,17 @@ def make_reward(expression: str, tokenizer: Tokenizer, device, ref: GPT | None =
             parts = [part if part.dim() == 2 else on_last_token(part, rollout.mask) for part in parts]
         scores = sum(parts)
         if not scores.isfinite().all():
-            broken = int((~total(scores).isfinite()).sum())
-            raise UserError(
-                f"the reward {expression!r} is not a finite number for {broken} of {len(rows)} responses: "
-                "its checkpoint is broken, or was trained with too high an --lr."
-            )
+            broken = f"{int((~total(scores).isfinite()).sum())} of {len(rows)} responses"
+            why = "its checkpoint is broken, or was trained with too high an --lr"
+            raise UserError(f"the reward {expression!r} is not a finite number for {broken}: {why}.")
         return scores
 
     reward.files = [Path(file) for file in reward_files(expression)]
-    reward.models = reward_models(expression)
+    reward.models, reward.held = reward_models(expression), held
     return reward
 
 
-def _scorer(term: Term, tokenizer: Tokenizer, device, ref: GPT | None) -> Reward:
+def _scorer(term: Term, tokenizer: Tokenizer, device, ref: GPT | None, held: list) -> Reward:
     if term.kind == "length":
         return lambda rows, rollout: rollout.mask.sum(-1).float()
     if term.kind == "answer":
@@ -98,6 +97,7 @@ def _scorer(term: Term, tokenizer: Tokenizer, device, ref: GPT | None) -> Reward
         return partial(_text_scores, load_function(term.path), term.path, tokenizer)
     process = term.kind.startswith("prm-")
     models = [_load(path, tokenizer, device, "prm" if process else "rm") for path in term.files]
+    held += models
     for model in models:
         share_reader(model, ref)
     if process:
@@ -113,10 +113,8 @@ def _scorer(term: Term, tokenizer: Tokenizer, device, ref: GPT | None) -> Reward
 def _load(path: str, tokenizer: Tokenizer, device, stage: str) -> ScalarGPT:
     model, own, _ = load_scalar(path, device, (stage,))
     if own.name != tokenizer.name:
-        raise UserError(
-            f"{path} reads tokens of {own.name!r}, the policy writes tokens of {tokenizer.name!r}: "
-            "train a reward model from the policy's own SFT checkpoint."
-        )
+        what = f"{path} reads tokens of {own.name!r}, the policy writes tokens of {tokenizer.name!r}"
+        raise UserError(f"{what}: train a reward model from the policy's own SFT checkpoint.")
     return freeze(model)
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, memory
 from nanoalign.checkpoint import finish, partial_path, resume, save_partial
 from nanoalign.data import BatchOrder, micro_batches
 from nanoalign.seeds import derived_seed
@@ -59,6 +59,7 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    plan: bool = False  # say how much memory the run needs at most (docs/memory.md), and stop
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other names of the fields, in --data and --eval-data alike: ours=theirs,…, such as
@@ -73,17 +74,18 @@ class Run:
     order: `order[step]` are the rows of a step. made_from: tensors, arrays and strings (nested as you like)
     that the result depends on; a resumed run must have the same. models: what is held in memory, by name.
     trained: the module whose gradient is clipped, if it is more than `model`. state: what a stopped run kept
-    (`keep`) beside weights, optimiser and random numbers.
+    (`keep`) beside weights, optimiser and random numbers. held: models in memory beside what is trained.
     """
 
     def __init__(
         self, config, stage: str, model: nn.Module, tokenizer, optimizer, order: BatchOrder, made_from,
         models: tuple[str, ...] = ("policy",), chat: bool = True, trained: nn.Module | None = None,
-        shown: tuple[str, ...] = (),
+        shown: tuple[str, ...] = (), held: tuple[nn.Module | None, ...] = (),
     ):  # fmt: skip
         self.config, self.model, self.trained = config, model, trained or model
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
+        needs = memory.plan(config, stage, self.trained, held, order, made_from, self.steps)
         self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
         self.data = fingerprint(*made_from)
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
@@ -94,6 +96,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         self.metrics.models(*models)
+        self.metrics.note(event="memory", **needs)
         self.done, self.stop = self.first, CleanStop()
         if config.warmup > self.steps:
             part = f"{self.steps / config.warmup:.0%} of --lr {config.lr:g}"
