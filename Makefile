@@ -126,7 +126,7 @@ lint: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-parity: .venv/parity  ## agreement with transformers and trl (installs them)
+parity: .venv/parity  ## agreement with transformers, trl and peft (installs them)
 	$(PY) -m pytest -m parity
 
 clean:  ## delete what this size has built (out/ only)

@@ -42,13 +42,13 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load, load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.generate import rollouts
+from nanoalign.hf import tokenizer_of
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rows import read_rows
 from nanoalign.run import fingerprint
 from nanoalign.seeds import derived_seed
 from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, print_table
-from nanoalign.tokenizer import get_tokenizer
 from nanoalign.training import setup
 
 VALUE = (Real, np.bool_, type(None))  # of a check
@@ -243,13 +243,13 @@ def main(config: Config) -> None:
     stages, tokenizers, room = {}, set(), []
     for path in filter(None, (*paths, config.reference)):
         content = load(path)
-        stages[path] = content["stage"]
-        tokenizers.add(content["tokenizer"])
+        stages[path], tokenizer = content["stage"], tokenizer_of(content)
+        tokenizers.add(tokenizer.name)
         room.append(content["model_config"]["context"] - 1)
     if len(tokenizers) > 1:
         different = ", ".join(sorted(tokenizers))
         raise UserError(f"the checkpoints have different tokenizers ({different}).")
-    rows, _ = prompt_examples(rows, get_tokenizer(*tokenizers), min(room), config.count)
+    rows, _ = prompt_examples(rows, tokenizer, min(room), config.count)
     sft = [path for path in paths if stages[path] == "sft"]
     reference = config.reference or (sft or [""])[-1]
     ref = load_policy(reference, device)[0] if reference else None

@@ -195,17 +195,17 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
-    ref = load_reference(config.reference, policy, tokenizer, device)
+    ref = load_reference(config, policy, tokenizer, device)
     reward = make_reward(config.reward, tokenizer, device, ref)
     room = policy.config.context - config.max_new_tokens
     (rows, prompts), held_out = read_prompts(config, tokenizer, room)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=1e-5)
     prepare(config, policy, ref)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=1e-5)
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
-    made_from = policy.embed.weight, ref.embed.weight, prompts, reward.files
+    made_from = policy, ref, prompts, reward.files
     models, held = ("policy", "reference", *reward.models), (ref, *watch.held)
     run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=SHOWN)
     watch.begin(run)

@@ -22,7 +22,6 @@ the reference point is the reference model. So it is in the demo, where both rew
 further: held-out AUC 0.67, margin 0.19, KL 1.3.
 """
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +34,7 @@ from nanoalign.data import BatchOrder, collate, join, labelled_examples, micro_b
 from nanoalign.generate import respond, sample_kl
 from nanoalign.logprobs import token_logprobs
 from nanoalign.run import Flags, Run, already_finished
-from nanoalign.training import freeze, make_optimizer, prepare, setup
+from nanoalign.training import load_reference, make_optimizer, prepare, setup
 
 
 @dataclass(kw_only=True)
@@ -152,7 +151,7 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
-    ref = freeze(copy.deepcopy(policy))
+    ref = load_reference(config, policy, tokenizer, device)
 
     rows, eval_rows = read_split(config, config.data, "labelled", 1000)
     max_length = min(config.max_length, policy.config.context)
@@ -167,11 +166,12 @@ def main(config: Config) -> None:
     if len(examples) < 2:
         raise UserError("a single row has no mismatched pair: KTO needs at least two.")
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     prepare(config, policy, ref)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     lengths = [len(ids) for ids, _ in examples]
     order = BatchOrder(lengths, config.batch_size, config.seed, least=2)
-    made_from, models = (policy.embed.weight, labels, examples), ("policy", "reference")
+    made_from = policy, labels, examples
+    models = "policy", "reference"
     run = Run(config, "kto", policy, tokenizer, optimizer, order, made_from, models, held=(ref,))
 
     for step in run:

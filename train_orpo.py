@@ -139,11 +139,11 @@ def main(config: Config) -> None:
     eval_pairs = with_labels(*pair_examples(eval_rows, tokenizer, max_length, "held-out"))
     shown, prompts = questions(eval_rows, tokenizer, max_length, 4)
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     prepare(config, policy)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     lengths = [max(len(ids) for ids, _ in pair) for pair, _ in pairs]
     order = BatchOrder(lengths, config.batch_size, config.seed)
-    made_from = policy.embed.weight, pairs
+    made_from = policy, pairs
     run = Run(config, "orpo", policy, tokenizer, optimizer, order, made_from)
 
     for step in run:

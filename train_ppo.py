@@ -171,21 +171,22 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
-    ref = load_reference(config.reference, policy, tokenizer, device)
+    ref = load_reference(config, policy, tokenizer, device)
     reward = make_reward(config.reward, tokenizer, device, ref)
     start = config.critic or (reward.models or [config.init])[0]
-    critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device, ref)
-    reader = getattr(critic, "reader", None)
+    frozen = [ref, *(model.gpt for model in reward.held)] if config.lora else []
+    critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device, ref, frozen)
+    light = config.shared_critic or any(critic.gpt.embed.weight is m.embed.weight for m in frozen)
     room = policy.config.context - config.max_new_tokens
     (rows, prompts), held_out = read_prompts(config, tokenizer, room)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
-    optimizer = make_optimizer(trained, config.lr, config.weight_decay, eps=1e-5)
     prepare(config, policy, ref, getattr(critic, "gpt", None))
+    optimizer = make_optimizer(trained, config.lr, config.weight_decay, eps=1e-5)
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
-    made_from = policy.embed.weight, ref.embed.weight, [*critic.parameters()], prompts, reward.files
-    models = "policy", "reference", "critic" + " (a head)" * config.shared_critic, *reward.models
+    made_from = policy, ref, critic, prompts, reward.files
+    models = "policy", "reference", "critic" + " (a head)" * light, *reward.models
     run = Run(
         config, "ppo", policy, tokenizer, optimizer, order, made_from, models,
         trained=trained, shown=SHOWN, held=(ref, *watch.held),
@@ -208,7 +209,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            seen = drawn.read_by(reader)  # (B, T, 3), or None
+            seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
         (old_logp, entropy), old_values = found

@@ -7,7 +7,8 @@ no shift: it has read the whole step by then. Unlabelled steps are context only.
 share of continuations from s that reach the right answer (Math-Shepherd: Wang et al. 2024, eq. 4).
 
 With --lm-weight w the model also stays a language model (the joint objective of Cobbe et al. 2021, §4.2): w
-times the mean −log p of the tokens of steps labelled right is added, read through the embedding.
+times the mean −log p of the tokens of steps labelled right is added, read through the embedding. With --lora
+the embedding stays as it is, in which <|step|> is a line break.
 
     python train_prm.py                                         # the built-in world, labels by its checker
     python train_prm.py --outcome --out out/demo/orm.pt         # an outcome reward model, for comparison
@@ -37,7 +38,7 @@ from nanoalign.logprobs import token_logprobs
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.scalar import ScalarGPT
 from nanoalign.statistics import auc, calibration_error
-from nanoalign.steps import UNLABELLED, step_example
+from nanoalign.steps import UNLABELLED, read_as_line_breaks, step_example
 from nanoalign.training import make_optimizer, prepare, setup
 
 
@@ -156,9 +157,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     if config.lm_weight and not policy.config.tied:
         raise UserError(f"{config.init} has an output head apart from its embedding: use --lm-weight 0.")
-    with torch.no_grad():  # it knows what a line break means, and nothing yet of <|step|>
-        for table in {policy.embed.weight, policy.head.weight}:
-            table[tokenizer.step] = table[tokenizer.newlines[0]]
+    read_as_line_breaks(policy, tokenizer)
     model = ScalarGPT.from_policy(policy, config.reader)
     del policy
 
@@ -166,10 +165,11 @@ def main(config: Config) -> None:
     how = tokenizer, max_length, config.outcome, config.neutral
     rows, eval_rows = read_split(config, config.data, "steps")
     examples, eval_examples = step_examples(rows, *how), step_examples(eval_rows, *how, "held-out")
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
-    made_from, models = (model.gpt.embed.weight, examples), ("process reward",)
+    made_from = model, examples
+    models = ("process reward",)
     run = Run(config, "prm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:

@@ -180,12 +180,12 @@ def main(config: Config) -> None:
     held_out = by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
     responses = [example for p in prompts for example in p.responses]
 
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
     tokens = order.lengths * [len(p.responses) for p in prompts]
-    made_from, models = (model.gpt.embed.weight, prompts), ("reward",)
+    made_from, models = (model, prompts), ("reward",)
     run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     if run.first == 0:
         with autocast:

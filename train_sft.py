@@ -76,10 +76,10 @@ def main(config: Config) -> None:
     asked = [row for row in eval_rows if row["messages"][0]["role"] != "assistant"]
     shown, prompts = questions(list(map(parse_prompt, asked)), tokenizer, max_length, 4)
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     prepare(config, policy)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=config.adam_eps)
     order = BatchOrder([len(ids) for ids, _ in examples], config.batch_size, config.seed)
-    made_from = policy.embed.weight, examples
+    made_from = policy, examples
     run = Run(config, "sft", policy, tokenizer, optimizer, order, made_from)
     if run.first == 0:
         check_ends(examples, tokenizer, max_length)

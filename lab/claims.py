@@ -251,7 +251,8 @@ def tried(claim: Claim, seeds: list[Seed]) -> tuple[str, str]:
     told = [f"{what}: {value:+.3f} ± {error:.3f}" for what, (value, error) in figures.items()]
     if missing:
         told.append(f"(without {', '.join(str(folder) for folder, _ in missing)})")
-    return "<br>".join(told), verdict(list(figures.values()))
+    alone = " (one seed)" if len(seeds) - len(missing) == 1 else ""
+    return "<br>".join(told), verdict(list(figures.values())) + alone
 
 
 def main(folders: list[str]) -> None:

@@ -79,7 +79,7 @@ def monte_carlo(policy, tokenizer, solutions: list, right: list[bool], config: C
         asked.update((key, row) for key in keys[-1])  # a prefix that two solutions share is continued once
     ids = []
     for key, row in asked.items():
-        prefix = tokenizer.encode(" " + "\n".join(key[1:]) + "\n")
+        prefix = tokenizer.encode(tokenizer.lead + "\n".join(key[1:]) + "\n")
         ids += [np.append(tokenizer.prompt(row["prompt"]), prefix)] * M
     flags = ("max_new_tokens", "temperature", "top_k", "top_p")
     options = {name: getattr(config, name) for name in flags}

@@ -54,7 +54,7 @@ REASONS = {  # (the file, what a mutant's name matches) → why it computes the 
     ("train_.*", r"^prepare\("): "Each model is prepared alone, in whatever order.",
     (
         "train_.*",
-        r"^\(?(policy|model\.gpt)\.embed\.weight, |^\(model\.gpt",
+        r"^\(?(policy|model), .*(pairs|examples|prompts|labels)",
     ): "What a run is made from, in another "
     "order: the fingerprint is another one, and tells runs apart as before.",
     ("train_(ppo|grpo)", r"seed=negated\(run\.seed\)"): "Another seed of each step's own.",

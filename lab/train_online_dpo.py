@@ -15,7 +15,6 @@ A healthy run: starts where train_dpo.py does (checked). Sampling two whole resp
 learnt from once makes it the slowest of the preference methods (docs/methods.md).
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from nanoalign.logprobs import last_scored
 from nanoalign.rewards import Reward, make_reward, total
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.seeds import derived_seed
-from nanoalign.training import freeze, make_optimizer, prepare, setup
+from nanoalign.training import load_reference, make_optimizer, prepare, setup
 from train_dpo import LOSSES, evaluate, measure, soft_labels
 
 Pair = tuple[Example, Example]  # chosen, rejected
@@ -143,7 +142,7 @@ def main(config: Config) -> None:
         return
     device, autocast = setup(config)
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
-    ref = freeze(copy.deepcopy(policy)) if loss.reference else None
+    ref = load_reference(config, policy, tokenizer, device) if loss.reference else None
     reward = make_reward(config.reward, tokenizer, device, ref)
 
     rows, eval_rows = read_split(config, config.data, "pairs", 500)
@@ -156,11 +155,11 @@ def main(config: Config) -> None:
     rows, prompts = prompt_examples(one_per_prompt(rows), tokenizer, room)
     check_answers(config.reward, rows)
 
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     prepare(config, policy, ref)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     order = Collections(prompts, config)
     files = [Path(path).read_bytes() for path in reward.files]
-    made_from = policy.embed.weight, order.pairs, prompts, files
+    made_from = policy, order.pairs, prompts, files
     models, held = ("policy", *(["reference"] if ref else []), *reward.models), (ref, *reward.held)
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models, held=held)
     if "fresh" in run.state:  # the pairs collected last, of which some steps are still to come

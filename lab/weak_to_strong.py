@@ -128,12 +128,12 @@ def train(config: Student) -> None:
     eval_rows, part = without_ties(eval_rows, "held-out"), "held-out"
     held_out = train_rm.by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
 
-    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     prepare(config, model.gpt)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)
     tokens = order.lengths * [len(p.responses) for p in prompts]
-    made_from, models = (model.gpt.embed.weight, prompts), ("reward",)
+    made_from, models = (model, prompts), ("reward",)
     run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
     for step in run:
         alpha = config.confidence * min(1.0, step / (0.2 * run.steps))

@@ -1,9 +1,10 @@
-"""One file per checkpoint: atomic save, strict load, nothing in it can execute code.
+"""One file per checkpoint: atomic save, strict load, nothing in it can execute code. Folders: hf.py.
 
 A finished stage writes `X.pt`. While it runs it writes `X.partial.pt`, which also holds the optimiser and
 the random state; `--resume` continues from there bit for bit, and the finished `X.pt` replaces it.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -13,21 +14,15 @@ from pathlib import Path
 import torch
 
 from nanoalign import UserError
-from nanoalign.contents import (
-    FORMAT,
-    DamagedError,
-    build,
-    check,
-    check_moments,
-    checksum,
-    damaged,
-    unpack,
-)
+from nanoalign.contents import FORMAT, DamagedError, build, check, check_moments, checksum, damaged, unpack
 from nanoalign.expressions import spelled_out
-from nanoalign.files import beside, writing
+from nanoalign.files import beside, same_file, writing
+from nanoalign.hf import is_folder, load_folder, read_folder, saved, tokenizer_of
+from nanoalign.lora import adapters, add, matrices, merge, restore
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
-from nanoalign.tokenizer import Tokenizer, get_tokenizer
+from nanoalign.steps import read_as_line_breaks
+from nanoalign.tokenizer import Tokenizer
 
 FULL = (errno.ENOSPC, "the disk may be full")
 NO_CHAT = ("base", "rm", "prm")  # in files that do not say yet whether they hold a chat model
@@ -47,23 +42,30 @@ def write(path: Path, content: dict) -> None:
 
 
 def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest) -> None:
-    """Write model weights (fp32, uncompiled), shapes, tokenizer name, run config and the rest to `path`.
+    """Write model weights (fp32, uncompiled), shapes, tokenizer name, run config and the rest to `path`; of a
+    model with adapters these, and what they belong to.
 
     chat: is it a policy that answers, not one that continues a text? rest: stage and step, and whatever else
     the stage needs to continue (tensors and plain values).
     """
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    own = adapters(model)
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in (own or model.state_dict()).items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
-    head = {"format": FORMAT, "chat": chat, "tokenizer": tokenizer.name, "model_config": shape}
+    head = {"format": FORMAT, "chat": chat, "model_config": shape, **saved(tokenizer)}
+    head |= {"lora": base_of(model, config.init)} if own else {}
     content = {**head, "model": weights, "config": flags, **rest}
     write(Path(path), {**content, "checksum": checksum(content)})
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
-    """Read a checkpoint onto the CPU, checked; `stages`: the kinds the caller can use (empty: any)."""
-    if not os.path.exists(path):
+    """Read a checkpoint onto the CPU, checked, of a folder all but the weights; `stages`: the kinds the
+    caller can use (empty: any)."""
+    if is_folder(path):
+        content = read_folder(path)
+    elif not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}; train it first, or check the path.")
-    content = check(path, unpack(path))
+    else:
+        content = check(path, unpack(path))
     if stages and content["stage"] not in stages:
         expected = " or ".join(map(repr, stages))
         raise UserError(f"{path} is a {content['stage']!r} checkpoint; expected {expected}.")
@@ -71,12 +73,69 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
     return content
 
 
-def _load_model(kind, path, device, content: dict, what: str):
-    model = build(path, content, kind, what)
+def base_of(model, path: str) -> dict:
+    """What a file of adapters says of them, and of the frozen weights that they belong to."""
+    layer, shape = next(matrices(model)), dataclasses.asdict(model.config)
+    frozen = {name: weights for name, weights in model.named_parameters() if not weights.requires_grad}
+    path = os.path.abspath(path) if os.path.exists(path) else path
+    own = {"rank": layer.rank, "alpha": float(layer.alpha), "bf16": layer.weight.dtype == torch.bfloat16}
+    return {**own, "base": path, "checksum": checksum({"model_config": shape, "model": frozen})}
+
+
+def merged(path, content: dict, kind: type, what: str):
+    """A plain model: the adapters of a file, in the base that they belong to. Its `bases`: all such files."""
+    own, weights = content.pop("lora"), content.pop("model")
+    if (kind is GPT) == ("score.weight" in weights):
+        raise UserError(f"{path} is a {content['stage']!r} checkpoint, not {what}'s.")
     try:
-        tokenizer = get_tokenizer(content["tokenizer"])
+        model, tokenizer, _ = load_policy(own["base"])
+    except (UserError, RecursionError) as error:  # files that are each other's base have no end
+        raise UserError(f"{path} holds adapters whose base cannot be read: {str(error)[:300]}") from None
+    bases, same = getattr(model, "bases", ()), dataclasses.asdict(model.config) == content["model_config"]
+    if content["stage"] == "prm":
+        read_as_line_breaks(model, tokenizer)
+    if kind is ScalarGPT:
+        with contextlib.redirect_stdout(None):  # that its reader is new
+            model = ScalarGPT.from_policy(model, "read_in.weight" in weights)
+    add(model, max(len(A) for name, A in weights.items() if name.endswith(".A")), own["alpha"], own["bf16"])
+    if base_of(model, own["base"]) != own:
+        differs = "other weights" if same else "another shape"
+        raise UserError(f"{path} holds adapters of another base: {own['base']} has {differs} than that had.")
+    try:
+        restore(model, weights)
+    except RuntimeError:
+        raise damaged(path, "its adapters do not fit its model") from None
+    model.bases = (*bases, own["base"])
+    return merge(model)
+
+
+def must_not_be_read(out: str, files: tuple[str, ...]) -> None:
+    """Complain about an output over what is read, if only as the base of adapters."""
+    if any(same_file(out, path) for path in files):
+        raise UserError(f"{out} is to be written, but is read, or adapters need it; name another file.")
+
+
+def merge_file(path: str, out: str) -> None:
+    """A checkpoint of adapters → one of plain weights: `python -m nanoalign.lora merge X.pt Y.pt`."""
+    content = load(path)
+    if "lora" not in content:
+        raise UserError(f"{path} holds no adapters: there is nothing to merge.")
+    model = merged(path, content, ScalarGPT if "score.weight" in content["model"] else GPT, "a model")
+    must_not_be_read(out, (path, *model.bases))
+    content["model"] = model.state_dict()
+    write(Path(out), {**content, "checksum": checksum(content)})
+    print(f"saved {out}")
+
+
+def _load_model(kind, path, device, content: dict, what: str):
+    try:
+        tokenizer = tokenizer_of(content)
     except UserError as error:
         raise UserError(f"{path} cannot be used: {error}") from None
+    if "folder" in content:
+        model = load_folder(content["folder"], tokenizer.vocab_size)
+    else:
+        model = (merged if "lora" in content else build)(path, content, kind, what)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise damaged(path, f"its model has fewer tokens than {content['tokenizer']!r}")
     return model.to(device), tokenizer, content
@@ -174,7 +233,7 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     if changed:
         raise UserError(f"cannot resume {path}: {'; '.join(changed)}. Delete it to start afresh.")
     try:
-        model.load_state_dict(content.pop("model"))
+        restore(model, content.pop("model"))
         optimizer.load_state_dict(check_moments(path, optimizer, content.pop("optimizer")))
         set_random_state(content.pop("random"))
     except (UserError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, AttributeError):

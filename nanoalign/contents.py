@@ -68,9 +68,15 @@ def are_examples(x) -> bool:
 
 
 def is_scale(x) -> bool:
-    return (
-        isinstance(x, dict) and {*x} == {"mean", "std"} and all(map(is_finite, x.values())) and x["std"] > 0
-    )
+    numbers = isinstance(x, dict) and {*x} == {"mean", "std"} and all(map(is_finite, x.values()))
+    return numbers and x["std"] > 0
+
+
+def is_base(x) -> bool:
+    """What adapters say of themselves and of the frozen weights that they belong to."""
+    kinds = {"base": str, "checksum": str, "rank": int, "alpha": float, "bf16": bool}
+    known = isinstance(x, dict) and {name: type(value) for name, value in x.items()} == kinds
+    return known and x["rank"] > 0 and is_finite(x["alpha"])
 
 
 FIELDS = {  # what a field has to be
@@ -82,7 +88,11 @@ FIELDS = {  # what a field has to be
     "step": is_whole,
     # what some files have
     "chat": lambda x: isinstance(x, bool),
+    "vocabulary": lambda x: isinstance(x, str),
+    "chat_format": lambda x: isinstance(x, str),
+    "system": lambda x: isinstance(x, str),
     "checksum": lambda x: isinstance(x, str),
+    "lora": is_base,
     "kind": lambda x: isinstance(x, str),
     "normalisation": is_scale,
     "history": are_rows,
@@ -100,7 +110,7 @@ ALWAYS = ("stage", "tokenizer", "model_config", "model", "config", "step")
 def unpack(path):
     """What torch.save wrote to a file."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is no file, but a folder or a device.")
+        raise UserError(f"{path} is no file, but a device or a pipe.")
     try:
         with open(path, "rb") as file:
             begin = file.read(4)
@@ -118,9 +128,7 @@ def unpack(path):
     except UserError:
         raise
     except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} is not a nanoalign checkpoint, or is damaged: it holds no plain data."
-        ) from None
+        raise foreign(path, ", or is damaged: it holds no plain data") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({reason(error)}).") from None
     except Exception as error:  # a damaged file can fail in any way
@@ -134,10 +142,8 @@ def check(path, content) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("format"), str):
         raise foreign(path)
     if content["format"] != FORMAT:
-        raise UserError(
-            f"{path} has the format {content['format'][:40]!r}; this version of nanoalign reads {FORMAT!r}: "
-            "use the one that wrote it."
-        )
+        other, own = f"the format {content['format'][:40]!r}", f"this version of nanoalign reads {FORMAT!r}"
+        raise UserError(f"{path} has {other}; {own}: use the one that wrote it.")
     for name in ALWAYS:
         if name not in content:
             raise damaged(path, f'it has no field "{name}"')
@@ -147,6 +153,9 @@ def check(path, content) -> dict:
     if not all(weights.isfinite().all() for weights in content["model"].values()):
         raise UserError(f"{path} holds weights that are not a finite number: its training had gone wrong.")
     config_of(path, content)
+    of = [A for name, A in content["model"].items() if name.endswith(".A")]
+    if "lora" in content and {A.dim() * bool(A.numel()) for A in of} != {2}:
+        raise damaged(path, "its adapters are none")
     if content.get("checksum", due := checksum(content)) != due:
         raise damaged(path, "its weights are not those that were saved")
     return content
@@ -183,9 +192,8 @@ def checksum(content: dict) -> str:
     digest = hashlib.sha256(repr(sorted(content["model_config"].items())).encode())
     for name, weights in sorted(content["model"].items()):
         digest.update(f"{name} {tuple(weights.shape)}".encode())
-        digest.update(
-            weights.detach().cpu().contiguous().view(torch.uint8).numpy() if weights.numel() else b""
-        )
+        whole = weights.detach().cpu().float().contiguous()  # of what is kept in bf16 as well
+        digest.update(whole.view(torch.uint8).numpy() if weights.numel() else b"")
     return digest.hexdigest()
 
 

@@ -88,7 +88,7 @@ def choice_logprobs(
 ) -> Tensor:
     """Requests for a judgement → the model's log-probs of answering "A" and of answering "B", (N, 2) on the
     CPU; NaN where a request leaves no room for an answer."""
-    (a,), (b,) = tokenizer.encode(" A"), tokenizer.encode(" B")  # as `Tokenizer.response` begins
+    a, b = (tokenizer.response(letter)[0] for letter in "AB")
     prompts = [tokenizer.prompt(messages) for messages in asked]
     found, device = torch.full((len(prompts), 2), torch.nan), model.embed.weight.device
     order = [i for i in np.argsort([len(p) for p in prompts]) if len(prompts[i]) < model.config.context]

@@ -31,10 +31,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanoalign import UserError, cli, memory
-from nanoalign.checkpoint import finish, partial_path, resume, save_partial
+from nanoalign.checkpoint import finish, must_not_be_read, partial_path, resume, save_partial
+from nanoalign.contents import damaged
 from nanoalign.data import BatchOrder, micro_batches
+from nanoalign.lora import adapters, restore
 from nanoalign.seeds import derived_seed
-from nanoalign.training import check, learning_rate, optimizer_step
+from nanoalign.training import check, in_bf16, learning_rate, optimizer_step
 
 
 @dataclass(kw_only=True)
@@ -56,14 +58,17 @@ class Flags:
     eval_every: int = 100  # steps between held-out evaluations
     save_every: int = 100  # steps between saves of X.partial.pt, from which --resume continues
     seed: int = 0  # of data order and samples
+    lora: int = 0  # train adapters of this rank in place of the weights (nanoalign/lora.py); 0: none
+    lora_alpha: float = 0.0  # α of the adapters; 0: twice their rank
+    base_dtype: str = "fp32"  # what --lora keeps the matrices of the blocks in: fp32 or bf16
+    precision: str = ""  # of matrix products: fp32 or bf16; empty: bf16 on a GPU, fp32 on a CPU
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     plan: bool = False  # say how much memory the run needs at most (docs/memory.md), and stop
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
-    fields: str = ""  # other names of the fields, in --data and --eval-data alike: ours=theirs,…, such as
-    # prompt=instruction,completion=output
+    fields: str = ""  # other names of the fields in all rows, ours=theirs: prompt=question,completion=answer
 
     beside_out = (".partial.pt", ".metrics.jsonl")  # X.pt: what else is written
 
@@ -71,8 +76,8 @@ class Flags:
 class Run:
     """Iterates over the optimiser steps (PPO's iterations) that are left, and logs, saves, stops and resumes.
 
-    order: `order[step]` are the rows of a step. made_from: tensors, arrays and strings (nested as you like)
-    that the result depends on; a resumed run must have the same. models: what is held in memory, by name.
+    order: `order[step]` are the rows of a step. made_from: models, tensors, arrays and strings (nested) that
+    the result depends on; a resumed run must have the same. models: what is held in memory, by name.
     trained: the module whose gradient is clipped, if it is more than `model`. state: what a stopped run kept
     (`keep`) beside weights, optimiser and random numbers. held: models in memory beside what is trained.
     """
@@ -85,6 +90,7 @@ class Run:
         self.config, self.model, self.trained = config, model, trained or model
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
+        must_not_be_read(config.out, getattr(model, "bases", ()))
         needs = memory.plan(config, stage, self.trained, held, order, made_from, self.steps)
         self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
         self.data = fingerprint(*made_from)
@@ -94,15 +100,15 @@ class Run:
             where = partial_path(config.out)
             raise UserError(f"{where} is damaged: it is at step {self.first}. Delete it to start afresh.")
         self.device = next(model.parameters()).device
+        self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
-        self.metrics.models(*models)
+        own = config.lora and not getattr(config, "reference", "")  # the policy with its adapters off
+        self.metrics.models(*(name for name in models if not (own and name == "reference")))
         self.metrics.note(event="memory", **needs)
         self.done, self.stop = self.first, CleanStop()
         if config.warmup > self.steps:
-            part = f"{self.steps / config.warmup:.0%} of --lr {config.lr:g}"
-            print(
-                f"warning: --warmup {config.warmup} outlasts the run's {self.steps} steps, which reach {part}"
-            )
+            lasts = f"--warmup {config.warmup} outlasts the run's {self.steps} steps"
+            print(f"warning: {lasts}, which reach {self.steps / config.warmup:.0%} of --lr {config.lr:g}")
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
@@ -133,12 +139,11 @@ class Run:
         """Save a module beside the model, and go on with what a stopped run kept of it."""
         if name in self.state:
             try:
-                module.load_state_dict(self.state[name])
+                restore(module, self.state[name])
             except RuntimeError:
-                where = partial_path(self.config.out)
-                sentence = f"{where} is damaged: its {name} does not fit. Delete it to start afresh."
-                raise UserError(sentence) from None
-        self.keep[name] = module.state_dict()
+                what = f"its {name} does not fit. Delete it to start afresh"
+                raise damaged(partial_path(self.config.out), what) from None
+        self.keep[name] = adapters(module) or module.state_dict()
 
     def pieces(self, examples: list, tokens: np.ndarray | None = None) -> Iterator[tuple[list, Tensor]]:
         """The step's examples and their indices, in pieces that --micro-batch and --micro-tokens allow.
@@ -185,7 +190,7 @@ class Run:
         """Step-0 check: the first loss is what theory says, or policy and reference disagree."""
         loss = self.means()["loss"].item()
         print(f"step-0 check: loss {loss:.6f}, {what} = {due:.6f}")
-        tolerance = 1e-2 if self.device.type == "cuda" else 1e-4  # bf16 or fp32
+        tolerance = 1e-2 if self.bf16 else 1e-4
         if not abs(loss - due) <= tolerance * due:
             raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
 
@@ -196,9 +201,7 @@ class Run:
         distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
         moment = "first minibatch" if self.step else "step-0 check"
         print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {distance:.1e}")
-        tolerance = (
-            1e-3 if self.device.type == "cuda" else 1e-6
-        )  # of the mean: a token in bf16 may be far off
+        tolerance = 1e-3 if self.bf16 else 1e-6  # of the mean: a token in bf16 may be far off
         if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
             raise UserError("the ratio must start at 1 and KL at 0: log-probs come from two different paths.")
 
@@ -245,15 +248,16 @@ def already_finished(config) -> bool:
 
 
 def fingerprint(*parts) -> str:
-    """A short hash of arrays, strings, tensors and files, nested as you like: what a result was made from."""
+    """A short hash of arrays, strings, tensors, models and files, nested: what a result was made from."""
     digest = hashlib.sha256()
     for part in parts:
+        part = [*part.state_dict().values()] if isinstance(part, nn.Module) else part
         if isinstance(part, (list, tuple)):
             part = fingerprint(*part)
         elif isinstance(part, Path):
             part = part.read_bytes()
         elif isinstance(part, Tensor):
-            part = part.detach().cpu().numpy()
+            part = (part.float() if part.dtype == torch.bfloat16 else part).detach().cpu().numpy()
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())
             part = np.ascontiguousarray(part).tobytes()

@@ -21,11 +21,9 @@ from nanoalign.model import GPT, GPTConfig
 
 
 class ScalarHead(nn.Linear):
-    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not (of
-    fp32 a GPU makes its products in TF32: training.setup).
+    """Hidden states (B, T, D) → one number per position (B, T), in the head's own dtype, autocast or not.
 
-    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences).
-    """
+    Init N(0, 1/√(D+1)), no bias to start from (Stiennon et al. 2020, lm-human-preferences)."""
 
     def __init__(self, width: int):
         super().__init__(width, 1)
@@ -73,12 +71,15 @@ class ScalarGPT(nn.Module):
         return self.score(self.hidden(ids, seen=seen))
 
 
+def same_weights(model: GPT, other: GPT) -> bool:
+    both = model.state_dict().values(), other.state_dict().values()
+    return model.config == other.config and all(map(torch.equal, *both))
+
+
 def share_reader(model: ScalarGPT, ref: GPT | None) -> None:
     """Where the reference is what a scalar model's reader is, let them be one model in memory."""
-    if model.reader is not None and ref is not None and ref.config == model.config:
-        own, other = model.reader.state_dict(), ref.state_dict()
-        if all(torch.equal(weights, other[name]) for name, weights in own.items()):
-            model.reader = ref
+    if model.reader is not None and ref is not None and same_weights(model.reader, ref):
+        model.reader = ref
 
 
 def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
 from nanoalign.tokenizer import Tokenizer
 
@@ -26,19 +27,29 @@ def step_example(
     """Prompt ids (P,), steps → ids (T,) and a mask true at the tokens that end a line, cut at max_length, as
     the steps are read when they are sampled; and of each step that is whole (its number, where it starts,
     where the token stands that ends it). Blank steps that one token ends together are one."""
-    response = tokenizer.response("\n".join(steps))
+    steps = [tokenizer.decode(tokenizer.encode(step)) for step in steps]  # as they are read: Unicode's form C
+    text = "\n".join(steps)
+    response = tokenizer.response(text)
     marks = np.isin(response, [*tokenizer.newlines, tokenizer.end])
     ids = np.concatenate((prompt, np.where(marks, tokenizer.step, response)))[:max_length]
     marks = np.concatenate((prompt < 0, marks))[:max_length]
-    breaks = np.cumsum([len(step.encode()) + 1 for step in steps])  # the byte of each line break after a step
+    breaks = np.cumsum([len(step.encode()) + 1 for step in steps]) - 1  # the byte that ends each step's line,
+    breaks += tokenizer.shift(text)
     reached = np.cumsum(tokenizer.lengths[response])  # bytes up to and with each token, the end token one
-    ends = len(prompt) + np.searchsorted(reached, breaks, side="right")
+    ends = len(prompt) + np.searchsorted(reached[:-1], breaks, side="right")  # … the end token at the latest
     spans, start = [], len(prompt)
     for number, end in enumerate(ends.tolist()):
         if start <= end < max_length:
             spans.append((number, start, end))
         start = end + 1
     return ids, marks, spans
+
+
+@torch.no_grad()
+def read_as_line_breaks(policy: GPT, tokenizer: Tokenizer) -> None:
+    """Let a policy, which knows what a line break means and nothing yet of <|step|>, read both alike."""
+    for table in {policy.embed.weight, policy.head.weight}:
+        table[tokenizer.step] = table[tokenizer.newlines[0]]
 
 
 def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
@@ -48,9 +59,7 @@ def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def step_probabilities(
-    model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer
-) -> tuple[Tensor, Tensor]:
+def step_probabilities(model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> tuple:
     """Sampled ids and response mask (B, T) → P(step is right) (B, T) and where steps end, bool (B, T)."""
     ends = step_ends(ids, mask, tokenizer)
     return model(ids.masked_fill(ends, tokenizer.step)).float().sigmoid(), ends

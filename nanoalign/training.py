@@ -12,8 +12,9 @@ from torch import Tensor
 from nanoalign import UserError
 from nanoalign.checkpoint import load, load_policy, load_scalar
 from nanoalign.compiler import compile_or_eager
+from nanoalign.lora import add, without
 from nanoalign.model import GPT
-from nanoalign.scalar import ScalarGPT, ScalarHead, share_reader
+from nanoalign.scalar import ScalarGPT, ScalarHead, same_weights, share_reader
 from nanoalign.tokenizer import Tokenizer
 
 
@@ -23,11 +24,17 @@ def setup(config) -> tuple[torch.device, torch.autocast]:
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it; fp32 on the CPU
-    on_gpu = device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
-    print(f"device: {device}, {'bf16 autocast' if on_gpu else f'fp32, {torch.get_num_threads()} threads'}")
-    return device, autocast
+    bf16 = in_bf16(config, device)
+    if getattr(config, "base_dtype", "fp32") == "bf16" and not (bf16 and config.lora):
+        raise UserError("--base-dtype bf16 needs --lora, and --precision bf16 where that is not the default.")
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")  # TF32 for what autocast leaves in fp32
+    print(f"device: {device}, {'bf16 autocast' if bf16 else 'fp32'}, {torch.get_num_threads()} threads")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def in_bf16(config, device: torch.device) -> bool:
+    """Are matrix products made in bf16? As --precision says, by default on a GPU."""
+    return (getattr(config, "precision", "") or {"cuda": "bf16"}.get(device.type)) == "bf16"
 
 
 def check(config) -> None:
@@ -40,6 +47,11 @@ def check(config) -> None:
         raise UserError(f"--label-smoothing must be at least 0 and below 0.5, not {smoothing}.")
     if hasattr(config, "minibatch") and (config.temperature <= 0 or config.steps < 1):
         raise UserError("--temperature must be above 0 (greed has no gradient), --steps at least 1.")
+    if getattr(config, "lora", 0) and not hasattr(config, "init"):
+        raise UserError("--lora adapts a model that is trained already, and here none is.")
+    for name in ("base_dtype", "precision"):
+        if getattr(config, name, "") not in ("", "fp32", "bf16"):
+            raise UserError(f"--{name.replace('_', '-')} must be fp32 or bf16.")
     for name in ("batch_size", "minibatch", "eval_prompts", "log_every", "eval_every", "save_every"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -69,8 +81,10 @@ def compile_hidden(model: nn.Module) -> None:
 
 
 def prepare(config, *models: GPT | None) -> None:
-    """--compile and --checkpointing, for those of the models that there are."""
+    """--lora, of what is trained, --compile and --checkpointing, for those of the models that there are."""
     for model in filter(None, models):
+        if config.lora and model.training:
+            add(model, config.lora, config.lora_alpha or 2.0 * config.lora, config.base_dtype == "bf16")
         model.checkpointing = config.checkpointing
         if config.compile:
             compile_hidden(model)
@@ -109,22 +123,22 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def load_reference(path: str, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
-    """The frozen model that KL is measured to: a copy of the policy, or one of its kind from `path`."""
-    if not path:
-        return freeze(copy.deepcopy(policy))
+def load_reference(config, policy: GPT, tokenizer: Tokenizer, device) -> GPT:
+    """The frozen model that KL is measured to: that of --reference, of the policy's kind, or the policy as it
+    is: a copy, or with --lora, under which its weights stay as they are, no more than a second name."""
+    if not (path := getattr(config, "reference", "")):
+        return without(policy) if config.lora else freeze(copy.deepcopy(policy))
     ref, own, _ = load_policy(path, device)
     if own.name != tokenizer.name or ref.config != policy.config:
-        raise UserError(
-            f"the reference {path} has another tokenizer or shape than the policy; it must be a model of the "
-            "policy's own kind, such as the SFT checkpoint it comes from."
-        )
+        kind = "it must be a model of the policy's own kind, such as the SFT checkpoint it comes from"
+        raise UserError(f"the reference {path} has another tokenizer or shape than the policy; {kind}.")
     return freeze(ref)
 
 
-def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device, ref: GPT | None = None) -> nn.Module:
+def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device, ref=None, frozen=()) -> nn.Module:
     """A value model that starts from the reward or language model at `path`; without a path a linear head on
-    the policy's trunk. The head is zero: at first it expects nothing. ref: see `share_reader`."""
+    the policy's trunk. The head is zero: at first it expects nothing. ref: see `share_reader`. frozen: models
+    in memory; a critic with adapters takes the weights of one that is the same for its own."""
     if path:
         if (kind := load(path)["stage"]) in ("rm", "prm"):
             critic, own, _ = load_scalar(path, device, (kind,))
@@ -135,6 +149,8 @@ def load_critic(path: str, policy: GPT, tokenizer: Tokenizer, device, ref: GPT |
             raise UserError(f"the critic {path} reads tokens of {own.name!r}, not of {tokenizer.name!r}.")
         print(f"critic: starts from {path}")
         share_reader(critic, ref)
+        for model in frozen:
+            critic.gpt = without(model).train() if same_weights(critic.gpt, model) else critic.gpt
     else:
         critic = ScalarHead(policy.config.width).to(device)
     for parameter in (critic.score if path else critic).parameters():

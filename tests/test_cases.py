@@ -14,7 +14,8 @@ from conftest import ROOT, SHARED
 from nanoalign import UserError
 from nanoalign.data import chat_examples, labelled_examples, read_split
 from nanoalign.rows import parse_prompt, read_rows
-from nanoalign.tokenizer import RUN, get_tokenizer
+from nanoalign.tokenizer import get_tokenizer
+from nanoalign.vocabulary import RUN
 
 WORLD = get_tokenizer("world")
 CASES = SHARED / "cases"

@@ -501,7 +501,7 @@ def test_weights_that_are_not_finite_are_neither_read_nor_saved(tmp_path, value)
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(saved, monkeypatch):
     _, path = saved
-    with pytest.raises(UserError, match="is no file, but a folder"):
+    with pytest.raises(UserError, match=r"runs is a folder without config\.json"):
         load(path.parent)
     for error, what in (
         (PermissionError(13, "Permission denied"), r"cannot be read \(Permission denied\)"),

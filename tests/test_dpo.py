@@ -300,7 +300,7 @@ def test_the_step_0_check_knows_where_each_loss_starts(loss, beta):
     due = LOSSES[loss].start(beta)
 
     def check(found):
-        run = SimpleNamespace(means=lambda: {"loss": torch.tensor(found)}, device=torch.device("cpu"))
+        run = SimpleNamespace(means=lambda: {"loss": torch.tensor(found)}, bf16=False)
         Run.must_start_at(run, due, "L(0)")
 
     check(start)

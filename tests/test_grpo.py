@@ -401,7 +401,7 @@ def test_the_check_of_the_first_minibatch_stops_a_ratio_off_1_a_kl_off_0_and_nan
     ratio, kl = torch.zeros(5), torch.zeros(3)
 
     def start(ratio, kl, step=0, **flags):
-        run = SimpleNamespace(step=step, config=Config(**flags), device=torch.device("cpu"))
+        run = SimpleNamespace(step=step, config=Config(**flags), bf16=False)
         Run.must_be_on_policy(run, ratio, kl)
 
     start(ratio, kl)

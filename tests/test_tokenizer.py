@@ -10,6 +10,7 @@ import tiktoken
 
 from nanoalign import UserError
 from nanoalign.tokenizer import SPECIALS, WORLD_BPE, Tokenizer, get_tokenizer
+from nanoalign.vocabulary import Vocabulary
 from nanoalign.world.bpe import train
 
 WORLD = get_tokenizer("world")
@@ -44,7 +45,7 @@ def test_a_message_cannot_open_a_turn_or_close_its_own():
     specials = [
         [i for i in WORLD.prompt(m) if i >= WORLD.vocab_size - len(SPECIALS)] for m in (honest, forged)
     ]
-    assert specials[0] == specials[1] == [WORLD.role["user"], WORLD.end, WORLD.role["assistant"]]
+    assert specials[0] == specials[1] == [WORLD.opening["user"][0], WORLD.end, WORLD.opening["assistant"][0]]
 
 
 def test_exactly_the_assistants_text_and_end_tokens_are_supervised():
@@ -72,7 +73,12 @@ def test_a_plain_prompt_holds_no_special_token():
 
 def test_special_ids_are_distinct_and_lie_beyond_the_encodings_own(r50k):
     for tokenizer, base_size in ((WORLD, 2042), (r50k, 50257)):
-        special = [*tokenizer.role.values(), tokenizer.end, tokenizer.step, tokenizer.pad]
+        special = [
+            *(ids[0] for ids in tokenizer.opening.values()),
+            tokenizer.end,
+            tokenizer.step,
+            tokenizer.pad,
+        ]
         assert sorted(special) == list(range(base_size, base_size + 6))
         assert tokenizer.vocab_size == base_size + 6
 
@@ -115,9 +121,8 @@ def test_byte_pair_encoding_merges_what_one_merges_by_hand():
 
 def test_a_trained_vocabulary_encodes_through_tiktoken():
     ranks = {token: rank for rank, token in enumerate(train(["low low", " low lower"], 300, r" ?\w+"))}
-    tokenizer = Tokenizer(
-        tiktoken.Encoding("toy", pat_str=r" ?\w+", mergeable_ranks=ranks, special_tokens={})
-    )
+    toy = tiktoken.Encoding("toy", pat_str=r" ?\w+", mergeable_ranks=ranks, special_tokens={})
+    tokenizer = Tokenizer(Vocabulary(toy))
     assert tokenizer.encode("low lower") == [257, 260]
     assert tokenizer.end == 261 + SPECIALS.index("<|end|>")
 

@@ -319,7 +319,7 @@ def watch_all(monkeypatch, script):
             seen["scored"].append((rows, rollout, found))
             return found
 
-        reward.files, reward.models = inner.files, inner.models
+        reward.files, reward.models, reward.held = inner.files, inner.models, inner.held
         return reward
 
     monkeypatch.setattr(script, "make_reward", make_reward)

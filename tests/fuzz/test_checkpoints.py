@@ -3,12 +3,14 @@
 import copy
 import os
 import zipfile
+from functools import partial
 
 import pytest
 import torch
 
 from nanoalign import UserError
 from nanoalign.checkpoint import load, load_policy, load_scalar, partial_path, resume, save, save_partial
+from nanoalign.lora import add
 from nanoalign.model import GPT, preset
 from nanoalign.run import Flags
 from nanoalign.scalar import ScalarGPT
@@ -51,25 +53,37 @@ class Crater:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """The contents of a policy, of a reward model, and of a run of each that was stopped."""
-    out, found = str(tmp_path_factory.mktemp("kept") / "x.pt"), []
-    config = Flags()
-    config.out = out
-    for kind, stage in ((GPT, "sft"), (ScalarGPT, "rm")):
-        torch.manual_seed(0)
-        model = kind(SHAPE)
+    """The contents of a policy, of a reward model, and of a run of each that was stopped; and of adapters the
+    same."""
+    folder, found = tmp_path_factory.mktemp("kept"), []
+    out, config = str(folder / "x.pt"), Flags()
+    config.out, config.init = out, str(folder / "base.pt")
+    save(config.init, GPT(SHAPE), tokenizer=WORLD, config=config, stage="sft", step=1)
+    for kind, stage, lora in ((GPT, "sft", 0), (ScalarGPT, "rm", 0), (GPT, "sft", 2), (ScalarGPT, "rm", 2)):
+        make = partial(start, kind, lora, config.init)
+        model = make()
         optimizer = make_optimizer(model, 0.1)
         model(torch.zeros(2, 4, dtype=torch.long)).square().mean().backward()
         optimizer.step()
         shared = {"stage": stage, "tokenizer": WORLD, "chat": stage == "sft"}
         scale = {"normalisation": {"mean": 0.5, "std": 2.0}, "history": [{"step": 1, "kl": 0.5}]}
         save(out, model, config=config, step=3, **shared, **scale)
-        found.append((stage, load(out)))
+        found.append((stage, load(out), make))
         rest = {"beta": 0.2, "critic": model.state_dict(), "history": [{"step": 1, "kl": 0.5}]}
         config.save_every, config.resume = 1, True
         save_partial(config, model, optimizer, step=2, data="abc", **shared, **rest)
-        found.append((stage, load(partial_path(out))))
+        found.append((stage, load(partial_path(out)), make))
     return found
+
+
+def start(kind, lora: int, base: str):
+    """A model to train, or with adapters to, from a policy."""
+    torch.manual_seed(0)
+    model = kind(SHAPE)
+    if not lora:
+        return model
+    model = load_policy(base)[0] if kind is GPT else ScalarGPT.from_policy(load_policy(base)[0])
+    return add(model, lora, 4.0)
 
 
 def places(value, path=()):
@@ -155,8 +169,8 @@ def spoilt(rng, path):
 @pytest.mark.filterwarnings("ignore")  # torch's own, of old pickles and of numbers without an imaginary part
 def test_an_edited_checkpoint_is_read_or_refused_in_one_sentence(fuzz, kept, tmp_path):
     crater, outcomes = tmp_path / "crater", {"read": 0, "refused": 0}
-    for i, rng in enumerate(fuzz(160)):
-        stage, content = copy.deepcopy(kept[i % 4])
+    for i, rng in enumerate(fuzz(240)):
+        stage, content, make = copy.deepcopy(kept[i % 8])
         config = Flags(resume=True)
         config.out = str(tmp_path / "x.pt")
         path = partial_path(config.out) if "optimizer" in content else tmp_path / "x.pt"
@@ -165,7 +179,7 @@ def test_an_edited_checkpoint_is_read_or_refused_in_one_sentence(fuzz, kept, tmp
         if by_bytes:
             spoilt(rng, path)
         try:
-            use(stage, path, config)
+            use(stage, path, config, make)
             outcomes["read"] += 1
         except UserError as error:
             outcomes["refused"] += 1
@@ -174,7 +188,7 @@ def test_an_edited_checkpoint_is_read_or_refused_in_one_sentence(fuzz, kept, tmp
     assert outcomes["refused"] > outcomes["read"] > 0
 
 
-def use(stage, path, config):
+def use(stage, path, config, make):
     """What a script does with such a file, and with the model in it."""
     ids = torch.zeros(1, 4, dtype=torch.long)
     if path.name == "x.pt":
@@ -182,7 +196,7 @@ def use(stage, path, config):
         loaded(ids[:, : loaded.config.context])
         f"{content['stage']} {content['step']:,} {content.get('normalisation', {}).get('std')}"
         return
-    model = (GPT if stage == "sft" else ScalarGPT)(SHAPE)
+    model = make()
     optimizer = make_optimizer(model, 0.1)
     content = resume(config, model, optimizer, stage=stage, data="abc")
     model(ids).square().mean().backward()

@@ -231,7 +231,7 @@ def test_prompts_without_a_known_harm_are_one_sentence(meta, target):
 
 
 def rollout(texts: list[str]) -> Rollout:
-    rows = [[TOKENIZER.role["assistant"], *TOKENIZER.response(text).tolist()] for text in texts]
+    rows = [[TOKENIZER.opening["assistant"][0], *TOKENIZER.response(text).tolist()] for text in texts]
     T = max(map(len, rows))
     ids = torch.tensor([row + [TOKENIZER.pad] * (T - len(row)) for row in rows])
     mask = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows])
@@ -292,7 +292,7 @@ def against(target, people, monkeypatch):
         asked = Counter()
 
         def reply(text):  # the good answer first, a demonstrator's after that
-            prompt = text[len(TOKENIZER.decode([TOKENIZER.role["user"]])) :].strip()
+            prompt = text[len(TOKENIZER.decode([TOKENIZER.opening["user"][0]])) :].strip()
             asked[prompt] += 1
             return said[prompt][asked[prompt] % 2]
 

@@ -1,5 +1,6 @@
 """What train_dpo.main wires up, against its losses by their formulas (wires.py)."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from wires import example, logprobs, padded, policy_at, said, spy, user
 
 import train_dpo
 from nanoalign.checkpoint import load
+from nanoalign.lora import adapters
 
 OFF = {  # every flag that has a say in what is computed, off its default
     "beta": 0.3, "gamma": 0.4, "label_smoothing": 0.2, "sft_weight": 0.5, "max_length": 24,
@@ -145,6 +147,36 @@ def test_dpo_is_its_formulas_from_pairs_to_weights_and_log(
     assert out.count("step-0 check: loss") == (loss != "simpo" and not sft_weight)
     begin = {"ipo": 1 / (4 * 0.3**2)}.get(loss, math.log(2))
     assert loss == "simpo" or sft_weight or f"= {begin:.6f}\n" in out
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_dpo_with_adapters_is_its_formulas_measured_from_the_base(double, config, monkeypatch, loss):
+    config.loss, config.sft_weight, config.lora, config.lora_alpha = loss, 0.0, 2, 3.0
+    made = spy(monkeypatch, train_dpo, "make_optimizer", keep=lambda given: copy.deepcopy(given["model"]))
+    orders, kl = (spy(monkeypatch, train_dpo, name) for name in ("BatchOrder", "sample_kl"))
+    train_dpo.main(config)
+
+    policy, ref, looked = made[0].kept, policy_at(config.init), []
+    both, p = sides(PAIRS, 24)
+    held_out, q = sides([row for row in HELD_OUT if row.get("probability") != 0.5], 24)
+
+    def measure(rows):
+        own = [[side[i] for i in rows] for side in both]
+        return {name: x.mean() for name, x in measured(config, policy, ref, own, p[rows], 0.0).items()}
+
+    def look():
+        found = measured(config, policy, ref, held_out, q, 0.0)
+        looked.append(kl[len(looked)].result.mean())
+        return {"loss": found["loss"].mean(), "accuracy": found["accuracy"].mean(), "kl": looked[-1]}
+
+    sizes = [len(a[0]) + len(b[0]) for a, b in zip(*both)]
+    wires.assert_logged(config, *wires.descend(policy, config, orders[0].result, measure, look, sizes))
+    found = load(config.out)["model"]
+    assert found.keys() == adapters(policy).keys()
+    for name, weight in adapters(policy).items():
+        torch.testing.assert_close(found[name].double(), weight, atol=2e-6, rtol=1e-5, msg=name)
+    for call in kl:
+        wires.assert_unmoved(call.ref, ref)
 
 
 def test_dpo_resumes(config, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from wires import asked, assert_close, entropies, logprobs, policy_at, spy
 import train_ppo
 from nanoalign import UserError
 from nanoalign.checkpoint import load, load_scalar
+from nanoalign.lora import adapters
 from nanoalign.run import Run
 
 OFF = {  # every flag that has a say in what is computed, off its default
@@ -187,6 +188,28 @@ def test_ppo_is_its_formulas_from_rollout_to_weights_and_log(
     order = seen["BatchOrder"][0]
     assert (order.batch_size, order.seed, order.pool) == (6, 5, 1)
     assert order.lengths == [wires.prompt_length(row) for row in ASKED[:-1]]
+
+
+def test_ppo_with_adapters_is_its_formulas_measured_from_the_base(double, config, monkeypatch):
+    """The reference is the policy with its adapters off; the critic has adapters of its own."""
+    config.reference, config.lora, config.lora_alpha = "", 2, 3.0
+    made = spy(monkeypatch, train_ppo, "make_optimizer", keep=lambda given: copy.deepcopy(given["model"]))
+    seen = wires.watch_all(monkeypatch, train_ppo)
+    train_ppo.main(config)
+    (policy, critic), ref = made[0].kept, policy_at(config.init)
+    rollouts, scores = wires.assert_sampled(config, seen)
+    for row, due in zip(
+        steps(config.out), by_hand(config, rollouts, seen["batches"], scores, policy, ref, critic)
+    ):
+        assert_close(row, due)
+    found = load(config.out)["model"]
+    assert found.keys() == adapters(policy).keys()
+    for name, weight in adapters(policy).items():
+        torch.testing.assert_close(found[name].double(), weight, atol=2e-6, rtol=1e-5, msg=name)
+    critic_after = seen["load_critic"][0].result
+    for (name, weight), due in zip(critic_after.named_parameters(), critic.parameters()):
+        torch.testing.assert_close(weight, due, atol=1e-7, rtol=1e-6, msg=name)
+    wires.assert_unmoved(seen["load_reference"][0].result, ref)
 
 
 def test_ppo_is_watched_on_held_out_prompts(double, config, monkeypatch):

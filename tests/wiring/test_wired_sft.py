@@ -50,7 +50,7 @@ def rendered(rows, max_length=24):
         ids, mask = [], []
         for message in row["messages"]:
             body = WORLD.response(message["content"]).tolist()
-            ids += [WORLD.role[message["role"]], *body]
+            ids += [*WORLD.opening[message["role"]], *body]
             mask += [False, *[message["role"] == "assistant"] * len(body)]
         made.append((ids[:max_length], mask[:max_length]))
     return [example for example in made if any(example[1])]
