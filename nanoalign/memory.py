@@ -1,130 +1,120 @@
-"""Will it fit? What a run needs at most, from shapes, before it starts. docs/memory.md derives every term."""
+"""Will it fit? What a run needs at most, in bytes, from shapes alone and before it starts.
+
+A run is largest in one of five moments. Weights and AdamW's two moments are there in all but the first.
+
+    loading   every weight in fp32, and those of one model twice: it comes from a file
+    learning  what the forward pass keeps for the backward pass, and the logits of a chunk of tokens
+    stepping  all gradients, and what AdamW makes of the largest
+    sampling  keys and values of what is written, and what picks one token of each row
+    reading   a forward pass without gradient: held-out rows, rewards, old log-probs
+
+docs/memory.md derives every term, and compares their sum with what runs took.
+"""
 
 import sys
 
 import numpy as np
 import torch.nn as nn
 
-from nanoalign.data import micro_batches
+from nanoalign.extent import Batch, largest
+from nanoalign.footprint import activations, in_fp32, passing, rounded, tensors
+from nanoalign.hf import is_folder
 from nanoalign.kernels import LARGE, _chunk_size
 from nanoalign.model import GPT
 from nanoalign.packing import FLEX_FROM
+from nanoalign.training import in_bf16
 
-READ = {"rm": 256, "prm": 128}  # sequences read at once without gradient; else --batch-size examples
-ASKED = {"rm": 0, "prm": 0, "dpo": 128, "kto": 128}  # held-out prompts answered at once; else 4
-MLP = {"swiglu": 4, "gelu": 2}  # numbers per width: gate, up, silu and product; up and gelu
-
-
-def tensors(*models: nn.Module) -> list:
-    """Their weights and buffers, shared ones once."""
-    every = [x for model in models for x in (*model.parameters(), *model.buffers())]
-    return list({x.data_ptr() or id(x): x for x in every}.values())
+SUMMED = ("base", "sft")  # their losses are sums over tokens: the gradient is formed in the forward pass
+SHARED = ("dpo", "orpo", "rm", "grpo")  # sequences of one prompt share a row
 
 
-def activations(model: GPT, rows: int, length: int, size: int = 4, fused=False, masked=False) -> int:
-    """Bytes that a forward pass keeps, up to the hidden states. size: of a number in a matrix product. fused:
-    RMSNorm is one kernel, as on a GPU; a CPU also keeps x / rms. masked: each block has numbers of its own
-    for who sees whom, as where sequences share a row."""
-    config, D, d = model.config, model.config.width, model.config.head_dim
-    H, K, apart = config.heads, config.kv_heads, config.norm == "rmsnorm" and not fused
-    norm = 4 * D * (1 + apart) + size * D  # what goes in, what comes out
-    attention = size * d * 2 * (H + K) + 4 * H  # q, k, v, what comes out; its log-sum-exp
-    if config.positions == "rope":
-        attention += size * d * (2 * H + K)  # q and k rotated; what comes out, before heads are joined
-    if config.qk_norm:
-        attention += 4 * d * (H + K) * (apart + (size == 2))
-    block = 2 * norm + attention + size * (config.mlp_width * MLP[config.mlp] + length * masked)
-    blocks = 4 * D * config.layers + block if model.checkpointing else block * config.layers
-    return rows * length * (blocks + 4 * D * (2 + apart))
+def from_files(config, trained: nn.Module, own: list[nn.Module]) -> int:
+    """Bytes that loading takes beside all weights: those of one file, and of a scalar model what it shares as
+    soon as it is there. A folder is read one tensor after another."""
+    more, every = [0], in_fp32(*own)
+    for model in own:
+        if isinstance(model, GPT):
+            more += [0 if is_folder(getattr(config, "init", "hf:")) else in_fp32(model)]
+        elif model is trained:  # a copy of a language model
+            more += [in_fp32(model.gpt)]
+        else:
+            shared = in_fp32(model) + in_fp32(*(x for x in own if x is not model)) - every
+            more += [in_fp32(model) + shared]
+    return max(more)
 
 
-def sides(example) -> list[tuple[np.ndarray, np.ndarray]]:
-    """An example of any method → its sequences: ids, and which of them are scored."""
-    if isinstance(example, np.ndarray):  # of plain text
-        return [(example, np.arange(len(example)) > 0)]
-    if isinstance(example[0], np.ndarray):
-        return [(example[0], example[-1])]
-    return [side for part in example if isinstance(part, (tuple, list)) for side in sides(part)]
+def moments(
+    config, stage: str, trained: nn.Module, held, batch: Batch, device, size: int, chunk: int = 0
+) -> dict[str, dict[str, int]]:
+    """The moments of a run → what is in memory then, by name, in bytes.
 
-
-def counted(example) -> tuple[int, ...]:
-    """→ its sequences; tokens of the longest, of all in one row, scored, of the prompt."""
-    own = sides(example)
-    lengths, scored = zip(*((len(ids), int(mask.sum())) for ids, mask in own))
-    prompt = int(own[0][1].argmax())
-    return len(own), max(lengths), sum(lengths) - (len(own) - 1) * prompt, sum(scored), prompt
-
-
-def largest(config, stage: str, order, examples: list, steps: int) -> tuple[int, ...]:
-    """→ rows of the largest micro-batch, tokens of the longest, of all its sequences, and that the head sees;
-    how many a step has; sequences to read, tokens of one; samples, tokens of their prompts, of one in all."""
-    picked = [order[step] for step in range(min(steps, order.steps_per_epoch))]
-    batch, new = config.batch_size, getattr(config, "max_new_tokens", 96)
-    if hasattr(config, "minibatch"):  # on policy: answers as long as they may be
-        prompt, group = order.lengths[np.concatenate(picked)].max(), getattr(config, "group_size", 1)
-        T, n = prompt + new, min(config.minibatch, batch)
-        pieces = micro_batches(np.arange(n), config.micro_batch, np.full(n, T), config.micro_tokens)
-        n, G = len(pieces[0]), min(len(pieces[0]), group)  # G answers to a prompt, which is read once
-        read = -(-n // G), prompt + G * new, n * T, n * new, len(pieces)
-        return *read, batch, T, batch, batch // group * prompt, T
-    count, longest, whole, scored, prompt = np.array([counted(example) for example in examples]).T
-    pieces = [micro_batches(i, config.micro_batch, (longest * count)[i], config.micro_tokens) for i in picked]
-    i = max((i for step in pieces for i in step), key=lambda i: len(i) * whole[i].max())
-    laid_out, parts = count[i].sum() * longest[i].max(), max(map(len, pieces))
-    rows, length = (1, laid_out) if getattr(config, "packing", False) else (len(i), whole[i].max())
-    held = 10**6 if config.eval_data else len(examples) // 19 + 1  # one in twenty
-    n = min(READ.get(stage, batch * count.max()), count.sum() if stage == "rm" else held * count.max())
-    asked, read = min(held, ASKED.get(stage, 4)), (rows, length, laid_out, scored[i].sum(), parts)
-    return *read, n, longest.max(), asked, asked * prompt.max(), prompt.max() + new
-
-
-def expected(config, stage: str, trained, held, read: tuple, device, size: int, chunk: int = 0) -> dict:
-    """The moments of a run → bytes in memory, by name. held: models beside what is trained. read: `largest`.
-    size: of a number in a matrix product. chunk: tokens whose logits exist at one time (kernels.py)."""
-    rows, length, laid_out, scored, parts, n, T, drawn, asked, slots = map(int, read)
-    own = [model for model in (trained, *held) if model is not None]
+    held: models beside what is trained. size: bytes of a number in a matrix product. chunk: tokens whose
+    logits exist at one time, by default as many as kernels.py takes on the device.
+    """
+    own = [*(trained if isinstance(trained, nn.ModuleList) else [trained]), *filter(None, held)]
     models = [part for model in own for part in model.modules() if isinstance(part, GPT)]
     learners = [x for x in dict.fromkeys(models) if any(p.requires_grad for p in x.parameters())]
-    numbers, shape, on_gpu = tensors(*own), learners[0].config, device.type == "cuda"
-    V, D, chunk = shape.vocab_size, shape.width, chunk or _chunk_size(shape.vocab_size, 4, device)
-    work = max(12 * x.width + size * x.mlp_width * MLP[x.mlp] for x in (model.config for model in models))
-    z, one, head, eager = 4 * V * min(scored, chunk), scored <= chunk, 4 * V * D * (scored > 0), V < LARGE
-    copy = head * (size == 2 or (V % 64 > 0 and not eager))  # the head's weights, rounded or padded
-    forward, backward = z * (1 + eager) + copy, z * one + copy + head + rows * length * work // 2
-    if stage in ("dpo", "kto") and len(own) > 1:  # the reference reads what the policy has read
-        forward += z * one + copy + rows * length * work
-    masked = stage in ("dpo", "orpo", "rm", "grpo") and length < FLEX_FROM.get(device.type, length + 1)
-    saved = sum(activations(model, rows, length, size, on_gpu, masked) for model in learners)
-    matrices = [p for p in tensors(*(model.blocks for model in learners)) if p.dim() == 2]
-    saved += 4 * D * (laid_out + 2 * scored) + sum(p.numel() * size for p in matrices if p.itemsize > size)
+    on_gpu, shape, head = device.type == "cuda", learners[0].config, learners[0].head.weight
+    D, V = shape.width, shape.vocab_size
+    chunk, eager = chunk or _chunk_size(V, 4, device), V < LARGE
+    block = max(passing(model, size) for model in models)
+    padded = not eager and V % 64 > 0
+    copy = head.numel() * (size if on_gpu else 4) * (size == 2 or padded)  # of the head: rounded or padded
+
+    def logits(tokens: int) -> int:  # of a chunk, fp32
+        return 4 * V * min(tokens, chunk)
+
+    def reading(tokens: int) -> int:  # the residual stream; then a block, or logits and their statistics
+        return 4 * D * tokens + max(block * tokens, logits(tokens) * (3 if eager else 1) + copy)
+
+    tokens, scored, learnt = batch.rows * batch.length, batch.scored, head.requires_grad
+    gradient = head.nbytes * (scored > 0 and learnt)
+    if stage in SUMMED:  # the head's gradient is there before the backward pass is
+        kept, first = gradient, gradient
+    else:
+        kept, first = (scored > 0) * copy + logits(scored) * (scored <= chunk), 0
+    forward = first + (scored > 0) * copy + logits(scored) * (2 if eager else 1)
+    if stage in ("dpo", "kto") and len(own) > 1:  # the reference reads what the policy has just read
+        forward = max(forward, kept + reading(tokens))
+    backward = gradient + max(kept, tokens * block // 2)
+    masked = stage in SHARED and batch.length < FLEX_FROM.get(device.type, batch.length + 1)
+    masked = masked or getattr(config, "packing", False)
+    saved = sum(activations(x, batch.rows, batch.length, size, on_gpu, masked) for x in learners)
+    saved += 4 * D * (batch.apart + 2 * scored) + rounded(learners, size, graph=True)
+
     gradients = [p.nbytes for p in tensors(trained) if p.requires_grad]
-    weights, due = sum(x.nbytes for x in numbers), sum(gradients)
-    cache = 2 * size * shape.layers * shape.kv_heads * shape.head_dim * drawn * slots
-    always = {"weights": weights, "optimiser": 2 * due, "cache": cache * on_gpu}  # kept for its graph
-    file = max(sum(4 * x.numel() for x in tensors(model)) for model in own) * (not on_gpu)
-    moments = {
-        "learning": {"gradients": due * (parts > 1), "activations": saved, "head": max(forward, backward)},
-        "stepping": {"gradients": due, "passing": 2 * max(gradients) * (not on_gpu)},
-        "sampling": {"cache": cache, "passing": max(work * asked, 32 * V * drawn)},
-        "reading": {
-            "passing": 4 * D * n * T + max(work * n * T, 4 * V * min(n * T, chunk) * (1 + 2 * eager))
-        },
+    due, halves = sum(gradients), rounded(learners, size, graph=False)
+    cache = 2 * size * shape.layers * shape.kv_heads * shape.head_dim * batch.drawn * batch.slots
+    picking = 32 * V * batch.drawn + copy  # logits, log-probs, and in fp64 their cumulative sum
+    always = {"weights": sum(x.nbytes for x in tensors(*own)), "optimiser": 2 * due}
+    always |= {"cache": cache} if on_gpu else {}  # kept, for CUDA graphs are bound to it
+    learn = {"gradients": due * (batch.pieces > 1), "activations": saved, "logits": max(forward, backward)}
+    return {
+        "loading": {"weights": in_fp32(*own), "files": 0 if on_gpu else from_files(config, trained, own)},
+        "learning": always | learn,
+        "stepping": always | {"gradients": due, "passing": 0 if on_gpu else 2 * max(gradients)},
+        "sampling": always | {"cache": cache, "passing": halves + max(block * batch.asked, picking)},
+        "reading": always | {"passing": halves + reading(batch.read)},
     }
-    moments = {name: {**always, **more} for name, more in moments.items()}
-    return {**moments, "loading": {"weights": sum(4 * x.numel() for x in numbers), "file": file}}
 
 
 def plan(config, stage: str, trained: nn.Module, held, order, made_from, steps: int) -> dict:
-    """Say what a run needs at most → that. The examples: what of made_from has as many parts as the order."""
+    """Say what a run needs at most → that, in bytes by name, and when. With --plan say all, and stop. The
+    examples: what of made_from has as many parts as the order."""
     device, N = next(trained.parameters()).device, len(order.lengths)
-    half = (getattr(config, "precision", "") or {"cuda": "bf16"}.get(device.type)) == "bf16"
     examples = next(x for x in made_from if isinstance(x, (list, np.ndarray)) and len(x) == N)
-    how = largest(config, stage, order, examples, steps), device, 2 if half else 4
-    moments = expected(config, stage, trained, held, *how)
-    moment = max(moments, key=lambda name: sum(moments[name].values()))
-    parts = {name: n for name, n in moments[moment].items() if n}
-    told = " + ".join(f"{n / 2**20:,.0f} {name}" for name, n in parts.items())
-    print(f"memory: {sum(parts.values()) / 2**20:,.0f} MB at most, while {moment}: {told}")
+    batch = largest(config, stage, order, examples, steps)
+    found = moments(config, stage, trained, held, batch, device, 2 if in_bf16(config, device) else 4)
+    most = max(found, key=lambda name: sum(found[name].values()))
+
+    def line(name: str) -> str:
+        parts = {part: n / 2**20 for part, n in found[name].items() if n}
+        told = " + ".join(f"{n:,.0f} {part}" for part, n in parts.items())
+        return f"{sum(parts.values()):,.0f} MB while {name}: {told}"
+
+    print(f"memory: at most {line(most)}")
     if config.plan:
+        print(*(f"  {line(name)}" for name in found), sep="\n")
+        print("  of", ", ".join(f"{name} {n:,}" for name, n in batch._asdict().items()))
         sys.exit()
-    return {"moment": moment, **parts}
+    return {"moment": most, **found[most]}
