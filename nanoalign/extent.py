@@ -45,9 +45,9 @@ def off_policy(config, stage: str, order, examples: list, steps: int) -> Batch:
     """The largest batch of the first epoch of a run that trains on given examples."""
     count, longest, whole, prompt, scored = np.array([counted(example) for example in examples]).T
     scored = whole if getattr(config, "nll", "") == "all" else scored  # ORPO, of the chosen side
-    steps = [order[step] for step in range(min(steps, order.steps_per_epoch))]
-    lengths = longest * count
-    split = [micro_batches(i, config.micro_batch, lengths[i], config.micro_tokens) for i in steps]
+    cost, first = longest * count, range(min(steps, order.steps_per_epoch))
+    split = [(i, cost[i]) for i in map(order.__getitem__, first)]
+    split = [micro_batches(i, config.micro_batch, own, config.micro_tokens) for i, own in split]
     i = max((i for step in split for i in step), key=lambda i: len(i) * whole[i].max())
     packing, headless = getattr(config, "packing", False), not getattr(config, "lm_weight", stage != "rm")
     rows, length = (1, whole[i].sum()) if packing else (len(i), whole[i].max())
@@ -75,5 +75,7 @@ def largest(config, stage: str, order, examples: list, steps: int) -> Batch:
     """The largest batch of a run's first epoch. order: its `BatchOrder` of the examples, of PPO and GRPO the
     ids of their prompts."""
     if hasattr(config, "minibatch"):
-        return on_policy(config, order.lengths)
-    return off_policy(config, stage, order, examples, steps)
+        found = on_policy(config, order.lengths)
+    else:
+        found = off_policy(config, stage, order, examples, steps)
+    return Batch(*map(int, found))

@@ -18,10 +18,13 @@ def in_fp32(*models: nn.Module) -> int:
     return sum(4 * x.numel() for x in tensors(*models))
 
 
-def activations(model: GPT, rows: int, length: int, size: int = 4, fused=False, masked=False) -> int:
-    """Bytes that a forward pass keeps, up to the hidden states. size: bytes of a number in a matrix product.
-    fused: RMSNorm is one kernel, as on a GPU; a CPU also keeps x / rms, where it trains the gain. masked:
-    each block has numbers of its own for who sees whom, as where sequences share a row."""
+def activations(model: GPT, length: int, size: int = 4, fused=False, masked=False) -> tuple[int, int]:
+    """Bytes per token of a row that a forward pass keeps: in a block, and beside the blocks.
+
+    size: bytes of a number in a matrix product. fused: RMSNorm is one kernel, as on a GPU; a CPU also keeps
+    x / rms, where it trains the gain. masked: each block has numbers of its own for who sees whom, length of
+    them, as where sequences share a row.
+    """
     config, D, d = model.config, model.config.width, model.config.head_dim
     H, K, rank = config.heads, config.kv_heads, getattr(model.blocks[0].mlp.up, "rank", 0)
     apart = config.norm == "rmsnorm" and model.norm.weight.requires_grad and not fused
@@ -33,8 +36,7 @@ def activations(model: GPT, rows: int, length: int, size: int = 4, fused=False, 
         attention += 4 * d * (H + K) * (apart + (size == 2))
     mlp = 2 * UP[config.mlp] * config.mlp_width  # gate, up, silu and product; or up and gelu
     block = 2 * norm + attention + size * (mlp + length * masked + 4 * rank)
-    blocks = 4 * D * config.layers + block if model.checkpointing else block * config.layers
-    return rows * length * (blocks + 4 * D * (2 + apart))
+    return block, 4 * D * (2 + apart)
 
 
 def rounded(models: list[GPT], size: int, graph: bool) -> int:

@@ -1,9 +1,10 @@
 """Will it fit? What a run needs at most, in bytes, from shapes alone and before it starts.
 
-A run is largest in one of five moments. Weights and AdamW's two moments are there in all but the first.
+A run is largest in one of six moments. Weights and AdamW's two moments are there in all but the first.
 
     loading   every weight in fp32, and those of one model twice: it comes from a file
-    learning  what the forward pass keeps for the backward pass, and the logits of a chunk of tokens
+    forward   what a forward pass keeps for the backward pass; the logits of a chunk of tokens
+    backward  the same without the logits; gradients of the head and, on the way, of a block
     stepping  all gradients, and what AdamW makes of the largest
     sampling  keys and values of what is written, and what picks one token of each row
     reading   a forward pass without gradient: held-out rows, rewards, old log-probs
@@ -58,43 +59,51 @@ def moments(
     D, V = shape.width, shape.vocab_size
     chunk, eager = chunk or _chunk_size(V, 4, device), V < LARGE
     block = max(passing(model, size) for model in models)
-    padded = not eager and V % 64 > 0
-    copy = head.numel() * (size if on_gpu else 4) * (size == 2 or padded)  # of the head: rounded or padded
+    rounds = size == 2 or (V >= LARGE and V % 64 > 0)  # the head's weights: to bf16, or up to 64 rows
+    copy = head.numel() * (size if on_gpu else 4) * rounds
 
-    def logits(tokens: int) -> int:  # of a chunk, fp32
-        return 4 * V * min(tokens, chunk)
+    def logits(tokens: int) -> int:  # fp32, of the largest of equal parts, none above a chunk
+        return 4 * V * -(-tokens // max(1, -(-tokens // chunk)))
 
-    def reading(tokens: int) -> int:  # the residual stream; then a block, or logits and their statistics
-        return 4 * D * tokens + max(block * tokens, logits(tokens) * (3 if eager else 1) + copy)
+    def reading(tokens: int, scored: int, numbers: int) -> int:  # a block, or so many numbers per logit
+        head = logits(scored) * (numbers if eager else 1) + copy
+        return 4 * D * tokens + max(block * tokens, head * (scored > 0))
 
-    tokens, scored, learnt = batch.rows * batch.length, batch.scored, head.requires_grad
-    gradient = head.nbytes * (scored > 0 and learnt)
-    if stage in SUMMED:  # the head's gradient is there before the backward pass is
-        kept, first = gradient, gradient
-    else:
-        kept, first = (scored > 0) * copy + logits(scored) * (scored <= chunk), 0
-    forward = first + (scored > 0) * copy + logits(scored) * (2 if eager else 1)
+    tokens, scored = batch.rows * batch.length, batch.scored
+    masked = getattr(config, "packing", False) or (
+        stage in SHARED and batch.length < FLEX_FROM.get(device.type, batch.length + 1)
+    )
+    saved, again = 4 * D * (batch.apart + 2 * scored) + rounded(learners, size, graph=True), 0
+    for model in learners:
+        of_block, beside = activations(model, batch.length, size, on_gpu, masked)
+        layers = 4 * D if model.checkpointing else of_block
+        saved += tokens * (shape.layers * layers + beside)
+        again = max(again, tokens * of_block * model.checkpointing)  # one block's, in the backward pass
+
+    gradient = head.nbytes * (scored > 0 and head.requires_grad)
+    formed = gradient * (stage in SUMMED)
+    kept = formed or (scored > 0) * copy + logits(scored) * (scored <= chunk)
+    forward = formed + (scored > 0) * copy + logits(scored) * (2 if eager else 1)
     if stage in ("dpo", "kto") and len(own) > 1:  # the reference reads what the policy has just read
-        forward = max(forward, kept + reading(tokens))
-    backward = gradient + max(kept, tokens * block // 2)
-    masked = stage in SHARED and batch.length < FLEX_FROM.get(device.type, batch.length + 1)
-    masked = masked or getattr(config, "packing", False)
-    saved = sum(activations(x, batch.rows, batch.length, size, on_gpu, masked) for x in learners)
-    saved += 4 * D * (batch.apart + 2 * scored) + rounded(learners, size, graph=True)
+        forward = max(forward, kept + reading(tokens, scored, 2))
+    backward = gradient + max(kept, again + tokens * block // 2)
 
     gradients = [p.nbytes for p in tensors(trained) if p.requires_grad]
     due, halves = sum(gradients), rounded(learners, size, graph=False)
+    speaks = scored or any(getattr(model, "reader", None) for model in own)
+    read = halves + reading(batch.read, batch.read * bool(speaks), 3)
     cache = 2 * size * shape.layers * shape.kv_heads * shape.head_dim * batch.drawn * batch.slots
     picking = 32 * V * batch.drawn + copy  # logits, log-probs, and in fp64 their cumulative sum
     always = {"weights": sum(x.nbytes for x in tensors(*own)), "optimiser": 2 * due}
     always |= {"cache": cache} if on_gpu else {}  # kept, for CUDA graphs are bound to it
-    learn = {"gradients": due * (batch.pieces > 1), "activations": saved, "logits": max(forward, backward)}
+    learn = always | {"gradients": due * (batch.pieces > 1), "activations": saved}
     return {
         "loading": {"weights": in_fp32(*own), "files": 0 if on_gpu else from_files(config, trained, own)},
-        "learning": always | learn,
+        "forward": learn | {"logits": forward},
+        "backward": learn | {"passing": backward},
         "stepping": always | {"gradients": due, "passing": 0 if on_gpu else 2 * max(gradients)},
         "sampling": always | {"cache": cache, "passing": halves + max(block * batch.asked, picking)},
-        "reading": always | {"passing": halves + reading(batch.read)},
+        "reading": always | {"passing": read},
     }
 
 
@@ -110,7 +119,7 @@ def plan(config, stage: str, trained: nn.Module, held, order, made_from, steps: 
     def line(name: str) -> str:
         parts = {part: n / 2**20 for part, n in found[name].items() if n}
         told = " + ".join(f"{n:,.0f} {part}" for part, n in parts.items())
-        return f"{sum(parts.values()):,.0f} MB while {name}: {told}"
+        return f"{sum(parts.values()):,.0f} MB, {name}: {told}"
 
     print(f"memory: at most {line(most)}")
     if config.plan:

@@ -97,8 +97,7 @@ class Run:
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
         self.first, self.keep = self.state["step"], {}
         if self.first > self.steps:
-            where = partial_path(config.out)
-            raise UserError(f"{where} is damaged: it is at step {self.first}. Delete it to start afresh.")
+            raise damaged(partial_path(config.out), f"it is at step {self.first}. Delete it to start afresh")
         self.device = next(model.parameters()).device
         self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
@@ -112,9 +111,8 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
-            self.step, self.done = step, step + 1
-            self.sums, self.masks, self.count = {}, {}, 0
-            self.laps, self.since = {}, time.monotonic()
+            self.step, self.done, self.since = step, step + 1, time.monotonic()
+            self.sums, self.masks, self.laps, self.count = {}, {}, {}, 0
             yield step
             stopping = bool(self.stop)
             if self.saves:
@@ -153,8 +151,7 @@ class Run:
         indices = self.order[self.step]
         tokens = (self.order.lengths if tokens is None else tokens)[indices]
         for micro in micro_batches(indices, self.config.micro_batch, tokens, self.config.micro_tokens):
-            where = torch.from_numpy(micro).to(self.device, non_blocking=True)
-            yield [examples[i] for i in micro], where
+            yield [examples[i] for i in micro], torch.from_numpy(micro).to(self.device, non_blocking=True)
 
     def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[list[np.ndarray]]:
         """The iteration's responses of `lengths` (B,) tokens, by index, shuffled, --epochs times: those of an
@@ -289,6 +286,6 @@ class CleanStop:
         return self.signal != 0
 
     def leave(self, config, step: int) -> None:  # with the conventional status, once the run is saved
-        where = partial_path(config.out)
-        print(f"stopped at step {step}, saved in {where}; continue with --resume.", file=sys.stderr)
+        saved = f"saved in {partial_path(config.out)}; continue with --resume"
+        print(f"stopped at step {step}, {saved}.", file=sys.stderr)
         sys.exit(128 + self.signal)
