@@ -37,6 +37,7 @@ from nanoalign.checkpoint import save
 from nanoalign.cli import readable_rows
 from nanoalign.data import BatchOrder
 from nanoalign.extent import largest
+from nanoalign.footprint import Models
 from nanoalign.kernels import BUDGET
 from nanoalign.lora import without
 from nanoalign.memory import moments
@@ -210,11 +211,12 @@ def report(paths: list[str]) -> None:
             print(f"| {row['peak']:,} | {part:+.0%} | {row['as it is']:,} |")
         empty, kept = [row["empty"] for row in rows], [row["as it is"] / row["peak"] for row in rows]
         print(
-            f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. Not in it: {min(empty)} to {max(empty)}"
+            f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. Beside it each takes the {min(empty)}"
         )
         print(
-            f"MB of a run without a model. Without giving back, {min(kept):.2f} to {max(kept):.2f} times as much."
+            f"to {max(empty)} MB of a run without a model. What is not given back makes it {min(kept):.2f} to"
         )
+        print(f"{max(kept):.2f} times as much.")
 
 
 # ------------------------------------------------------------------------------------------------ computed
@@ -266,7 +268,7 @@ def computed(script: str, shape: GPTConfig, **flags) -> int:
     budget = min(BUDGET["cuda"], CARD * 2**30 // 64)  # of logits, as in kernels.py
     chunk = 1 << (budget // (4 * shape.vocab_size)).bit_length() - 1
     trained, held = models(script, shape, config)
-    found = moments(config, script, trained, held, batch, torch.device("cuda"), 2, chunk)
+    found = moments(config, script, Models.of(trained, held, 2, torch.device("cuda"), chunk), batch)
     return max(sum(parts.values()) for parts in found.values())
 
 

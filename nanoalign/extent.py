@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     scored: int  # tokens whose log-prob is asked for, with gradient
     pieces: int  # micro-batches of an optimiser step
     read: int  # tokens read at once without gradient
+    judged: int  # of these, tokens whose log-prob is asked for
     drawn: int  # answers sampled at once
     asked: int  # tokens of their prompts
     slots: int  # tokens of the longest prompt and its answer
@@ -45,19 +46,25 @@ def off_policy(config, stage: str, order, examples: list, steps: int) -> Batch:
     """The largest batch of the first epoch of a run that trains on given examples."""
     count, longest, whole, prompt, scored = np.array([counted(example) for example in examples]).T
     scored = whole if getattr(config, "nll", "") == "all" else scored  # ORPO, of the chosen side
-    cost, first = longest * count, range(min(steps, order.steps_per_epoch))
-    split = [(i, cost[i]) for i in map(order.__getitem__, first)]
-    split = [micro_batches(i, config.micro_batch, own, config.micro_tokens) for i, own in split]
+    scored = scored * bool(getattr(config, "lm_weight", stage != "rm"))
+    cost, split = longest * count, []
+    for i in map(order.__getitem__, range(min(steps, order.steps_per_epoch))):
+        split.append(micro_batches(i, config.micro_batch, cost[i], config.micro_tokens))
     i = max((i for step in split for i in step), key=lambda i: len(i) * whole[i].max())
-    packing, headless = getattr(config, "packing", False), not getattr(config, "lm_weight", stage != "rm")
-    rows, length = (1, whole[i].sum()) if packing else (len(i), whole[i].max())
+    rows, length = len(i), whole[i].max()
+    if getattr(config, "packing", False):
+        rows, length = 1, whole[i].sum()
+
     held = 10**6 if config.eval_data else len(examples) // 19 + 1  # held-out rows: one in twenty
     there = count.sum() if stage == "rm" else held * count.max()  # rm scores what it was trained on
     together = min(READ.get(stage, config.batch_size * count.max()), there)
-    drawn, slots = min(held, ASKED.get(stage, 4)), prompt.max() + getattr(config, "max_new_tokens", 96)
-    read, apart = max(together * longest.max(), drawn * slots), count[i].sum() * longest[i].max()
-    scored, pieces = 0 if headless else scored[i].sum(), max(map(len, split))
-    return Batch(rows, length, apart, scored, pieces, read, drawn, drawn * prompt.max(), slots)
+    drawn, new = min(held, ASKED.get(stage, 4)), getattr(config, "max_new_tokens", 96)
+    slots = prompt.max() + new
+    read = max(together * longest.max(), drawn * slots)
+    judged = max(-(-together // count.max()) * scored.max(), drawn * new)
+    pieces, apart = max(map(len, split)), count[i].sum() * longest[i].max()
+    learnt = rows, length, apart, scored[i].sum(), pieces
+    return Batch(*learnt, read, judged, drawn, drawn * prompt.max(), slots)
 
 
 def on_policy(config, lengths: np.ndarray) -> Batch:
@@ -66,9 +73,9 @@ def on_policy(config, lengths: np.ndarray) -> Batch:
     batch, T, n = config.batch_size, prompt + new, min(config.minibatch, config.batch_size)
     pieces = micro_batches(np.arange(n), config.micro_batch, np.full(n, T), config.micro_tokens)
     n = len(pieces[0])
-    G = min(n, group)  # answers to a prompt
-    row = -(-n // G), prompt + G * new, n * T, n * new
-    return Batch(*row, len(pieces), batch * T, batch, batch // group * prompt, T)
+    G = min(n, group)  # answers to a prompt, which they share
+    learnt = -(-n // G), prompt + G * new, n * T, n * new, len(pieces)
+    return Batch(*learnt, batch * T, batch * new, batch, batch // group * prompt, T)
 
 
 def largest(config, stage: str, order, examples: list, steps: int) -> Batch:

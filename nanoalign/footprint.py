@@ -1,8 +1,12 @@
-"""What a model takes: weights, what a forward pass keeps and what it only passes through (docs/memory.md)."""
+"""What models take: weights, what a forward pass keeps, what it passes through, logits (docs/memory.md)."""
+
+from typing import NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
 
+from nanoalign.hf import is_folder
+from nanoalign.kernels import LARGE, _chunk_size
 from nanoalign.model import GPT
 
 UP = {"swiglu": 2, "gelu": 1}  # what the MLP's first matrix makes of a token, in widths of the MLP
@@ -51,3 +55,70 @@ def passing(model: GPT, size: int) -> int:
     matrix makes three of each number: W x, B A x and their sum."""
     config, adapted = model.config, hasattr(model.blocks[0].mlp.up, "rank")
     return 12 * config.width + size * config.mlp_width * UP[config.mlp] * (3 if adapted else 2)
+
+
+class Head:
+    """The output head, through which tokens go in equal chunks (kernels.py). weights (V, D). size: bytes of a
+    number in a matrix product. chunk: tokens at one time; by default as many as kernels.py takes."""
+
+    def __init__(self, weights: Tensor, size: int, device, chunk: int = 0):
+        self.tokens, self.eager = len(weights), len(weights) < LARGE
+        self.chunk = chunk or _chunk_size(self.tokens, 4, device)
+        rounds = size == 2 or (not self.eager and self.tokens % 64)  # to bf16, or V up to a multiple of 64
+        self.copy = weights.numel() * (size if device.type == "cuda" else 4) * bool(rounds)
+        self.gradient = weights.nbytes * weights.requires_grad
+
+    def logits(self, scored: int) -> int:
+        """Bytes of a chunk's logits, fp32."""
+        return 4 * self.tokens * -(-scored // max(1, -(-scored // self.chunk)))
+
+    def passing(self, scored: int, numbers: int) -> int:
+        """Bytes while log-probs are made of a chunk's logits: so many numbers for each; where the vocabulary
+        is large, one, for then a compiled kernel makes them."""
+        return (scored > 0) * (self.copy + self.logits(scored) * (numbers if self.eager else 1))
+
+    def kept(self, scored: int) -> int:
+        """Bytes that stay for the backward pass: the logits if one chunk has them all."""
+        return (scored > 0) * (self.copy + self.logits(scored) * (scored <= self.chunk))
+
+
+class Models(NamedTuple):
+    """The models of a run, and in what it computes."""
+
+    trained: nn.Module
+    own: list[nn.Module]  # it, or its parts, and what is held beside
+    size: int  # bytes of a number in a matrix product
+    head: Head
+    block: int  # bytes per token that a block passes through
+    on_gpu: bool
+
+    @classmethod
+    def of(cls, trained: nn.Module, held, size: int, device, chunk: int = 0) -> "Models":
+        """chunk: tokens whose logits exist at one time; 0: as many as kernels.py takes on the device."""
+        own = [*(trained if isinstance(trained, nn.ModuleList) else [trained]), *filter(None, held)]
+        found = [part for model in own for part in model.modules() if isinstance(part, GPT)]
+        block, head = (
+            max(passing(gpt, size) for gpt in found),
+            Head(found[0].head.weight, size, device, chunk),
+        )
+        return cls(trained, own, size, head, block, device.type == "cuda")
+
+    @property
+    def learners(self) -> list[GPT]:  # those that a backward pass goes through
+        parts = [part for part in self.trained.modules() if isinstance(part, GPT)]
+        return [gpt for gpt in parts if any(p.requires_grad for p in gpt.parameters())]
+
+
+def from_files(config, trained: nn.Module, own: list[nn.Module]) -> int:
+    """Bytes that loading takes beside all weights: those of one file, and of a scalar model what it shares as
+    soon as it is there. A folder is read one tensor after another."""
+    more, every = [0], in_fp32(*own)
+    for model in own:
+        if isinstance(model, GPT):
+            more += [0 if is_folder(getattr(config, "init", "hf:")) else in_fp32(model)]
+        elif model is trained:  # a copy of a language model
+            more += [in_fp32(model.gpt)]
+        else:
+            shared = in_fp32(model) + in_fp32(*(x for x in own if x is not model)) - every
+            more += [in_fp32(model) + shared]
+    return max(more)

@@ -18,92 +18,66 @@ import numpy as np
 import torch.nn as nn
 
 from nanoalign.extent import Batch, largest
-from nanoalign.footprint import activations, in_fp32, passing, rounded, tensors
-from nanoalign.hf import is_folder
-from nanoalign.kernels import LARGE, _chunk_size
-from nanoalign.model import GPT
+from nanoalign.footprint import Models, activations, from_files, in_fp32, rounded, tensors
 from nanoalign.packing import FLEX_FROM
 from nanoalign.training import in_bf16
 
 SUMMED = ("base", "sft")  # their losses are sums over tokens: the gradient is formed in the forward pass
 SHARED = ("dpo", "orpo", "rm", "grpo")  # sequences of one prompt share a row
+SAMPLED = ("ppo", "grpo")  # entropies are asked for, too: one more number of each logit
+BESIDE = ("dpo", "kto")  # the reference reads a micro-batch when the policy's activations are there
 
 
-def from_files(config, trained: nn.Module, own: list[nn.Module]) -> int:
-    """Bytes that loading takes beside all weights: those of one file, and of a scalar model what it shares as
-    soon as it is there. A folder is read one tensor after another."""
-    more, every = [0], in_fp32(*own)
-    for model in own:
-        if isinstance(model, GPT):
-            more += [0 if is_folder(getattr(config, "init", "hf:")) else in_fp32(model)]
-        elif model is trained:  # a copy of a language model
-            more += [in_fp32(model.gpt)]
-        else:
-            shared = in_fp32(model) + in_fp32(*(x for x in own if x is not model)) - every
-            more += [in_fp32(model) + shared]
-    return max(more)
+def reading(models: Models, tokens: int, scored: int, numbers: int) -> int:
+    """Bytes of a pass without gradient: the residual stream, and a block's numbers or those of logits."""
+    stream = 4 * models.learners[0].config.width * tokens
+    return stream + max(models.block * tokens, models.head.passing(scored, numbers))
 
 
-def moments(
-    config, stage: str, trained: nn.Module, held, batch: Batch, device, size: int, chunk: int = 0
-) -> dict[str, dict[str, int]]:
-    """The moments of a run → what is in memory then, by name, in bytes.
-
-    held: models beside what is trained. size: bytes of a number in a matrix product. chunk: tokens whose
-    logits exist at one time, by default as many as kernels.py takes on the device.
-    """
-    own = [*(trained if isinstance(trained, nn.ModuleList) else [trained]), *filter(None, held)]
-    models = [part for model in own for part in model.modules() if isinstance(part, GPT)]
-    learners = [x for x in dict.fromkeys(models) if any(p.requires_grad for p in x.parameters())]
-    on_gpu, shape, head = device.type == "cuda", learners[0].config, learners[0].head.weight
-    D, V = shape.width, shape.vocab_size
-    chunk, eager = chunk or _chunk_size(V, 4, device), V < LARGE
-    block = max(passing(model, size) for model in models)
-    rounds = size == 2 or (V >= LARGE and V % 64 > 0)  # the head's weights: to bf16, or up to 64 rows
-    copy = head.numel() * (size if on_gpu else 4) * rounds
-
-    def logits(tokens: int) -> int:  # fp32, of the largest of equal parts, none above a chunk
-        return 4 * V * -(-tokens // max(1, -(-tokens // chunk)))
-
-    def reading(tokens: int, scored: int, numbers: int) -> int:  # a block, or so many numbers per logit
-        head = logits(scored) * (numbers if eager else 1) + copy
-        return 4 * D * tokens + max(block * tokens, head * (scored > 0))
-
-    tokens, scored = batch.rows * batch.length, batch.scored
-    masked = getattr(config, "packing", False) or (
-        stage in SHARED and batch.length < FLEX_FROM.get(device.type, batch.length + 1)
-    )
-    saved, again = 4 * D * (batch.apart + 2 * scored) + rounded(learners, size, graph=True), 0
-    for model in learners:
-        of_block, beside = activations(model, batch.length, size, on_gpu, masked)
-        layers = 4 * D if model.checkpointing else of_block
-        saved += tokens * (shape.layers * layers + beside)
-        again = max(again, tokens * of_block * model.checkpointing)  # one block's, in the backward pass
-
-    gradient = head.nbytes * (scored > 0 and head.requires_grad)
+def learning(config, stage: str, models: Models, batch: Batch) -> tuple[int, int, int]:
+    """→ bytes that a forward pass keeps; that log-probs take at its end; that the backward pass takes."""
+    tokens, scored, head, size = batch.rows * batch.length, batch.scored, models.head, models.size
+    dense = batch.length < FLEX_FROM.get("cuda" if models.on_gpu else "cpu", batch.length + 1)
+    masked = dense and (stage in SHARED or getattr(config, "packing", False))
+    width = models.learners[0].config.width
+    saved, again = 4 * width * (batch.apart + 2 * scored) + rounded(models.learners, size, graph=True), 0
+    for gpt in models.learners:
+        block, beside = activations(gpt, batch.length, size, models.on_gpu, masked)
+        saved += tokens * (gpt.config.layers * (4 * width if gpt.checkpointing else block) + beside)
+        again = max(again, tokens * block * gpt.checkpointing)  # a block's, once it is computed again
+    gradient = head.gradient * (scored > 0)
     formed = gradient * (stage in SUMMED)
-    kept = formed or (scored > 0) * copy + logits(scored) * (scored <= chunk)
-    forward = formed + (scored > 0) * copy + logits(scored) * (2 if eager else 1)
-    if stage in ("dpo", "kto") and len(own) > 1:  # the reference reads what the policy has just read
-        forward = max(forward, kept + reading(tokens, scored, 2))
-    backward = gradient + max(kept, again + tokens * block // 2)
+    kept = formed or head.kept(scored)
+    forward = formed + head.passing(scored, 2)
+    if stage in BESIDE and len(models.own) > 1:
+        forward = max(forward, kept + reading(models, tokens, scored, 2))
+    return saved, forward, gradient + max(kept, again + tokens * models.block // 2)
 
-    gradients = [p.nbytes for p in tensors(trained) if p.requires_grad]
-    due, halves = sum(gradients), rounded(learners, size, graph=False)
-    speaks = scored or any(getattr(model, "reader", None) for model in own)
-    read = halves + reading(batch.read, batch.read * bool(speaks), 3)
-    cache = 2 * size * shape.layers * shape.kv_heads * shape.head_dim * batch.drawn * batch.slots
-    picking = 32 * V * batch.drawn + copy  # logits, log-probs, and in fp64 their cumulative sum
+
+def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[str, int]]:
+    """The moments of a run → what is in memory then, by name, in bytes."""
+    own, head, shape = models.own, models.head, models.learners[0].config
+    gradients = [p.nbytes for p in tensors(models.trained) if p.requires_grad]
+    due, halves = sum(gradients), rounded(models.learners, models.size, graph=False)
+    saved, forward, backward = learning(config, stage, models, batch)
+    token = 2 * models.size * shape.layers * shape.kv_heads * shape.head_dim  # its keys and values
+    cache = token * batch.drawn * batch.slots
+    picking = 32 * head.tokens * batch.drawn + head.copy  # logits, log-probs, in fp64 their cumulative sum
+    read, judged, numbers = batch.read, batch.judged, 3 if stage in SAMPLED else 2
+    if any(getattr(model, "reader", None) for model in own):  # it asks for all, also while others learn
+        read = judged = max(batch.read, batch.apart)
+        numbers = 3
+    on_cpu = not models.on_gpu
     always = {"weights": sum(x.nbytes for x in tensors(*own)), "optimiser": 2 * due}
-    always |= {"cache": cache} if on_gpu else {}  # kept, for CUDA graphs are bound to it
+    always |= {"cache": cache} if models.on_gpu else {}  # kept, for CUDA graphs are bound to it
     learn = always | {"gradients": due * (batch.pieces > 1), "activations": saved}
     return {
-        "loading": {"weights": in_fp32(*own), "files": 0 if on_gpu else from_files(config, trained, own)},
+        "loading": {"weights": in_fp32(*own), "files": on_cpu * from_files(config, models.trained, own)},
         "forward": learn | {"logits": forward},
         "backward": learn | {"passing": backward},
-        "stepping": always | {"gradients": due, "passing": 0 if on_gpu else 2 * max(gradients)},
-        "sampling": always | {"cache": cache, "passing": halves + max(block * batch.asked, picking)},
-        "reading": always | {"passing": read},
+        "stepping": always | {"gradients": due, "passing": on_cpu * 2 * max(gradients)},
+        "sampling": always | {"cache": cache, "passing": halves + max(models.block * batch.asked, picking)},
+        "reading": always | {"passing": halves + reading(models, read, judged, numbers)},
     }
 
 
@@ -113,7 +87,8 @@ def plan(config, stage: str, trained: nn.Module, held, order, made_from, steps: 
     device, N = next(trained.parameters()).device, len(order.lengths)
     examples = next(x for x in made_from if isinstance(x, (list, np.ndarray)) and len(x) == N)
     batch = largest(config, stage, order, examples, steps)
-    found = moments(config, stage, trained, held, batch, device, 2 if in_bf16(config, device) else 4)
+    models = Models.of(trained, held, 2 if in_bf16(config, device) else 4, device)
+    found = moments(config, stage, models, batch)
     most = max(found, key=lambda name: sum(found[name].values()))
 
     def line(name: str) -> str:
