@@ -31,7 +31,8 @@ def activations(model: GPT, length: int, size: int = 4, fused=False, masked=Fals
     """
     config, D, d = model.config, model.config.width, model.config.head_dim
     H, K, rank = config.heads, config.kv_heads, getattr(model.blocks[0].mlp.up, "rank", 0)
-    apart = config.norm == "rmsnorm" and model.norm.weight.requires_grad and not fused
+    learnt = model.norm.weight.requires_grad  # or frozen under adapters, as is what goes into the first block
+    apart = config.norm == "rmsnorm" and learnt and not fused
     norm = 4 * D * (1 + apart) + size * D  # what goes in, what comes out
     attention = size * d * 2 * (H + K) + 4 * H  # q, k, v, what comes out; its log-sum-exp
     if config.positions == "rope":
@@ -40,7 +41,7 @@ def activations(model: GPT, length: int, size: int = 4, fused=False, masked=Fals
         attention += 4 * d * (H + K) * (apart + (size == 2))
     mlp = 2 * UP[config.mlp] * config.mlp_width  # gate, up, silu and product; or up and gelu
     block = 2 * norm + attention + size * (mlp + length * masked + 4 * rank)
-    return block, 4 * D * (2 + apart)
+    return block, 4 * D * (1 + learnt + apart)
 
 
 def rounded(models: list[GPT], size: int, graph: bool) -> int:
