@@ -1,7 +1,7 @@
 """What runs take, against what they said they would (nanoalign/memory.py, docs/memory.md).
 
-    python -m lab.memory measure --out out/memory.jsonl       # a process a run; half an hour on one core
-    python -m lab.memory report out/memory.jsonl              # its table
+    python -m lab.memory measure --out out/memory.jsonl       # a process a run; what the file has is kept
+    python -m lab.memory report out/memory.jsonl              # their table
     python -m lab.memory table                                # of published shapes, computed for one GPU
 
 Measured is the peak of the resident set (Linux), less that of a run of the same vocabulary and precision with
@@ -10,6 +10,7 @@ a model of next to nothing: the interpreter, PyTorch, its buffers. glibc keeps w
 MALLOC_MMAP_THRESHOLD_. The other is what the same run takes without that.
 """
 
+import functools
 import json
 import os
 import platform
@@ -168,55 +169,55 @@ def total(planned: dict) -> float:
 def measure(config: Config) -> None:
     if not Path("/proc/self/status").exists():
         raise UserError("the peak of a process is read from /proc, which only Linux has.")
+    ways = {"peak": {"MALLOC_MMAP_THRESHOLD_": "262144"}, "as it is": {}}
+    rows = readable_rows(Path(config.out)) if Path(config.out).exists() else [setting(config.seed)]
+    there = [(row["script"], row["model"], row["flags"]) for row in rows[1:]]
+    due = [case for case in CASES if config.only in " ".join(case) and case not in there]
     torch.manual_seed(config.seed)
-    chosen = [case for case in CASES if config.only in " ".join(case)]
-    eager, ready, rows = {"MALLOC_MMAP_THRESHOLD_": "262144"}, {}, []
     with TemporaryDirectory() as folder:
         write_data(folder)
-        for name in {"nano", "wide-nano", *(model for _, model, _ in chosen)} & SHAPES.keys():
+        for name in {"nano", "wide-nano", *(model for _, model, _ in due)} & SHAPES.keys():
             write_model(folder, name)
-        for script, model, flags in chosen:
-            empty, bf16 = "wide-nano" if model == "wide" else "nano", "--precision bf16" in flags
-            for how, environment in (("peak", eager), ("as it is", {})):
-                if (empty, bf16, how) not in ready:
-                    own = f"--batch-size 2 {'--precision bf16' * bf16}"
-                    peak, planned = run(command(folder, "sft", empty, own, config.seed), **environment)
-                    ready[empty, bf16, how] = peak - total(planned)
+
+        @functools.cache
+        def empty(model: str, precision: str, way: str) -> float:
+            flags = f"--batch-size 2 --precision {precision}"
+            peak, planned = run(command(folder, "sft", model, flags, config.seed), **ways[way])
+            return peak - total(planned)
+
+        for script, model, flags in due:
+            own = "wide-nano" if model == "wide" else "nano", "bf16" if "bf16" in flags else "fp32"
             row = {"script": script, "model": model, "flags": flags}
-            for how, environment in (("peak", eager), ("as it is", {})):
+            for way, environment in ways.items():
                 peak, planned = run(command(folder, script, model, flags, config.seed), **environment)
-                row |= {how: round(peak - ready[empty, bf16, how]), "planned": round(total(planned))}
-            row |= {"while": planned["moment"], "empty": round(ready[empty, bf16, "peak"])}
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    where = {"torch": torch.__version__, "processor": processor(), "seed": config.seed}
-    write_rows(config.out, [where, *rows])
+                row |= {way: round(peak - empty(*own, way)), "planned": round(total(planned))}
+            rows.append(row | {"while": planned["moment"], "empty": round(empty(*own, "peak"))})
+            write_rows(config.out, rows)
+            print(json.dumps(rows[-1]), flush=True)
 
 
-def processor() -> str:
+def setting(seed: int) -> dict:
     name = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return name[1] if name else platform.machine()
+    processor = name[1] if name else platform.machine()
+    return {"processor": processor, "torch": torch.__version__, "seed": seed}
 
 
 def report(paths: list[str]) -> None:
+    """One table of all files."""
+    [where, *_], rows = readable_rows(Path(paths[0])), []
     for path in paths:
-        where, *rows = readable_rows(Path(path))
-        print(f"{where['processor']}, one thread; torch {where['torch']}; seed {where['seed']}; MB.\n")
-        print("| script | model | flags | planned, while | measured | off by | without giving back |")
-        print("|---|---|---|--:|--:|--:|--:|")
-        off = [row["planned"] / row["peak"] - 1 for row in rows]
-        for row, part in zip(rows, off):
-            print(f"| {row['script']} | {row['model']} | `{row['flags']}` ", end="")
-            print(f"| {row['planned']:,}, {row['while']} ", end="")
-            print(f"| {row['peak']:,} | {part:+.0%} | {row['as it is']:,} |")
-        empty, kept = [row["empty"] for row in rows], [row["as it is"] / row["peak"] for row in rows]
-        print(
-            f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. Beside it each takes the {min(empty)}"
-        )
-        print(
-            f"to {max(empty)} MB of a run without a model. What is not given back makes it {min(kept):.2f} to"
-        )
-        print(f"{max(kept):.2f} times as much.")
+        rows += readable_rows(Path(path))[1:]
+    off = [row["planned"] / row["peak"] - 1 for row in rows]
+    empty, kept = [row["empty"] for row in rows], [row["as it is"] / row["peak"] for row in rows]
+    print(f"{where['processor']}, one thread; torch {where['torch']}; seed {where['seed']}; MB.\n")
+    print("| script | model | flags | planned, at its largest | measured | off by | nothing set |")
+    print("|---|---|---|--:|--:|--:|--:|")
+    for row, part in zip(rows, off):
+        cells = f"{row['planned']:,}, {row['while']} | {row['peak']:,} | {part:+.0%} | {row['as it is']:,}"
+        print(f"| {row['script']} | {row['model']} | `{row['flags']}` | {cells} |")
+    print(f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. On top comes the run without")
+    print(f"a model: {min(empty)} to {max(empty)} MB. With nothing set they take {min(kept):.2f} to", end=" ")
+    print(f"{max(kept):.2f} times as much.")
 
 
 # ------------------------------------------------------------------------------------------------ computed
