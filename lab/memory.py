@@ -7,7 +7,8 @@
 Measured is the peak of the resident set (Linux), less that of a run of the same vocabulary and precision with
 a model of next to nothing: the interpreter, PyTorch, its buffers. glibc keeps what is freed in pieces below
 32 MB for later, where it may stay unused; the column that is compared gives back what is above 256 kB, by
-MALLOC_MMAP_THRESHOLD_. The other is what the same run takes without that.
+MALLOC_MMAP_THRESHOLD_. The other is what the same run takes without that. Models named wide have GPT-2's
+vocabulary, which tiktoken downloads unless TIKTOKEN_CACHE_DIR has it.
 """
 
 import functools

@@ -98,10 +98,8 @@ class Models(NamedTuple):
         """chunk: tokens whose logits exist at one time; 0: as many as kernels.py takes on the device."""
         own = [*(trained if isinstance(trained, nn.ModuleList) else [trained]), *filter(None, held)]
         found = [part for model in own for part in model.modules() if isinstance(part, GPT)]
-        block, head = (
-            max(passing(gpt, size) for gpt in found),
-            Head(found[0].head.weight, size, device, chunk),
-        )
+        head = Head(found[0].head.weight, size, device, chunk)
+        block = max(passing(gpt, size) for gpt in found)
         return cls(trained, own, size, head, block, device.type == "cuda")
 
     @property
