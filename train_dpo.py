@@ -186,7 +186,7 @@ def main(config: Config) -> None:
     order = BatchOrder(lengths, config.batch_size, config.seed)
     made_from = policy, pairs, soft
     models = ("policy", *(["reference"] if ref else []))
-    run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
+    run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models, held=(ref,))
 
     for step in run:
         for batch, where in run.pieces(pairs, 2 * order.lengths):

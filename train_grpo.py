@@ -206,8 +206,8 @@ def main(config: Config) -> None:
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
-    models = "policy", "reference", *reward.models
-    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, shown=SHOWN)
+    models, held = ("policy", "reference", *reward.models), (ref, *watch.held)
+    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=SHOWN)
     watch.begin(run)
 
     for step in run:

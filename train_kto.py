@@ -172,7 +172,7 @@ def main(config: Config) -> None:
     order = BatchOrder(lengths, config.batch_size, config.seed, least=2)
     made_from = policy, labels, examples
     models = "policy", "reference"
-    run = Run(config, "kto", policy, tokenizer, optimizer, order, made_from, models)
+    run = Run(config, "kto", policy, tokenizer, optimizer, order, made_from, models, held=(ref,))
 
     for step in run:
         everyone = [examples[i] for i in order[step]]

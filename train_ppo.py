@@ -187,9 +187,9 @@ def main(config: Config) -> None:
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
     made_from = policy, ref, critic, prompts, reward.files
     models = "policy", "reference", "critic" + " (a head)" * light, *reward.models
-    run = Run(
-        config, "ppo", policy, tokenizer, optimizer, order, made_from, models, trained=trained, shown=SHOWN
-    )
+    held = ref, *watch.held
+    options = {"trained": trained, "held": held, "shown": SHOWN}
+    run = Run(config, "ppo", policy, tokenizer, optimizer, order, made_from, models, **options)
     beta = run.state.get("beta", config.beta)
     run.keeps("critic", critic)
     watch.begin(run)

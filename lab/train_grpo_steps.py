@@ -89,7 +89,8 @@ def main(config: Config) -> None:
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
     models, shown = ("policy", "reference", *reward.models), train_grpo.SHOWN
-    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, shown=shown)
+    held = ref, *watch.held
+    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=shown)
     watch.begin(run)
 
     for step in run:

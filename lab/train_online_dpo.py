@@ -90,11 +90,18 @@ def online_pairs(
     return [pair for pair, good in zip(chosen_first, usable.tolist()) if good]
 
 
+def longest(prompt: np.ndarray, config: Config) -> Example:
+    """The longest example that can be collected for a prompt (ids)."""
+    ids = np.pad(prompt, (0, config.max_new_tokens))
+    return ids, np.arange(len(ids)) >= len(prompt)
+
+
 class Collections:
     """The order of a run that makes its own pairs: `order[step]` are the step's of those collected last.
 
     prompts: their ids; `asked[n]` are those that collection n answers. A collection's pairs are dealt to
-    --online-every steps. A rest of prompts too small for that joins the collection before it.
+    --online-every steps. A rest of prompts too small for that joins the collection before it. Until the
+    first there are pairs as long as any can be, for `memory.plan`.
     """
 
     def __init__(self, prompts: list, config: Config):
@@ -102,7 +109,7 @@ class Collections:
         lengths, least = [len(prompt) for prompt in prompts], min(size // 2, len(prompts))
         self.asked = BatchOrder(lengths, size, config.seed, pool=1, least=least)
         self.steps_per_epoch = self.asked.steps_per_epoch * self.every
-        self.take([])
+        self.take([(longest(max(prompts, key=len), config),) * 2] * size)
 
     def take(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
@@ -152,9 +159,9 @@ def main(config: Config) -> None:
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     order = Collections(prompts, config)
     files = [Path(path).read_bytes() for path in reward.files]
-    made_from = policy, prompts, files
-    models = ("policy", *(["reference"] if ref else []), *reward.models)
-    run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models)
+    made_from = policy, order.pairs, prompts, files
+    models, held = ("policy", *(["reference"] if ref else []), *reward.models), (ref, *reward.held)
+    run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from, models, held=held)
     if "fresh" in run.state:  # the pairs collected last, of which some steps are still to come
         run.keep["fresh"] = run.state["fresh"]
         fresh = [[(ids.numpy(), mask.numpy()) for ids, mask in pair] for pair in run.state["fresh"]]

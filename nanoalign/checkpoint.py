@@ -175,7 +175,7 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-IDLE = ("out", "resume", "device", "log_every", "eval_every", "save_every")  # flags that no weight depends on
+IDLE = ("out", "resume", "device", "plan", "log_every", "eval_every", "save_every")  # no weight needs them
 
 
 def flags_that_count(config) -> dict:

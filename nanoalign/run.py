@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, memory
 from nanoalign.checkpoint import finish, must_not_be_read, partial_path, resume, save_partial
 from nanoalign.contents import damaged
 from nanoalign.data import BatchOrder, micro_batches
@@ -65,6 +65,7 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    plan: bool = False  # say how much memory the run needs at most (docs/memory.md), and stop
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
     fields: str = ""  # other names of the fields in all rows, ours=theirs: prompt=question,completion=answer
@@ -78,30 +79,31 @@ class Run:
     order: `order[step]` are the rows of a step. made_from: models, tensors, arrays and strings (nested) that
     the result depends on; a resumed run must have the same. models: what is held in memory, by name.
     trained: the module whose gradient is clipped, if it is more than `model`. state: what a stopped run kept
-    (`keep`) beside weights, optimiser and random numbers.
+    (`keep`) beside weights, optimiser and random numbers. held: models in memory beside what is trained.
     """
 
     def __init__(
         self, config, stage: str, model: nn.Module, tokenizer, optimizer, order: BatchOrder, made_from,
         models: tuple[str, ...] = ("policy",), chat: bool = True, trained: nn.Module | None = None,
-        shown: tuple[str, ...] = (),
+        shown: tuple[str, ...] = (), held: tuple[nn.Module | None, ...] = (),
     ):  # fmt: skip
         self.config, self.model, self.trained = config, model, trained or model
         self.optimizer, self.order = optimizer, order
         self.steps = config.steps or max(1, round(config.epochs * order.steps_per_epoch))
         must_not_be_read(config.out, getattr(model, "bases", ()))
+        needs = memory.plan(config, stage, self.trained, held, order, made_from, self.steps)
         self.saved = {"stage": stage, "tokenizer": tokenizer, "chat": chat}
         self.data = fingerprint(*made_from)
         self.state = resume(config, model, optimizer, stage=stage, data=self.data)
         self.first, self.keep = self.state["step"], {}
         if self.first > self.steps:
-            where = partial_path(config.out)
-            raise UserError(f"{where} is damaged: it is at step {self.first}. Delete it to start afresh.")
+            raise damaged(partial_path(config.out), f"it is at step {self.first}. Delete it to start afresh")
         self.device = next(model.parameters()).device
         self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         own = config.lora and not getattr(config, "reference", "")  # the policy with its adapters off
         self.metrics.models(*(name for name in models if not (own and name == "reference")))
+        self.metrics.note(event="memory", **needs)
         self.done, self.stop = self.first, CleanStop()
         if config.warmup > self.steps:
             lasts = f"--warmup {config.warmup} outlasts the run's {self.steps} steps"
@@ -109,9 +111,8 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.first, self.steps):
-            self.step, self.done = step, step + 1
-            self.sums, self.masks, self.count = {}, {}, 0
-            self.laps, self.since = {}, time.monotonic()
+            self.step, self.done, self.since = step, step + 1, time.monotonic()
+            self.sums, self.masks, self.laps, self.count = {}, {}, {}, 0
             yield step
             stopping = bool(self.stop)
             if self.saves:
@@ -150,8 +151,7 @@ class Run:
         indices = self.order[self.step]
         tokens = (self.order.lengths if tokens is None else tokens)[indices]
         for micro in micro_batches(indices, self.config.micro_batch, tokens, self.config.micro_tokens):
-            where = torch.from_numpy(micro).to(self.device, non_blocking=True)
-            yield [examples[i] for i in micro], where
+            yield [examples[i] for i in micro], torch.from_numpy(micro).to(self.device, non_blocking=True)
 
     def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[list[np.ndarray]]:
         """The iteration's responses of `lengths` (B,) tokens, by index, shuffled, --epochs times: those of an
@@ -286,6 +286,6 @@ class CleanStop:
         return self.signal != 0
 
     def leave(self, config, step: int) -> None:  # with the conventional status, once the run is saved
-        where = partial_path(config.out)
-        print(f"stopped at step {step}, saved in {where}; continue with --resume.", file=sys.stderr)
+        saved = f"saved in {partial_path(config.out)}; continue with --resume"
+        print(f"stopped at step {step}, {saved}.", file=sys.stderr)
         sys.exit(128 + self.signal)

@@ -80,8 +80,8 @@ class Watch:
         self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
         self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
         self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()
-        self.autocast, self.warned = autocast, set()
-        self.seen, self.count, self.every = [], 0, 1  # of `count` rows of metrics every so-manieth
+        self.warned, self.held = set(), [model for one in rewards.values() for model in one.held]
+        self.autocast, self.seen, self.count, self.every = autocast, [], 0, 1  # every so-manieth is seen
 
     def begin(self, run) -> None:
         """Go on with what a stopped run has seen, or look for the first time."""

@@ -502,7 +502,7 @@ def trained(tmp_path, monkeypatch):
             return torch.tensor([float(reward(row, r)) for row, r in zip(rows, rollout.responses())])
 
         monkeypatch.setattr(train_grpo, "BatchOrder", LongestFirst)
-        checked.files = checked.models = []
+        checked.files = checked.models = checked.held = []
         monkeypatch.setattr(train_grpo, "make_reward", lambda *_: checked)
         start, other, data, out = (str(tmp_path / n) for n in ("sft.pt", "ref.pt", "rows.jsonl", "grpo.pt"))
         for path, seed in ((start, 0), (other, 1)):

@@ -123,7 +123,7 @@ def test_grpo_compares_the_answers_to_one_prompt(job, tmp_path, monkeypatch):
     script, config = job(
         "grpo", steps=3, eval_prompts=1, watch="", prompts=write_lines(tmp_path / "asked.jsonl", asked)
     )
-    reward.files = reward.models = []
+    reward.files = reward.models = reward.held = []
     monkeypatch.setattr(script, "make_reward", lambda *args: reward)
     script.main(config)
     assert len(shown) == 3
