@@ -19,8 +19,8 @@ pareto.csv in the first folder.
 """
 
 import csv
-import sys
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
