@@ -14,7 +14,7 @@ from runs import command, forked
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab.bench import generate, logprobs, peers, scaling, timing, train
+from lab.bench import generate, logprobs, scaling, timing, train
 from nanoalign import UserError
 from nanoalign.data import thin
 from nanoalign.model import GPT, GPTConfig
@@ -187,12 +187,7 @@ def test_a_script_runs_whole_and_its_peer_learns_what_it_drew(stage, tmp_path, s
     config = train.Config(**sizes, steps=2, warmup=1, device="cpu")
     given = {**dataclasses.asdict(config), "steps": 3, "log_every": 1}
     spec = {"stage": stage, "given": given, "folder": str(tmp_path)}
-    if stage == "grpo":  # as the benchmark does; the other from a copy of this process
-        found = timing.in_child("lab.bench.peers", spec)
-    else:
-        status, out, errors = forked(lambda: print(json.dumps(peers.run_script(**spec))))
-        assert status == 0, errors
-        found = json.loads(out.splitlines()[-1])
+    found = timing.in_child("lab.bench.peers", spec)
     assert len(found["losses"]) == len(found["norms"]) == len(found["batches"]) == 3, found
     assert all(len({*batch}) == 3 for batch in found["batches"])
     answered = [len({str(prompt) for prompt, _ in step}) for step in found["answers"]]
