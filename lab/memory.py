@@ -217,13 +217,9 @@ def report(paths: list[str]) -> None:
         cells = f"{row['planned']:,}, {row['while']} | {row['peak']:,} | {part:+.0%} | {row['as it is']:,}"
         print(f"| {row['script']} | {row['model']} | `{row['flags']}` | {cells} |")
     within = sum(abs(row["planned"] / row["as it is"] - 1) <= 0.25 for row in rows)
-    print(
-        f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. On top comes the run without a model,"
-    )
-    print(
-        f"{min(empty)} to {max(empty)} MB. With nothing set they take {min(kept):.2f} to {max(kept):.2f} times as much,"
-    )
-    print(f"and {within} of the plans are within 25 %.")
+    told = f"{min(kept):.2f} to {max(kept):.2f} times as much, and {within} plans are within 25 %"
+    print(f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. With nothing set they take")
+    print(f"{told}. On top comes a run without a model: {min(empty)} to {max(empty)} MB.")
 
 
 # ------------------------------------------------------------------------------------------------ computed
