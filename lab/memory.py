@@ -1,7 +1,7 @@
 """What runs take, against what they said they would (nanoalign/memory.py, docs/memory.md).
 
     python -m lab.memory measure --out out/memory.jsonl       # a process a run; what the file has is kept
-    python -m lab.memory report out/memory.jsonl              # their table
+    python -m lab.memory report out/memory.jsonl              # their table, of one file or several
     python -m lab.memory table                                # of published shapes, computed for one GPU
 
 Measured is the peak of the resident set (Linux), less that of a run of the same vocabulary and precision with
@@ -216,9 +216,10 @@ def report(paths: list[str]) -> None:
     for row, part in zip(rows, off):
         cells = f"{row['planned']:,}, {row['while']} | {row['peak']:,} | {part:+.0%} | {row['as it is']:,}"
         print(f"| {row['script']} | {row['model']} | `{row['flags']}` | {cells} |")
-    print(f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. On top comes the run without")
-    print(f"a model: {min(empty)} to {max(empty)} MB. With nothing set they take {min(kept):.2f} to", end=" ")
-    print(f"{max(kept):.2f} times as much.")
+    within = sum(abs(row["planned"] / row["as it is"] - 1) <= 0.25 for row in rows)
+    told = f"{min(kept):.2f} to {max(kept):.2f} times as much, and {within} plans are within 25 %"
+    print(f"\n{len(rows)} runs: off by {min(off):+.0%} to {max(off):+.0%}. With nothing set they take")
+    print(f"{told}. On top comes a run without a model: {min(empty)} to {max(empty)} MB.")
 
 
 # ------------------------------------------------------------------------------------------------ computed

@@ -51,7 +51,8 @@ def learning(config, stage: str, models: Models, batch: Batch) -> tuple[int, int
     forward = formed + head.passing(scored, 2)
     if stage in BESIDE and len(models.own) > 1:
         forward = max(forward, kept + reading(models, tokens, scored, 2))
-    return saved, forward, gradient + max(kept, again + tokens * models.block // 2)
+    of_head = formed or head.passing(scored, 1)  # logits of several chunks are made again, one by one
+    return saved, forward, gradient + max(of_head, again + tokens * models.block // 2)
 
 
 def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[str, int]]:

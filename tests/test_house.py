@@ -27,7 +27,7 @@ BUDGETS = {
     "nanoalign/feedback.py": 160, "nanoalign/files.py": 253,
     "nanoalign/generate.py": 291, "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 111,
     "nanoalign/hf.py": 190, "nanoalign/hf_weights.py": 230, "nanoalign/hf_config.py": 100,
-    "nanoalign/memory.py": 104, "nanoalign/footprint.py": 123, "nanoalign/extent.py": 88,
+    "nanoalign/memory.py": 105, "nanoalign/footprint.py": 123, "nanoalign/extent.py": 88,
     "nanoalign/vocabulary.py": 150, "nanoalign/chat_formats.py": 110, "nanoalign/lora.py": 90,
     "nanoalign/messages.py": 254, "nanoalign/show_rows.py": 141,
     "nanoalign/model.py": 281, "nanoalign/packing.py": 74, "nanoalign/rewards.py": 235,
