@@ -106,6 +106,12 @@ def test_importing_a_script_prints_nothing_and_creates_nothing(interpreter):
     assert done.stdout.startswith("[") and done.stdout.endswith("]\n") and done.stdout.count("\n") == 1
 
 
+def test_no_two_files_of_tests_have_the_same_name():
+    """Of two that do, pytest collects neither: it imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 # ------------------------------------------------------------------------------------------------- lines
 
 
