@@ -365,8 +365,8 @@ def test_the_compiled_path_equals_the_eager_path(monkeypatch, fresh_compiler):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     kernels._body.cache_clear()
     monkeypatch.setattr(kernels, "LARGE", v + 1)
-    for ours, eager in zip(fast, run()):
-        assert_close(ours, eager, torch.float32)
+    for ours, eager in zip(fast, run()):  # gradients are two sums of v products, in an order of their own
+        assert_close(ours, eager, torch.float32, roundings=round((2 * v) ** 0.5))
     assert len(compiled) == 2  # the second run was eager
 
 

@@ -17,7 +17,7 @@ NAMES = [path.stem for path in sorted(ROOT.glob("*.py"))]
 NAMES += [
     f"lab.{path.stem}" for path in sorted(ROOT.glob("lab/*.py")) if "cli.run(main" in path.read_text("utf-8")
 ]
-READ_NO_FILE = ("lab.oracle", "lab.mutation")  # so they would begin their work
+READ_NO_FILE = ("lab.oracle", "lab.mutation", "lab.tips")  # so they would begin their work
 COMMANDS = [(name, "main", "Config") for name in NAMES if name not in READ_NO_FILE]
 COMMANDS += [
     ("lab.hacking", "draw", "Config"),
