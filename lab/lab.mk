@@ -488,7 +488,7 @@ REAL_PAIRS = $(call real-rows,hh_harmless.jsonl,$(OUT)/pairs.jsonl)
 ASK = $(PY) evaluate.py --reference $(REAL)/smollm2.pt --show 5 $(FLAGS) --count $(if $(filter tiny,$(SIZE)),2,72)
 ADAPT = --init $(REAL)/smollm2.pt --lora 16 --lr 5e-4 --warmup 4 --micro-batch 4 --log-every 1 --resume $(FLAGS)
 REAL_DPO_tiny = --steps 2 --batch-size 4
-REAL_GRPO_tiny = --steps 2 --batch-size 8 --minibatch 8 --eval-prompts 4
+REAL_GRPO_tiny = --steps 2 --batch-size 8 --minibatch 8 --eval-prompts 4 --max-new-tokens 24
 
 .PHONY: real
 real: .venv/parity $(REAL)/dpo.scorecard.json $(REAL)/grpo.scorecard.json $(REAL)/perplexity.txt  ## a published model: DPO and GRPO on it, measured (40 minutes)
