@@ -514,7 +514,7 @@ $(REAL)/grpo.pt: $(REAL)/tips.jsonl $(REAL)/smollm2.pt train_grpo.py
 	$(train) train_grpo.py $(ADAPT) --prompts $< --eval-data $(<:.jsonl=.held_out.jsonl) --reward lab/tips.py:form --beta 0.01 \
 	  --batch-size 32 --minibatch 32 --steps 16 --max-new-tokens 80 --eval-prompts 24 --eval-every 8 --out $@ $(REAL_GRPO_$(SIZE))
 $(REAL)/dpo.scorecard.json: $(REAL)/dpo.pt lab/real.py
-	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/hh.held_out.jsonl --checks lab/real.py --samples 2 \
+	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/hh.held_out.jsonl --checks lab/real.py --samples 1 \
 	  --max-new-tokens 48 --out $@ > $(@:.json=.txt)
 $(REAL)/grpo.scorecard.json: $(REAL)/grpo.pt lab/tips.py
 	$(ASK) --checkpoints $(REAL)/smollm2.pt $< --prompts $(REAL)/tips.held_out.jsonl --checks lab/tips.py --samples 2 \

@@ -66,13 +66,13 @@ def report(config: Report) -> None:
     error = math.sqrt(share * (1 - share) / count)
     print(f"Held-out pairs in which DPO's reward is higher for the chosen side: {100 * share:.1f} ± "
           f"{100 * error:.1f} % of {count}; before training 50 %, all rewards being zero.\n")  # fmt: skip
-    print((folder / "perplexity.txt").read_text(encoding="utf-8"))
+    said = (folder / "perplexity.txt").read_text(encoding="utf-8").splitlines()
+    print("\n".join(line for line in said if line.startswith("|")) + "\n")
     for name in ("dpo", "grpo"):
         (cards,) = scorecards([folder / f"{name}.scorecard.json"])
         metrics = [name for name in next(iter(cards.values()))["overall"] if name != "utility"]
         cells = [[cell(card["overall"].get(metric)) for card in cards.values()] for metric in metrics]
         table(["", *(Path(path).stem for path in cards)], [[m, *c] for m, c in zip(metrics, cells)])
-        print()
     rows = [
         [name, *(f"{last[x]:,.0f}" for x in ("step", "elapsed", "peak_mb", "tokens_per_s"))]
         for name, (last, _) in runs.items()
