@@ -65,7 +65,8 @@ def reward_models(expression: str) -> list[str]:
 def make_reward(expression: str, tokenizer: Tokenizer, device, ref: GPT | None = None) -> Reward:
     """An expression → reward(rows, rollout) → scores (B,), or (B, T) if a term is dense: the others then
     stand on the last token. rows: the prompt rows of the rollout's rows. ref: a frozen model that is
-    in memory anyway, to take the place of a reward model's reader that is the same. reward.held: its models.
+    in memory anyway, to take the place of a reward model's reader that is the same. reward.files: what it
+    reads; reward.held: the models that it holds.
 
     Raises UserError for an unknown term, a reward model of another tokenizer, and scores that are not finite.
     """
