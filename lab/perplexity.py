@@ -18,6 +18,7 @@ from nanoalign.checkpoint import load_policy
 from nanoalign.data import collate
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rows import read_rows
+from nanoalign.statistics import clustered_error
 from nanoalign.training import setup
 
 
@@ -49,8 +50,7 @@ def negative_logprobs(policy, tokenizer, texts: list[str], config: Config, devic
 def ratio(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float]:
     """Σ top / Σ bottom over texts (N,), and its standard error."""
     mean = top.sum() / bottom.sum()
-    error = np.sqrt(np.square(top - mean * bottom).sum() * len(top) / max(1, len(top) - 1)) / bottom.sum()
-    return float(mean), float(error)
+    return float(mean), clustered_error((top - mean * bottom) / bottom.mean(), range(len(top)))
 
 
 def main(config: Config) -> None:
