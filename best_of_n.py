@@ -34,8 +34,10 @@ from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import thin
 from nanoalign.files import writing
-from nanoalign.generate import Rollout, rollouts
+from nanoalign.generate import Rollout
+from nanoalign.parallel import fill
 from nanoalign.rewards import load_function, make_reward
+from nanoalign.rollouts import rollouts
 from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.statistics import mean_and_error
@@ -155,7 +157,7 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         nonlocal tokens
         progress.advance(1)
         asked = [node for node in nodes for _ in range(config.expansions)]
-        prompts, children = [np.array(ids) for _, ids in asked], [None] * len(asked)
+        prompts, found, mine = [np.array(ids) for _, ids in asked], [None] * len(asked), []
         limit, seed = config.max_new_tokens, derived_seed(config.seed, "search", progress.done)
         for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **sampling):
             starts = torch.tensor([[asked[i][0]] for i in indices])
@@ -167,9 +169,12 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
                 length, room = len(ids) - at, min(limit, policy.config.context - at)
                 stopped = length >= room or step[-1] not in breaks
                 complete = ended and length <= room
-                children[i], worth[node] = (node, stopped), value if complete or not stopped else 0.0
-                tokens += len(step)
-        return children
+                found[i] = node, stopped, value if complete or not stopped else 0.0, len(step)
+            mine += indices
+        fill(mine, found)
+        worth.update((node, value) for node, _, value, _ in found)
+        tokens += sum(length for *_, length in found)
+        return [(node, stopped) for node, stopped, *_ in found]
 
     prompts = [tuple(tokenizer.prompt(row["prompt"]).tolist()) for row in rows]
     roots, how = [(len(ids), ids) for ids in prompts], (config.width, config.expansions)
@@ -195,7 +200,7 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
     N, shape, scores = config.samples, (len(rows), config.samples), {}
     gold = [gold_answer(row) for row in rows]
     texts, steps = np.empty((2, *shape), object)
-    tokens = np.zeros(shape)
+    tokens, mine = np.zeros(shape), []
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows for _ in range(N)]
     limit, how = config.max_new_tokens, {"what": "solve", "temperature": config.temperature}
     for indices, new in rollouts(policy, tokenizer, prompts, limit, config.seed, **how):
@@ -210,6 +215,8 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
         tokens[at] = new.mask.sum(1).cpu()
         for i, own, end in zip(indices, p.cpu(), ends.cpu()):
             steps.flat[i] = own[end].tolist()
+        mine += indices
+    fill(mine, *(x.reshape(-1) for x in (texts, steps, tokens, *scores.values())))
     said = [[final_answer(text) for text in own] for own in texts]
     right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
     numbers = {None: math.nan}  # equal answers have equal numbers, 50% and 50 as well
@@ -269,4 +276,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, __doc__)
+    cli.run(main, Config, __doc__, shared=True)

@@ -41,8 +41,8 @@ from nanoalign.checkpoint import load_policy, load_scalar
 from nanoalign.data import prompt_examples
 from nanoalign.feedback import ai_votes, read_constitution, vote
 from nanoalign.files import beside
-from nanoalign.generate import respond
 from nanoalign.rewards import load_function, model_reward, score_compared
+from nanoalign.rollouts import respond
 from nanoalign.rows import parse_compared, read_rows, write_rows
 from nanoalign.training import setup
 
@@ -261,4 +261,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, __doc__)
+    cli.run(main, Config, __doc__, shared=True)

@@ -31,8 +31,8 @@ from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.feedback import ask_for_critique, ask_for_revision, read_constitution
 from nanoalign.files import beside
-from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.training import setup

@@ -36,9 +36,9 @@ from torch import Tensor
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, pair_examples, questions, read_split, without_ties
-from nanoalign.generate import respond, sample_kl
 from nanoalign.logprobs import token_logprobs
 from nanoalign.packing import packed_hidden
+from nanoalign.rollouts import respond, sample_kl
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
 
@@ -192,7 +192,7 @@ def main(config: Config) -> None:
         for batch, where in run.pieces(pairs, 2 * order.lengths):
             with autocast:
                 found = measure(policy, ref, batch, soft[where], tokenizer, config, device)
-            (found["loss"].sum() / len(order[step])).backward()
+            run.backward(found["loss"].sum() / len(order[step]))
             run.add(**found)
             run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
         if step == 0 and ref and not config.sft_weight:  # policy and reference are the same model: h = 0

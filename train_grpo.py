@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, parallel
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
-from nanoalign.generate import rollout
 from nanoalign.logprobs import masked_sum, token_logprobs, within
 from nanoalign.packing import packed_hidden
 from nanoalign.rewards import make_reward, unless_unfinished
+from nanoalign.rollouts import rollout, together
 from nanoalign.run import Run, already_finished
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
 from nanoalign.watch import OnPolicy, Watch
@@ -215,18 +215,22 @@ def main(config: Config) -> None:
         indices = order[step].repeat(G)  # (B,) a prompt's answers next to each other
         asked = [prompts[i] for i in indices]
         with autocast:
-            drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, mask = drawn.ids, drawn.mask  # (B, T)
-        scored = mask.cpu()  # for counting without waiting for a GPU
+            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
+        ids, scored = (
+            drawn.ids,
+            drawn.mask.cpu(),
+        )  # (B, T); on the CPU: for counting without waiting for a GPU
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs.
-        group = np.arange(len(ids)) // G
+        group = np.arange(len(asked)) // G
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices], drawn)
+            score = reward([rows[i] for i in indices[mine]], drawn)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            old_logp, entropy = group_logprobs(policy, ids, scored, group, config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, group, config)
+            found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
+            ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
+        drawn, score, old_logp, entropy, ref_logp = together(mine, drawn, score, *found, ref_logp)
+        ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
         # 3. Compare: what the responses of a group are worth, and the price of KL.
@@ -241,19 +245,18 @@ def main(config: Config) -> None:
         # 5. Update: epochs over minibatches of whole groups.
         ends = order.lengths[indices] + scored.sum(-1).numpy()  # (B,) tokens
         first, weights = [], torch.zeros(scored.shape)
-        for minibatch in run.minibatches(ends, G):
-            whole = np.concatenate(minibatch)
-            weights[whole] = token_weights(scored[whole], config.kind, config.max_new_tokens)
-            for piece in minibatch:
+        for minibatch, pieces in run.minibatches(ends, G):
+            weights[minibatch] = token_weights(scored[minibatch], config.kind, config.max_new_tokens)
+            for piece in pieces:
                 T = ends[piece].max()
                 at = torch.from_numpy(piece).to(device, non_blocking=True)
                 x, m, old, reference = (t[at, :T] for t in (ids, mask, old_logp, ref_logp))
                 weight = weights[piece, :T].to(device, non_blocking=True)
-                share = weight / weights[whole].sum()
+                share = weight / weights[minibatch].sum()
                 with autocast:
                     logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
                 found = losses(logp, old, reference, advantages[at], weight, share, m, config)
-                found["loss"].backward()
+                run.backward(found["loss"])
                 run.add(**found)
                 run.metrics.tokens += int(ends[piece].sum())
                 if not run.count:
@@ -267,7 +270,7 @@ def main(config: Config) -> None:
         row = run.log(
             **watch.describe(drawn, asked, score, kl, entropy),
             equal_groups=equal.float().mean(),
-            ratio_error=torch.cat(first).exp().sub(1).abs().max(),
+            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
         )
         watch.warn(row)
         if run.looks:

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, parallel
 from nanoalign.checkpoint import load_policy
-from nanoalign.data import BatchOrder, collate, join, labelled_examples, micro_batches, questions, read_split
-from nanoalign.generate import respond, sample_kl
+from nanoalign.data import BatchOrder, collate, join, labelled_examples, questions, read_split
 from nanoalign.logprobs import token_logprobs
+from nanoalign.pieces import dealt
+from nanoalign.rollouts import respond, sample_kl
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
 
@@ -102,12 +103,12 @@ def reference_point(policy, ref, batch: list, tokenizer, config: Config, max_len
     """The examples of a whole optimiser step → z (): the mean log-ratio of mismatched pairs, clamped at 0."""
     pairs = mismatched([ids[~mask] for ids, mask in batch], [ids[mask] for ids, mask in batch])
     joined = [join(prompt, response, max_length) for prompt, response in pairs]
-    rows, lengths = np.arange(len(joined)), [len(ids) for ids, _ in joined]
-    ratios = []
-    for micro in micro_batches(rows, config.micro_batch, lengths, config.micro_tokens):
+    rows, lengths = np.arange(len(joined)), np.array([len(ids) for ids, _ in joined])
+    summed = 0.0
+    for micro, counts in dealt(rows, lengths, config):
         piece = [joined[i] for i in micro]
-        ratios.append(sequence_log_ratios(policy, ref, piece, tokenizer, device)[1])
-    return torch.cat(ratios).mean().clamp(min=0)
+        summed += counts * sequence_log_ratios(policy, ref, piece, tokenizer, device)[1].sum()
+    return (parallel.total(summed) / len(joined)).clamp(min=0)
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def main(config: Config) -> None:
             with autocast:
                 logp, ratio = sequence_log_ratios(policy, ref, batch, tokenizer, device)
             loss = kto_loss(ratio, up, z, config.beta, *weights)  # (B,)
-            (loss.sum() / len(everyone)).backward()
+            run.backward(loss.sum() / len(everyone))
             reward = config.beta * ratio
             run.add(loss=loss, desirable=up)
             run.add(reward_chosen=(reward, up), reward_rejected=(reward, ~up))

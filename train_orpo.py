@@ -26,9 +26,9 @@ from torch import Tensor
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, pair_examples, questions, read_split, without_ties
-from nanoalign.generate import respond
 from nanoalign.logprobs import masked_mean, token_logprobs, within
 from nanoalign.packing import packed_hidden
+from nanoalign.rollouts import respond
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import make_optimizer, prepare, setup
 
@@ -150,7 +150,7 @@ def main(config: Config) -> None:
         for batch, _ in run.pieces(pairs, 2 * order.lengths):
             with autocast:
                 found = measure(policy, batch, tokenizer, config, device)
-            (found["loss"].sum() / len(order[step])).backward()
+            run.backward(found["loss"].sum() / len(order[step]))
             run.add(**found)
             run.metrics.tokens += sum(len(ids) for pair, _ in batch for ids, _ in pair)
         if step == 0:  # an untrained model thinks both sides about equally likely

@@ -28,12 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, parallel
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
-from nanoalign.generate import rollout
 from nanoalign.logprobs import token_logprobs, within
 from nanoalign.rewards import make_reward, on_last_token, unless_unfinished
+from nanoalign.rollouts import rollout, together
 from nanoalign.run import Run, already_finished
 from nanoalign.training import load_critic, load_reference, make_optimizer, prepare, setup
 from nanoalign.watch import OnPolicy, Watch
@@ -182,7 +182,7 @@ def main(config: Config) -> None:
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
-    prepare(config, policy, ref, getattr(critic, "gpt", None))
+    prepare(config, policy, ref, critic)
     optimizer = make_optimizer(trained, config.lr, config.weight_decay, eps=1e-5)
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
     made_from = policy, ref, critic, prompts, reward.files
@@ -199,19 +199,23 @@ def main(config: Config) -> None:
         indices = order[step]
         asked = [prompts[i] for i in indices]
         with autocast:
-            drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, mask = drawn.ids, drawn.mask  # (B, T)
-        scored = mask.cpu()  # for counting without waiting for a GPU
+            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
+        ids, scored = (
+            drawn.ids,
+            drawn.mask.cpu(),
+        )  # (B, T); on the CPU: for counting without waiting for a GPU
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs and values.
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices], drawn)  # (B,), or dense (B, T)
+            score = reward([rows[i] for i in indices[mine]], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
-        (old_logp, entropy), old_values = found
+        known = score, *found[0], found[1], ref_logp, seen
+        drawn, score, old_logp, entropy, old_values, ref_logp, seen = together(mine, drawn, *known)
+        ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = (old_logp - ref_logp).sum(-1)  # (B,) nats per response
 
         # 3. Shape: the score and the price of KL, token by token.
@@ -225,9 +229,9 @@ def main(config: Config) -> None:
         # 5. Update: epochs over minibatches, in pieces of rows alike in length.
         ends = order.lengths[indices] + scored.sum(-1).numpy()  # (B,) tokens
         first, highest = [], []
-        for minibatch in run.minibatches(ends):
-            tokens = int(sum(scored[piece].sum() for piece in minibatch))
-            for piece in minibatch:
+        for minibatch, pieces in run.minibatches(ends):
+            tokens = int(scored[minibatch].sum())
+            for piece in pieces:
                 T = ends[piece].max()
                 at = torch.from_numpy(piece).to(device, non_blocking=True)
                 tensors = ids, old_logp, old_values, advantages, returns, mask
@@ -237,7 +241,7 @@ def main(config: Config) -> None:
                     logp, v = forward(policy, critic, x, own, config.temperature, seen=read)
                 found = losses(logp, old, v, old_v, a, g, m, config)
                 share = int(own.sum()) / tokens
-                (share * found["loss"]).backward()
+                run.backward(share * found["loss"])
                 run.add(**{name: share * value for name, value in found.items()})
                 run.metrics.tokens += int(ends[piece].sum())
                 log_ratio = (logp - old).detach().masked_fill(~m, 0)
@@ -254,8 +258,8 @@ def main(config: Config) -> None:
             **watch.describe(drawn, asked, score, kl, entropy),
             beta=beta,
             explained_variance=explained_variance(old_values, returns, mask),
-            ratio_max=torch.stack(highest).max().exp(),
-            ratio_error=torch.cat(first).exp().sub(1).abs().max(),
+            ratio_max=parallel.total(torch.stack(highest).max().exp(), largest=True),
+            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
         )
         watch.warn(row)
         if config.kl_target:

@@ -20,9 +20,9 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.data import BatchOrder, read_split, thin
-from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.model import GPT, parameter_count, preset
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.tokenizer import Tokenizer, get_tokenizer
@@ -89,8 +89,8 @@ def main(config: Config) -> None:
 
     policy = GPT(shape).to(device)
     print(f"model: {config.model}, {parameter_count(policy) / 1e6:.2f} M parameters")
-    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     prepare(config, policy)
+    optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     order = BatchOrder(np.full(len(blocks), config.context), config.batch_size, config.seed)
     run = Run(config, "base", policy, tokenizer, optimizer, order, [blocks], chat=False)
     if run.first == 0:  # an untrained model knows nothing: its loss is that of a uniform guess
@@ -107,7 +107,7 @@ def main(config: Config) -> None:
             ids = torch.from_numpy(np.stack(batch)).to(device, non_blocking=True)
             with autocast:
                 nll, _ = token_losses(policy, ids, None, torch.neg)
-            (nll / run.count).backward()
+            run.backward(nll / run.count)
             run.add(loss=nll)
             run.metrics.tokens += ids.numel()
         run.update()

@@ -165,7 +165,7 @@ def main(config: Config) -> None:
     how = tokenizer, max_length, config.outcome, config.neutral
     rows, eval_rows = read_split(config, config.data, "steps")
     examples, eval_examples = step_examples(rows, *how), step_examples(eval_rows, *how, "held-out")
-    prepare(config, model.gpt)
+    prepare(config, model)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     order = BatchOrder([len(ids) for ids, *_ in examples], config.batch_size, config.seed)
     made_from = model, examples
@@ -190,7 +190,7 @@ def main(config: Config) -> None:
                 if config.lm_weight:
                     logp = token_logprobs(model.gpt, ids, imitated, hidden=hidden)  # (B, T)
                     loss = loss - config.lm_weight * logp.sum(-1).sum() / written
-            loss.backward()
+            run.backward(loss)
             run.metrics.tokens += sum(len(ids) for ids, *_ in batch)
         run.update()
         run.log()

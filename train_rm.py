@@ -32,6 +32,7 @@ from nanoalign.data import BatchOrder, Example, collate, pair_examples, read_spl
 from nanoalign.packing import packed_hidden
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.scalar import ScalarGPT, response_scores
+from nanoalign.sharding import at_rest
 from nanoalign.statistics import clustered_error
 from nanoalign.training import make_optimizer, prepare, setup
 
@@ -158,11 +159,12 @@ def normalise(model, responses: list, tokenizer, device) -> dict[str, float]:
     for start in range(0, len(responses), 256):
         ids, mask = collate(responses[start : start + 256], tokenizer.pad)
         scores.append(response_scores(model, ids.to(device), mask.to(device)))
-    mean, std = torch.cat(scores).mean(), torch.cat(scores).std().clamp(min=1e-6)
-    model.score.weight /= std
-    model.score.bias.sub_(mean).div_(std)
+    mean, std = torch.cat(scores).mean().item(), torch.cat(scores).std().clamp(min=1e-6).item()
+    head = at_rest(model.score)
+    head.weight.div_(std)
+    head.bias.sub_(mean).div_(std)
     print(f"normalised: scores of {len(responses):,} responses had mean {mean:.3f}, std {std:.3f}")
-    return {"mean": mean.item(), "std": std.item()}
+    return {"mean": mean, "std": std}
 
 
 def main(config: Config) -> None:
@@ -180,7 +182,7 @@ def main(config: Config) -> None:
     held_out = by_prompt(*pair_examples(eval_rows, tokenizer, max_length, part))
     responses = [example for p in prompts for example in p.responses]
 
-    prepare(config, model.gpt)
+    prepare(config, model)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
@@ -198,7 +200,7 @@ def main(config: Config) -> None:
             m, p = labels(batch, device)
             smoothing, c = config.label_smoothing, config.centering
             loss = bradley_terry_loss(chosen, rejected, m, smoothing, c, p)
-            ((weight * loss).sum() / len(order[step])).backward()
+            run.backward((weight * loss).sum() / len(order[step]))
             margin, score = chosen - rejected, 0.5 * (chosen + rejected)
             right = 0.5 * (1 + margin.sign())
             run.add(loss=weight * loss, accuracy=weight * right)

@@ -21,9 +21,9 @@ import torch
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, chat_examples, collate, questions, read_split
-from nanoalign.generate import respond
 from nanoalign.logprobs import token_logprobs, token_losses
 from nanoalign.packing import packed_hidden
+from nanoalign.rollouts import respond
 from nanoalign.rows import parse_prompt
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import make_optimizer, prepare, setup
@@ -95,7 +95,7 @@ def main(config: Config) -> None:
                     whole = torch.arange(ids.shape[1]) < lengths[:, None]
                     hidden = packed_hidden(policy, ids, whole, [len(batch)])
                 nll, _ = token_losses(policy, ids, mask, torch.neg, hidden=hidden)
-            (nll / run.count).backward()
+            run.backward(nll / run.count)
             run.add(loss=nll)
             run.metrics.tokens += int(lengths.sum())
         run.update()

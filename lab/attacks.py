@@ -16,7 +16,7 @@ import numpy as np
 
 from nanoalign import UserError
 from nanoalign.checkpoint import load_policy
-from nanoalign.generate import respond
+from nanoalign.rollouts import respond
 from nanoalign.world.judge import sentences
 
 ROUNDS = 4  # of a search

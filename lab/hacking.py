@@ -29,8 +29,8 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples, thin
 from nanoalign.files import writing
-from nanoalign.generate import rollouts
 from nanoalign.rewards import make_reward
+from nanoalign.rollouts import rollouts
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.training import setup
 

@@ -18,7 +18,7 @@ from nanoalign import UserError, cli
 from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import prompt_examples, prompt_key
-from nanoalign.generate import respond
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.training import setup

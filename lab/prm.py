@@ -20,8 +20,8 @@ from lab.seeds import over_seeds
 from nanoalign import UserError
 from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
-from nanoalign.generate import rollouts
 from nanoalign.rewards import make_reward
+from nanoalign.rollouts import rollouts
 from nanoalign.rows import read_rows
 from nanoalign.training import setup
 from nanoalign.world.steps import check_steps

@@ -20,8 +20,8 @@ from lab.scoreboard import table
 from lab.seeds import scorecards
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
-from nanoalign.generate import respond
 from nanoalign.hf import export
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows
 
 DECLINES = re.compile(

@@ -35,8 +35,8 @@ from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.cli import Progress
 from nanoalign.data import thin
-from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.statistics import change, mean_and_error, print_table
 from nanoalign.training import freeze, setup

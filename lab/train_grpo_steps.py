@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import train_grpo
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, parallel
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
-from nanoalign.generate import rollout
 from nanoalign.logprobs import masked_sum
 from nanoalign.rewards import make_reward, on_last_token, total, unless_unfinished
+from nanoalign.rollouts import rollout, together
 from nanoalign.run import Run, already_finished
 from nanoalign.steps import step_ends
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
@@ -98,18 +98,19 @@ def main(config: Config) -> None:
         indices = order[step].repeat(G)  # (B,) a prompt's answers next to each other
         asked = [prompts[i] for i in indices]
         with autocast:
-            drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, mask = drawn.ids, drawn.mask  # (B, T)
-        scored = mask.cpu()
+            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
+        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T)
         run.lap("generation_s")
 
         # 2. Score: the reward of each step, the log-probs of each token.
-        group = np.arange(len(ids)) // G
+        group = np.arange(len(asked)) // G
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices], drawn)  # (B, T)
+            score = reward([rows[i] for i in indices[mine]], drawn)  # (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            old_logp, entropy = group_logprobs(policy, ids, scored, group, config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, group, config)
+            found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
+            ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
+        drawn, score, old_logp, entropy, ref_logp = together(mine, drawn, score, *found, ref_logp)
+        ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
         # 3. Compare: the steps of a group, and the price of KL, at each response's last.
@@ -126,20 +127,19 @@ def main(config: Config) -> None:
         # 5. Update: epochs over minibatches of whole groups.
         lengths = order.lengths[indices] + scored.sum(-1).numpy()  # (B,) tokens
         first, weights = [], torch.zeros(scored.shape)
-        for minibatch in run.minibatches(lengths, G):
-            whole = np.concatenate(minibatch)
-            weights[whole] = token_weights(scored[whole], config.kind, config.max_new_tokens)
-            for piece in minibatch:
+        for minibatch, pieces in run.minibatches(lengths, G):
+            weights[minibatch] = token_weights(scored[minibatch], config.kind, config.max_new_tokens)
+            for piece in pieces:
                 T = lengths[piece].max()
                 at = torch.from_numpy(piece).to(device, non_blocking=True)
                 tensors = ids, mask, old_logp, ref_logp, advantages
                 x, m, old, reference, a = (t[at, :T] for t in tensors)
                 weight = weights[piece, :T].to(device, non_blocking=True)
-                share = weight / weights[whole].sum()
+                share = weight / weights[minibatch].sum()
                 with autocast:
                     logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
                 found = losses(logp, old, reference, a, weight, share, m, config)
-                found["loss"].backward()
+                run.backward(found["loss"])
                 run.add(**found)
                 run.metrics.tokens += int(lengths[piece].sum())
                 if not run.count:
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
         row = run.log(
             **watch.describe(drawn, asked, score, kl, entropy),
             equal_groups=equal.float().mean(),
-            ratio_error=torch.cat(first).exp().sub(1).abs().max(),
+            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
         )
         watch.warn(row)
         if run.looks:

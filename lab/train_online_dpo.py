@@ -34,9 +34,10 @@ from nanoalign.data import (
     read_split,
     without_ties,
 )
-from nanoalign.generate import respond, rollouts
 from nanoalign.logprobs import last_scored
+from nanoalign.parallel import fill
 from nanoalign.rewards import Reward, make_reward, total
+from nanoalign.rollouts import respond, rollouts
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.seeds import derived_seed
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
@@ -70,7 +71,7 @@ def online_pairs(
 ) -> list[Pair]:
     """Prompt rows and their ids → pairs of the policy's own samples, two to each, where they can be told
     apart."""
-    examples, scores = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts))
+    examples, scores, mine = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts)), []
     asked = [prompt for prompt in prompts for _ in range(2)]
     for indices, rollout in rollouts(policy, tokenizer, asked, config.max_new_tokens, seed):
         score = total(reward([rows[i // 2] for i in indices], rollout))
@@ -79,6 +80,8 @@ def online_pairs(
         ends = (last_scored(rollout.mask) + 1).tolist()
         for i, row, mask, end in zip(indices, ids, masks, ends):
             examples[i] = row[:end], mask[:end]
+        mine += indices
+    fill(mine, examples, scores)
     pairs = list(zip(examples[::2], examples[1::2]))
     first, second = scores.view(-1, 2).T
     differ = [a.shape != b.shape or (a != b).any() for (a, _), (b, _) in pairs]
@@ -185,7 +188,7 @@ def main(config: Config) -> None:
             sure = torch.ones(len(batch), device=device)
             with autocast:
                 found = measure(policy, ref, batch, sure, tokenizer, config, device)
-            (found["loss"].sum() / len(order[step])).backward()
+            run.backward(found["loss"].sum() / len(order[step]))
             run.add(**found)
             run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
         if step == 0 and ref and not config.sft_weight:  # policy and reference are the same model: h = 0

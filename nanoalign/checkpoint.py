@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nanoalign import UserError
+from nanoalign import UserError, parallel
 from nanoalign.contents import FORMAT, DamagedError, build, check, check_moments, checksum, damaged, unpack
 from nanoalign.expressions import spelled_out
 from nanoalign.files import beside, same_file, writing
@@ -21,6 +21,7 @@ from nanoalign.hf import is_folder, load_folder, read_folder, saved, tokenizer_o
 from nanoalign.lora import adapters, add, matrices, merge, restore
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
+from nanoalign.sharding import full, like, part
 from nanoalign.steps import read_as_line_breaks
 from nanoalign.tokenizer import Tokenizer
 
@@ -49,12 +50,22 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
     the stage needs to continue (tensors and plain values).
     """
     own = adapters(model)
-    weights = {k: v.float() if v.is_floating_point() else v for k, v in (own or model.state_dict()).items()}
+    weights = {name: full(x) for name, x in (own or model.state_dict()).items()}
+    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
     head = {"format": FORMAT, "chat": chat, "model_config": shape, **saved(tokenizer)}
     head |= {"lora": base_of(model, config.init)} if own else {}
-    content = {**head, "model": weights, "config": flags, **rest}
+    content = {**head, "model": weights, "config": flags, **in_full(rest)}
     write(Path(path), {**content, "checksum": checksum(content)})
+
+
+def in_full(content):
+    """What is nested in dicts and lists, sharded tensors as wholes."""
+    if isinstance(content, dict):
+        return {name: in_full(x) for name, x in content.items()}
+    if isinstance(content, list):
+        return [in_full(x) for x in content]
+    return full(content) if isinstance(content, torch.Tensor) else content
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
@@ -76,7 +87,7 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
 def base_of(model, path: str) -> dict:
     """What a file of adapters says of them, and of the frozen weights that they belong to."""
     layer, shape = next(matrices(model)), dataclasses.asdict(model.config)
-    frozen = {name: weights for name, weights in model.named_parameters() if not weights.requires_grad}
+    frozen = {name: full(own) for name, own in model.named_parameters() if not own.requires_grad}
     path = os.path.abspath(path) if os.path.exists(path) else path
     own = {"rank": layer.rank, "alpha": float(layer.alpha), "bf16": layer.weight.dtype == torch.bfloat16}
     return {**own, "base": path, "checksum": checksum({"model_config": shape, "model": frozen})}
@@ -176,6 +187,7 @@ def set_random_state(state: dict) -> None:
 
 
 IDLE = ("out", "resume", "device", "plan", "log_every", "eval_every", "save_every")  # no weight needs them
+IDLE += ("shard", "offload", "timeout")
 
 
 def flags_that_count(config) -> dict:
@@ -192,7 +204,8 @@ def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> N
 
 
 def must_be_finite(model, step: int) -> None:
-    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+    broken = not all(part(weights).isfinite().all() for weights in model.state_dict().values())
+    if parallel.meet(broken):
         raise UserError(
             f"the model's weights are no longer finite numbers at step {step}; nothing was saved since the "
             "last checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."
@@ -234,7 +247,11 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
         raise UserError(f"cannot resume {path}: {'; '.join(changed)}. Delete it to start afresh.")
     try:
         restore(model, content.pop("model"))
-        optimizer.load_state_dict(check_moments(path, optimizer, content.pop("optimizer")))
+        moments = check_moments(path, optimizer, content.pop("optimizer"))
+        own = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, state in moments["state"].items():
+            state |= {name: like(own[number], x) for name, x in state.items() if x.dim()}
+        optimizer.load_state_dict(moments)
         set_random_state(content.pop("random"))
     except (UserError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, AttributeError):
         sentence = f"{path} is damaged: its model, optimiser or random numbers do not fit this run's."

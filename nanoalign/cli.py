@@ -25,7 +25,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-from nanoalign import UserError
+from nanoalign import UserError, parallel
 from nanoalign.files import at_home, beside, reserved, write_json, write_text  # noqa: F401
 from nanoalign.terminal import print_anything, visible
 
@@ -137,11 +137,12 @@ NO_MEMORY = "allocate memory|out of memory|too many elements|[Ss]torage size cal
 LIGHTER = ("micro_batch", "micro_tokens", "batch_size", "samples", "max_length", "max_new_tokens", "context")
 
 
-def run(main, config_class, description: str = "") -> None:
-    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1."""
+def run(main, config_class, description: str = "", shared: bool = False) -> None:
+    """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1.
+    shared: several processes may share the work, as they may of all training."""
     print_anything()
     config = parse(config_class, description)
-    with sentences(config), reserved(config):
+    with sentences(config), parallel.joined(config, shared or hasattr(config, "timeout")), reserved(config):
         main(config)
 
 
@@ -187,6 +188,8 @@ class Progress:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
+        if parallel.rank():
+            return
         if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
             left = duration((now - self.start) / self.done * (self.total - self.done))
             done = f"{self.done:,}/{self.total:,} {self.done / self.total:4.0%}"
@@ -233,13 +236,14 @@ class Metrics:
         if start_step and path.exists():  # a resumed run forgets what was logged beyond its checkpoint
             kept = [row for row in readable_rows(path) if row.get("step", 0) <= start_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        path = Path(os.devnull) if parallel.rank() else path
         self.file = path.open("a", encoding="utf-8", buffering=1)
         on_gpu, processor = device.type == "cuda", platform.processor() or platform.machine()
         self.note(
             event="start", at_step=start_step, time=time.strftime("%Y-%m-%d %H:%M:%S"),
             python=platform.python_version(), torch=torch.__version__, device=str(device),
             hardware=torch.cuda.get_device_name(device) if on_gpu else processor,
-            threads=torch.get_num_threads(), config=dataclasses.asdict(config),
+            threads=torch.get_num_threads(), processes=parallel.size(), config=dataclasses.asdict(config),
         )  # fmt: skip
         self.tokens = self.tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
         self.begin = time.monotonic()
@@ -251,11 +255,10 @@ class Metrics:
             values.update(zip(names, torch.stack([values[k].detach().float() for k in names]).tolist()))
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         elapsed = time.monotonic() - self.begin
-        rate = round((self.tokens - self.tokens_before) / max(elapsed, 1e-9))
-        self.note(
-            step=step, **values, tokens=self.tokens, tokens_per_s=rate, elapsed=round(elapsed, 2),
-            peak_mb=peak_memory(self.device),
-        )  # fmt: skip
+        read = sum(parallel.everyone(self.tokens - self.tokens_before))
+        rate = round(read / max(elapsed, 1e-9))
+        speed = {"tokens": self.tokens_before + read, "tokens_per_s": rate, "elapsed": round(elapsed, 2)}
+        self.note(step=step, **values, **speed, peak_mb=peak_memory(self.device))
         left = duration(elapsed / max(step - self.start_step, 1) * (self.steps - step))
         names = self.shown or values.keys() - {"lr"}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items() if k in names)

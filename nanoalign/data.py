@@ -260,23 +260,6 @@ class BatchOrder:
         return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def micro_batches(indices: np.ndarray, size: int, lengths=(), tokens: int = 0) -> list[np.ndarray]:
-    """One optimiser step's rows in pieces, for gradient accumulation: of at most `size` rows (0: any number)
-    and at most `tokens` tokens, padding included (0: any number), or of one row.
-
-    lengths: the tokens of each of these rows; with `tokens`, a piece holds rows alike in length.
-    """
-    if tokens:
-        order = np.argsort(lengths, kind="stable")
-        indices, lengths = indices[order], np.asarray(lengths)[order]
-    cuts = [0]
-    for i in range(1, len(indices)):
-        rows = i + 1 - cuts[-1]
-        if 0 < size < rows or 0 < tokens < rows * lengths[i]:
-            cuts.append(i)
-    return np.split(indices, cuts[1:])
-
-
 def collate(examples: list[Example], pad_id: int) -> tuple[Tensor, Tensor]:
     """Examples → ids (B, T) right-padded with pad_id, mask (B, T) false on padding; both on the CPU."""
     ids, masks = ([torch.from_numpy(part) for part in parts] for parts in zip(*examples))

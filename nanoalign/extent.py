@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanoalign.data import micro_batches
+from nanoalign.pieces import micro_batches
 
 READ = {"rm": 256, "prm": 128}  # sequences read at once without gradient; else --batch-size examples
 ASKED = {"rm": 0, "prm": 0, "base": 1, "dpo": 128, "kto": 128}  # held-out prompts answered at once; else 4

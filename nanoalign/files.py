@@ -34,7 +34,7 @@ try:
 except ImportError:
     msvcrt = None
 
-from nanoalign import UserError
+from nanoalign import UserError, parallel
 from nanoalign.expressions import parse_reward, parse_rewards
 
 OUTPUTS = ("out", "plot", "adversarial_pairs")
@@ -68,9 +68,15 @@ def regular(path: str | Path) -> Path:
 @contextlib.contextmanager
 def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A file that takes the place of `path` once it is whole. Until then it has a name beside it that nobody
-    can foresee; whatever goes wrong, the old file stays as it is and the new one goes. A link is followed."""
-    target = regular(path)
+    can foresee; whatever goes wrong, the old file stays as it is and the new one goes. A link is followed.
+    Of several processes the first one writes, and then all go on."""
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    if parallel.rank():
+        with open(os.devnull, mode, **text) as file:
+            yield file
+        parallel.meet()
+        return
+    target = regular(path)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +85,7 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield file
         os.chmod(temporary, permissions(target))
         os.replace(temporary, target)
+        parallel.meet()
     except BaseException as error:  # Ctrl-C as well
         if temporary:
             Path(temporary).unlink(missing_ok=True)
@@ -196,7 +203,7 @@ def check_outputs(config, written: list[str]) -> None:
 def reserved(config) -> Iterator[None]:
     """While this lasts the outputs are this run's: another one with the same --out is refused."""
     written = outputs(config)
-    if not written:
+    if not written or parallel.rank():
         yield
         return
     check_outputs(config, written)

@@ -10,19 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from nanoalign import UserError
-from nanoalign.cli import Progress
 from nanoalign.compiler import compile_or_eager
 from nanoalign.logprobs import likelihoods, next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
-from nanoalign.seeds import derived_seed
-from nanoalign.tokenizer import Tokenizer
 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
 KEEP = 0.75  # rows are dropped once at most this share is left
@@ -130,18 +125,25 @@ def bucket(rows: int, device_type: str) -> int:
     return 1 << (rows - 1).bit_length() if device_type == "cuda" else rows
 
 
+def uniform(rows: int, steps: int, seed: int | None, device) -> Tensor:
+    """Random numbers (rows, steps): a row's own, whatever becomes of the others. seed None: unlike others."""
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return torch.rand(rows, steps, generator=generator, device=device)
+
+
 @torch.no_grad()
 def stream(
     model: GPT, prompts: Tensor, lengths: Tensor, max_new_tokens: int, end_id: int | None,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
-    stops: Sequence[int] = (), of: Tensor | None = None,
+    stops: Sequence[int] = (), of: Tensor | None = None, numbers: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Yield step by step, (n,) each: the rows still computed, the sampled tokens, their log-probs, and which
     of these rows are still writing.
 
     of (B,): row b answers prompt of[b], so a prompt that is sampled G times is read once; by default each is
     answered once. A row also stops, without having ended, after any token of `stops`. Rows that have stopped
-    are dropped when that makes the batch a good deal smaller.
+    are dropped when that makes the batch a good deal smaller. numbers (B, max_new_tokens): in place of those
+    of the seed.
     """
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise UserError(
@@ -154,9 +156,7 @@ def stream(
     if context <= P:
         raise UserError(f"a prompt of {P} tokens leaves no room to answer in a context of {context}.")
     B = N if of is None else len(of)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    # a row's own numbers, whatever becomes of the others
-    u = torch.rand(B, max_new_tokens, generator=generator, device=device)
+    u = uniform(B, max_new_tokens, seed, device) if numbers is None else numbers
     more = bucket(B, device.type) - B  # rows that fill up the first batch: the last ones, of no use
     if more:
         of = torch.arange(N, device=device) if of is None else of
@@ -212,7 +212,7 @@ def generate(
     """Sample a response for every row → Rollout.
 
     prompts (N, P) right-padded, lengths (N,); of (B,): the prompt that each row answers, by default one row a
-    prompt; sampling: temperature, top_k, top_p, seed, stops. Rows stop at their end token, after
+    prompt; sampling: temperature, top_k, top_p, seed, stops, numbers. Rows stop at their end token, after
     `max_new_tokens`, or at the model's context; their masks stop at what they generated.
     """
     P, device = prompts.shape[1], prompts.device
@@ -234,58 +234,3 @@ def generate(
     longest = int((lengths_of + written).max())
     mask = (columns >= lengths_of[:, None]) & (columns < (lengths_of + written)[:, None])
     return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended)
-
-
-def rollouts(
-    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int,
-    batch_size: int = 256, what: str = "", **sampling,
-) -> Iterator[tuple[list[int], Rollout]]:  # fmt: skip
-    """Sample one response per prompt (ids), a batch at a time → its indices into `prompts`, its Rollout.
-
-    Prompts of similar length share a batch. `what`: a name for the progress line; empty for none.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if order and not len(prompts[order[0]]):
-        raise UserError("a prompt is empty: there is nothing to answer.")
-    progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        keys = [np.asarray(prompts[i]).tobytes() for i in rows]
-        number = {key: n for n, key in enumerate(dict.fromkeys(keys))}  # each distinct prompt is read once
-        of = None if len(number) == len(keys) else torch.tensor([number[key] for key in keys], device=device)
-        asked = [torch.tensor(prompts[i]) for i in dict(zip(keys, rows)).values()]
-        ids = pad_sequence(asked, True, tokenizer.pad).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in asked], device=device)
-        end, pad = tokenizer.end, tokenizer.pad
-        own = derived_seed(seed, "batch", start)
-        yield rows, generate(model, ids, lengths, max_new_tokens, end, pad, of, seed=own, **sampling)
-        if progress:
-            progress.advance(len(rows))
-
-
-def rollout(
-    model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int, **sampling
-) -> Rollout:
-    """Sample one response per prompt (ids), all in one batch, in the order asked."""
-    [(asked, drawn)] = rollouts(model, tokenizer, prompts, max_new_tokens, seed, len(prompts), **sampling)
-    back = torch.tensor(np.argsort(asked), device=drawn.ids.device)
-    return Rollout(drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back])
-
-
-def respond(model: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int, **options):
-    """Answer every prompt (ids) → texts, and whether each ended by itself, both in the prompts' order."""
-    texts, ended = [""] * len(prompts), [False] * len(prompts)
-    for rows, rollout in rollouts(model, tokenizer, prompts, max_new_tokens, seed, **options):
-        for i, response, has_ended in zip(rows, rollout.responses(), rollout.ended.tolist()):
-            texts[i], ended[i] = tokenizer.decode_response(response), has_ended
-    return texts, ended
-
-
-@torch.no_grad()
-def sample_kl(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int):
-    """Sequence KL(policy ‖ ref) in nats, an unbiased estimate per prompt: log π − log π_ref of a sample.
-
-    → (N,), in no particular order.
-    """
-    drawn = (rollout for _, rollout in rollouts(policy, tokenizer, prompts, max_new_tokens, seed))
-    return torch.cat([(r.logp - token_logprobs(ref, r.ids, r.mask)).sum(-1) for r in drawn])

@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoalign.sharding import like
+
 
 class LoRA(nn.Linear):
     """A linear layer with an adapter, A and B, beside it; without one where they are None."""
@@ -65,6 +67,8 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load all weights of a model, or what `adapters` gave; a RuntimeError where they do not fit."""
+    own = model.state_dict()
+    weights = {name: like(own[name], x) if name in own else x for name, x in weights.items()}
     model.load_state_dict(weights, strict=weights.keys() != adapters(model).keys())
 
 

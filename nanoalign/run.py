@@ -3,9 +3,10 @@
     run = Run(config, "dpo", policy, tokenizer, optimizer, order, made_from)
     for step in run:                          # from where a stopped run left off
         for batch, where in run.pieces(examples):
-            ...                               # forward, loss, backward: the method's own lines
+            ...                               # forward and loss: the method's own lines
+            run.backward(loss.sum() / len(order[step]))
             run.add(loss=loss)                # (B,): summed on the device until the step is logged
-        run.update()                          # clip, learning rate, AdamW
+        run.update()                          # gradients of all processes, clip, learning rate, AdamW
         run.log()
         if run.looks:
             run.show(evaluate(...))
@@ -16,9 +17,6 @@ there bit for bit. It holds no forward pass, no loss and no evaluation.
 """
 
 import hashlib
-import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,12 +28,15 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanoalign import UserError, cli, memory
+from nanoalign import UserError, cli, memory, parallel
 from nanoalign.checkpoint import finish, must_not_be_read, partial_path, resume, save_partial
 from nanoalign.contents import damaged
-from nanoalign.data import BatchOrder, micro_batches
+from nanoalign.data import BatchOrder
 from nanoalign.lora import adapters, restore
+from nanoalign.pieces import dealt, micro_batches
 from nanoalign.seeds import derived_seed
+from nanoalign.sharding import full
+from nanoalign.stopping import CleanStop
 from nanoalign.training import check, in_bf16, learning_rate, optimizer_step
 
 
@@ -65,6 +66,9 @@ class Flags:
     device: str = "auto"  # auto, cpu, cuda, …
     compile: bool = False  # torch.compile the forward pass
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    shard: bool = False  # of several processes (torchrun), each keeps a part of every weight: FSDP2
+    offload: bool = False  # with --shard: parts, and AdamW, stay on the CPU
+    timeout: float = 10.0  # minutes that a process waits for the others
     plan: bool = False  # say how much memory the run needs at most (docs/memory.md), and stop
     resume: bool = False  # continue X.partial.pt where it stopped, bit for bit
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
@@ -104,7 +108,7 @@ class Run:
         own = config.lora and not getattr(config, "reference", "")  # the policy with its adapters off
         self.metrics.models(*(name for name in models if not (own and name == "reference")))
         self.metrics.note(event="memory", **needs)
-        self.done, self.stop = self.first, CleanStop()
+        self.done, self.stop, self.idle, self.agreed = self.first, CleanStop(), False, False
         if config.warmup > self.steps:
             lasts = f"--warmup {config.warmup} outlasts the run's {self.steps} steps"
             print(f"warning: {lasts}, which reach {self.steps / config.warmup:.0%} of --lr {config.lr:g}")
@@ -114,7 +118,7 @@ class Run:
             self.step, self.done, self.since = step, step + 1, time.monotonic()
             self.sums, self.masks, self.laps, self.count = {}, {}, {}, 0
             yield step
-            stopping = bool(self.stop)
+            stopping = self.stopping
             if self.saves:
                 state = {"step": self.done, "data": self.data, **self.saved, **self.keep}
                 save_partial(self.config, self.model, self.optimizer, **state)
@@ -122,8 +126,12 @@ class Run:
                 self.stop.leave(self.config, self.done)
 
     @property
+    def stopping(self) -> bool:  # has anybody asked for it? Several processes agree when they log
+        return self.agreed if parallel.size() > 1 else bool(self.stop)
+
+    @property
     def saves(self) -> bool:  # is X.partial.pt written after this step?
-        return self.done % self.config.save_every == 0 or bool(self.stop)
+        return self.done % self.config.save_every == 0 or self.stopping
 
     @property
     def looks(self) -> bool:  # is the model to be evaluated after this step?
@@ -148,23 +156,34 @@ class Run:
 
         tokens (N,): what each example costs; by default its length in `order`.
         """
-        indices = self.order[self.step]
-        tokens = (self.order.lengths if tokens is None else tokens)[indices]
-        for micro in micro_batches(indices, self.config.micro_batch, tokens, self.config.micro_tokens):
+        tokens = self.order.lengths if tokens is None else tokens
+        for micro in self.own(self.order[self.step], tokens):
             yield [examples[i] for i in micro], torch.from_numpy(micro).to(self.device, non_blocking=True)
 
-    def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[list[np.ndarray]]:
+    def own(self, rows: np.ndarray, tokens: np.ndarray, group: int = 1) -> Iterator[np.ndarray]:
+        """Rows of a step, by index into tokens → this process's pieces (pieces.py). One that counts nothing
+        leaves no trace in gradients, metrics and tokens."""
+        for piece, counts in dealt(rows, tokens, self.config, group):
+            self.idle, before = not counts, self.metrics.tokens
+            yield piece
+            self.metrics.tokens = self.metrics.tokens if counts else before
+        self.idle = False
+
+    def backward(self, loss: Tensor) -> None:
+        """Of a piece's part of the step's loss, ()."""
+        (0 * loss if self.idle else loss).backward()
+
+    def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[tuple[np.ndarray, Iterator]]:
         """The iteration's responses of `lengths` (B,) tokens, by index, shuffled, --epochs times: those of an
-        optimiser step in pieces that --micro-batch and --micro-tokens allow, rows alike in length together.
-        Groups of more than one stay whole in a step, and in order in a piece."""
+        optimiser step, and this process's pieces of them (`own`), rows alike in length together. Groups of
+        more than one stay whole in a step, and in order in a piece."""
         config = self.config
         for epoch in range(config.epochs):
             rng = np.random.default_rng(derived_seed(config.seed, "minibatches", self.step, epoch))
             rows = rng.permutation(np.arange(len(lengths)).reshape(-1, group)).flatten()
             for step in micro_batches(rows, config.minibatch):
                 step = step[np.argsort(step if group > 1 else lengths[step])]
-                pieces = micro_batches(step, config.micro_batch, lengths[step], config.micro_tokens)
-                yield [np.sort(piece) for piece in pieces] if group > 1 else pieces
+                yield step, self.own(step, lengths, group)
 
     def add(self, **values: Tensor | tuple[Tensor, Tensor]) -> None:
         """Values (B,) or sums () of a piece, logged as their total over the step divided by `count`: the rows
@@ -172,16 +191,21 @@ class Run:
         """
         for name, value in values.items():
             value, mask = value if isinstance(value, tuple) else (value, None)
+            value = 0 * value.detach() if self.idle else value.detach()
             if mask is not None:
-                value = value.detach() * mask
-                self.masks[name] = self.masks.get(name, 0) + mask.sum()
-            self.sums[name] = self.sums.get(name, 0) + value.detach().sum()
+                value = value * mask
+                self.masks[name] = self.masks.get(name, 0) + mask.sum() * (not self.idle)
+            self.sums[name] = self.sums.get(name, 0) + value.sum()
 
     def means(self) -> dict[str, Tensor]:
-        """What was added in this step, by name; not what no mask held for."""
+        """What was added in this step, by all processes, by name; not what no mask held for."""
+        values = [*self.sums.values(), *self.masks.values()]
+        if parallel.size() > 1:
+            values = parallel.total(torch.stack([value.double() for value in values]))
+        sums, masks = dict(zip(self.sums, values)), dict(zip(self.masks, values[len(self.sums) :]))
         count = self.count or len(self.order[self.step])
-        told = [name for name in self.sums if name not in self.masks or self.masks[name] > 0]
-        return {name: self.sums[name] / self.masks.get(name, count) for name in told}
+        told = [name for name in sums if name not in masks or masks[name] > 0]
+        return {name: sums[name] / masks.get(name, count) for name in told}
 
     def must_start_at(self, due: float, what: str) -> None:
         """Step-0 check: the first loss is what theory says, or policy and reference disagree."""
@@ -194,6 +218,7 @@ class Run:
     def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor) -> None:
         """Check of the first minibatch, log_ratio (N,) of its tokens: the policy that updates is the one that
         sampled. Before the first step that is the reference, too: kl (B,) of its responses is 0."""
+        log_ratio = torch.cat(parallel.everyone(log_ratio.cpu()))
         approxkl, off = 0.5 * log_ratio.square().mean().item(), log_ratio.exp().sub(1).abs().max().item()
         distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
         moment = "first minibatch" if self.step else "step-0 check"
@@ -204,6 +229,7 @@ class Run:
 
     def update(self) -> None:
         """Set the learning rate, clip the gradient, one AdamW step, zero the gradient."""
+        parallel.add_gradients(self.trained)
         self.lr = learning_rate(self.step, self.steps, self.config.lr, self.config.warmup)
         self.grad_norm = optimizer_step(self.trained, self.optimizer, self.lr, self.config.clip)
 
@@ -216,6 +242,7 @@ class Run:
 
     def log(self, **more) -> dict:
         """Log what was added, and more, if the step is due → the row, or an empty one."""
+        self.agreed = parallel.meet(bool(self.stop))
         if not (self.done % self.config.log_every == 0 or self.done in (1, self.steps) or self.saves):
             return {}
         own = {"grad_norm": self.grad_norm, "lr": self.lr, **self.laps}
@@ -249,6 +276,7 @@ def fingerprint(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
         part = [*part.state_dict().values()] if isinstance(part, nn.Module) else part
+        part = full(part) if isinstance(part, Tensor) else part
         if isinstance(part, (list, tuple)):
             part = fingerprint(*part)
         elif isinstance(part, Path):
@@ -260,32 +288,3 @@ def fingerprint(*parts) -> str:
             part = np.ascontiguousarray(part).tobytes()
         digest.update(part if isinstance(part, bytes) else str(part).encode())
     return digest.hexdigest()[:16]
-
-
-class CleanStop:
-    """Ctrl-C, SIGTERM or SIGHUP ends the run after the step in progress, to be saved. A second one kills."""
-
-    def __init__(self):
-        self.signal = 0
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup has it ignored
-            number = getattr(signal, name, None)
-            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
-                signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        self.signal, hangup = number, number == getattr(signal, "SIGHUP", None)
-        signal.signal(number, signal.SIG_IGN if hangup else signal.SIG_DFL)  # a shell hangs up twice
-        for stream in (1, 2):
-            try:
-                os.write(stream, b"")
-            except OSError:  # the terminal is gone, and what is printed must not end the run
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        print("\nstopping after this step; once more to stop at once.", file=sys.stderr)
-
-    def __bool__(self) -> bool:
-        return self.signal != 0
-
-    def leave(self, config, step: int) -> None:  # with the conventional status, once the run is saved
-        saved = f"saved in {partial_path(config.out)}; continue with --resume"
-        print(f"stopped at step {step}, {saved}.", file=sys.stderr)
-        sys.exit(128 + self.signal)

@@ -15,6 +15,7 @@ from nanoalign.compiler import compile_or_eager
 from nanoalign.lora import add, without
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT, ScalarHead, same_weights, share_reader
+from nanoalign.sharding import shard, sharded
 from nanoalign.tokenizer import Tokenizer
 
 
@@ -81,13 +82,18 @@ def compile_hidden(model: nn.Module) -> None:
 
 
 def prepare(config, *models: GPT | None) -> None:
-    """--lora, of what is trained, --compile and --checkpointing, for those of the models that there are."""
+    """--lora, of what is trained, --compile, --checkpointing and --shard, for those of the models, and of the
+    heads on a trunk of theirs, that there are."""
     for model in filter(None, models):
-        if config.lora and model.training:
-            add(model, config.lora, config.lora_alpha or 2.0 * config.lora, config.base_dtype == "bf16")
-        model.checkpointing = config.checkpointing
-        if config.compile:
-            compile_hidden(model)
+        gpt = getattr(model, "gpt", model)
+        if isinstance(gpt, GPT):
+            if config.lora and gpt.training:
+                add(gpt, config.lora, config.lora_alpha or 2.0 * config.lora, config.base_dtype == "bf16")
+            gpt.checkpointing = config.checkpointing
+            if config.compile:
+                compile_hidden(gpt)
+        if config.shard:
+            shard(model, in_bf16(config, next(model.parameters()).device), config.offload)
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.95), eps=1e-8):
@@ -111,6 +117,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> Tensor:
     """Clip the gradient to global norm `clip`, step, zero → the norm before clipping, () on the device."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = norm.full_tensor() if sharded(norm) else norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

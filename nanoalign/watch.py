@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from nanoalign.expressions import parse_rewards
-from nanoalign.generate import Rollout, rollouts
+from nanoalign.generate import Rollout
 from nanoalign.logprobs import token_logprobs
+from nanoalign.parallel import fill
 from nanoalign.rewards import load_function, make_reward, total
+from nanoalign.rollouts import rollouts
 from nanoalign.run import Flags
 from nanoalign.statistics import clustered_error
 
@@ -46,7 +48,7 @@ class OnPolicy(Flags):
 def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: dict, **sampling):
     """Answer prompts (ids) → mean of each reward, of the sequence KL (nats), end tokens and length (tokens);
     the texts; their scores by the first reward. sampling: as for `generate.rollouts`."""
-    columns, texts, scores = {}, [""] * len(rows), [0.0] * len(rows)
+    columns, texts, scores, mine = {}, [""] * len(rows), [0.0] * len(rows), []
     temperature = sampling.get("temperature", 1.0)
     for indices, drawn in rollouts(policy, tokenizer, prompts, **sampling):
         ids, mask, batch = drawn.ids, drawn.mask, [rows[i] for i in indices]
@@ -56,11 +58,13 @@ def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: di
         parts["kl"] = (token_logprobs(policy, ids, mask, temperature) - ref_logp).sum(-1)
         parts["ended"], parts["length"] = drawn.ended.float(), mask.sum(-1).float()
         for name, values in parts.items():
-            columns.setdefault(name, []).append(values)
+            column = columns.setdefault(name, torch.zeros(len(rows)))
+            column[indices] = values.to(column)
+        mine += indices
         for i, response, score in zip(indices, drawn.responses(), first):
             texts[i], scores[i] = tokenizer.decode_response(response), score
-    means = {name: torch.cat(parts).mean().item() for name, parts in columns.items()}
-    return means, texts, scores
+    fill(mine, texts, scores, *columns.values())
+    return {name: values.mean().item() for name, values in columns.items()}, texts, scores
 
 
 class Watch:

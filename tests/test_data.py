@@ -13,10 +13,10 @@ from nanoalign.data import (
     collate,
     join,
     labelled_examples,
-    micro_batches,
     pair_examples,
     without_ties,
 )
+from nanoalign.pieces import micro_batches
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.tokenizer import get_tokenizer
 

@@ -9,20 +9,10 @@ import torch
 from torch import Tensor
 
 from nanoalign import UserError, compiler
-from nanoalign.generate import (
-    bucket,
-    decode,
-    decoder,
-    generate,
-    respond,
-    rollout,
-    rollouts,
-    sample,
-    sample_kl,
-    truncate,
-)
+from nanoalign.generate import bucket, decode, decoder, generate, sample, truncate
 from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
+from nanoalign.rollouts import respond, rollout, rollouts, sample_kl
 from nanoalign.tokenizer import get_tokenizer
 
 END, PAD, V = 8, 9, 10
@@ -279,9 +269,9 @@ def test_a_rollout_answers_in_the_order_asked():
     model, prompts = lively(LLAMA, seed=3), as_prompts(5, 1, 9, 3, 3, 8, 2)
     prompts[4] = prompts[0]  # asked twice
     asked = [prompt.tolist() for prompt in prompts]
-    out = rollout(model, TOKENS, prompts, 6, seed=0, temperature=0)
+    _, out = rollout(model, TOKENS, prompts, 6, seed=0, temperature=0)
     assert_rows(out, asked, [greedy_by_hand(model, prompt, 6, END) for prompt in asked], END)
-    sampled = rollout(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
+    _, sampled = rollout(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
     [(order, drawn)] = rollouts(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
     assert order != sorted(order)
     for row, i in enumerate(order):

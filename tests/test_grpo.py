@@ -15,9 +15,9 @@ import train_grpo
 from nanoalign import UserError
 from nanoalign.checkpoint import load, save
 from nanoalign.data import BatchOrder
-from nanoalign.generate import rollout
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig
+from nanoalign.rollouts import rollout
 from nanoalign.rows import write_rows
 from nanoalign.run import Run
 from nanoalign.tokenizer import get_tokenizer
@@ -416,10 +416,13 @@ def test_the_check_of_the_first_minibatch_stops_a_ratio_off_1_a_kl_off_0_and_nan
 def test_minibatches_show_each_response_once_an_epoch_and_groups_whole(group, limits):
     lengths, seen = np.random.default_rng(0).integers(3, 30, 24), []
     config = Config(minibatch=8, epochs=2, micro_batch=limits[0], micro_tokens=limits[1])
-    steps = [*Run.minibatches(SimpleNamespace(config=config, step=3), lengths, group)]
+    run = object.__new__(Run)
+    run.config, run.step, run.metrics = config, 3, SimpleNamespace(tokens=0)
+    steps = [(step, [*pieces]) for step, pieces in run.minibatches(lengths, group)]
     assert len(steps) == 6
-    for pieces in steps:
+    for step, pieces in steps:
         rows = np.concatenate(pieces)
+        assert sorted(rows) == sorted(step)
         seen += rows.tolist()
         assert len(rows) == 8 and len({*(rows // group)}) == 8 // group
         for piece in pieces:
@@ -453,7 +456,7 @@ def test_a_group_stays_together_though_prompts_of_one_length_are_sampled_togethe
     lengths = [len(prompt) for prompt in prompts]
     assert len(set(lengths)) > 3 and len(set(lengths)) < len(lengths) and lengths != sorted(lengths)
     asked = [prompt for prompt in prompts for _ in range(4)]
-    drawn = rollout(talker(), TOKENIZER, asked, 6, seed=0)
+    _, drawn = rollout(talker(), TOKENIZER, asked, 6, seed=0)
     for start in range(0, 28, 4):
         for ids, mask in zip(drawn.ids[start : start + 4], drawn.mask[start : start + 4]):
             first = mask.nonzero()[0].item()
@@ -466,7 +469,7 @@ def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor
     """Of whole groups, and of what a micro-batch cuts out of them."""
     asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS for _ in range(4)]
     model, rows = talker(), torch.tensor(picked)
-    drawn = rollout(model, TOKENIZER, asked, 20, seed=0, temperature=0.7)
+    _, drawn = rollout(model, TOKENIZER, asked, 20, seed=0, temperature=0.7)
     ids, mask, group = drawn.ids[rows], drawn.mask[rows], np.array(picked) // 4
     read, results = [], []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))

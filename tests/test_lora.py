@@ -9,11 +9,12 @@ import pytest
 import torch
 from runs import WORLD
 
-from nanoalign.generate import Rollout, generate, sample_kl
+from nanoalign.generate import Rollout, generate
 from nanoalign.logprobs import token_logprobs
 from nanoalign.lora import adapters, add, matrices, merge, restore, without
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.packing import packed_hidden
+from nanoalign.rollouts import sample_kl
 from nanoalign.scalar import ScalarGPT, share_reader
 from nanoalign.training import compile_hidden, freeze, make_optimizer, optimizer_step, prepare
 

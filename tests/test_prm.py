@@ -302,7 +302,7 @@ def test_a_process_model_learns_which_steps_are_right(world, sft, tmp_path):
 
 def test_rewards_read_a_process_model_as_one_score_and_densely(world, prm, sft):
     from nanoalign.checkpoint import load_policy
-    from nanoalign.generate import rollouts
+    from nanoalign.rollouts import rollouts
 
     policy, tokenizer, _ = load_policy(sft)
     rows = read_rows(f"{world}/problems.jsonl", "prompts")[:6]

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 from runs import steps
 
-from nanoalign.run import CleanStop
+from nanoalign.stopping import CleanStop
 
 STEPS = """
 import sys, time
-from nanoalign.run import CleanStop
+from nanoalign.stopping import CleanStop
 stop = CleanStop()
 print("ready", flush=True)
 while not stop:

@@ -7,7 +7,8 @@ from lab import train_online_dpo
 from nanoalign import generate, run
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder
-from nanoalign.generate import Rollout, rollouts
+from nanoalign.generate import Rollout
+from nanoalign.rollouts import rollouts
 from nanoalign.seeds import derived_seed
 
 
@@ -38,7 +39,7 @@ def test_data_order_and_minibatches_of_one_seed_are_shuffled_independently():
 
     loop = object.__new__(run.Run)
     loop.config, loop.step = Config, 0
-    [[piece]] = loop.minibatches(np.arange(64))
+    [[piece, _]] = loop.minibatches(np.arange(64))
     assert sorted(piece) == list(range(64)) and list(piece) != list(order)
 
 

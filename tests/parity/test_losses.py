@@ -19,9 +19,10 @@ import train_kto
 import train_orpo
 import train_ppo
 import train_rm
-from nanoalign.data import collate, join, micro_batches
+from nanoalign.data import collate, join
 from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.model import GPT
+from nanoalign.pieces import micro_batches
 from nanoalign.scalar import ScalarGPT
 
 transformers = pytest.importorskip("transformers")

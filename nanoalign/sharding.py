@@ -1,0 +1,84 @@
+"""A model in parts: each process keeps one of every weight, gradient and moment, and gathers a block's
+weights while they are needed (FSDP2; ZeRO: Rajbhandari et al. 2020, stage 3). docs/distributed.md.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+
+def sharded(x: Tensor) -> bool:
+    return hasattr(x, "full_tensor")  # a DTensor
+
+
+def full(x: Tensor) -> Tensor:
+    """A sharded tensor as a whole, on the CPU; all processes have to ask. Others stay as they are."""
+    return x.detach().full_tensor().cpu() if sharded(x) else x
+
+
+def part(x: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return x.to_local() if sharded(x) else x
+
+
+def like(own: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, cut as `own` is."""
+    if not sharded(own) or sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
+    """FSDP2 for every GPT in a model, a block at a time, and what is beside: a root each. bf16: blocks are
+    gathered in bf16; gradients are added up in fp32. offload: parts, and AdamW, stay on the CPU."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )  # fmt: skip
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for gpt in [m for m in model.modules() if hasattr(m, "blocks") and not hasattr(m, "unshard")]:
+        for block in gpt.blocks:
+            fully_shard(block, mp_policy=mixed if bf16 else MixedPrecisionPolicy(), **options)
+        fully_shard(gpt, reshard_after_forward=False, **options)  # its head is used after it
+        register_fsdp_forward_method(gpt, "hidden")
+    for layer in list(model.modules()):
+        if any(not sharded(p) for p in layer.parameters(recurse=False)):  # a scalar head
+            fully_shard(layer, **options)
+    for layer in model.modules():
+        if hasattr(layer, "unshard"):
+            layer.set_gradient_divide_factor(1.0)  # sums, not means
+            layer.set_force_sum_reduction_for_comms(True)
+
+
+def at_rest(layer: nn.Module) -> nn.Module:
+    """A layer whose weights are those that are kept, not gathered copies: to change them."""
+    if hasattr(layer, "reshard"):
+        layer.reshard()
+    return layer
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """While this lasts every process has all weights of a sharded model: for sampling, of which each takes
+    as many steps as its rows need."""
+    parts = [layer for layer in model.modules() if hasattr(layer, "unshard")]
+    for layer in parts:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    yield
+    for layer in parts:
+        layer.set_reshard_after_forward(layer is not model, recurse=False)
+        layer.reshard()
