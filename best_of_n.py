@@ -35,7 +35,6 @@ from nanoalign.checkpoint import load_policy
 from nanoalign.data import thin
 from nanoalign.files import writing
 from nanoalign.generate import Rollout
-from nanoalign.parallel import fill
 from nanoalign.rewards import load_function, make_reward
 from nanoalign.rollouts import rollouts
 from nanoalign.rows import read_rows
@@ -157,8 +156,9 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         nonlocal tokens
         progress.advance(1)
         asked = [node for node in nodes for _ in range(config.expansions)]
-        prompts, found, mine = [np.array(ids) for _, ids in asked], [None] * len(asked), []
+        prompts, found = [np.array(ids) for _, ids in asked], [None] * len(asked)
         limit, seed = config.max_new_tokens, derived_seed(config.seed, "search", progress.done)
+        sampling["into"] = lambda: [found]
         for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **sampling):
             starts = torch.tensor([[asked[i][0]] for i in indices])
             said = (torch.arange(new.ids.shape[1]) >= starts).to(new.ids.device)  # all steps so far
@@ -170,8 +170,6 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
                 stopped = length >= room or step[-1] not in breaks
                 complete = ended and length <= room
                 found[i] = node, stopped, value if complete or not stopped else 0.0, len(step)
-            mine += indices
-        fill(mine, found)
         worth.update((node, value) for node, _, value, _ in found)
         tokens += sum(length for *_, length in found)
         return [(node, stopped) for node, stopped, *_ in found]
@@ -200,9 +198,10 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
     N, shape, scores = config.samples, (len(rows), config.samples), {}
     gold = [gold_answer(row) for row in rows]
     texts, steps = np.empty((2, *shape), object)
-    tokens, mine = np.zeros(shape), []
+    tokens = np.zeros(shape)
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows for _ in range(N)]
     limit, how = config.max_new_tokens, {"what": "solve", "temperature": config.temperature}
+    how["into"] = lambda: [x.reshape(-1) for x in (texts, steps, tokens, *scores.values())]
     for indices, new in rollouts(policy, tokenizer, prompts, limit, config.seed, **how):
         at, asked = np.divmod(np.array(indices), N), [rows[i // N] for i in indices]
         p, ends = prm(asked, new), step_ends(new.ids, new.mask, tokenizer)
@@ -215,8 +214,6 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
         tokens[at] = new.mask.sum(1).cpu()
         for i, own, end in zip(indices, p.cpu(), ends.cpu()):
             steps.flat[i] = own[end].tolist()
-        mine += indices
-    fill(mine, *(x.reshape(-1) for x in (texts, steps, tokens, *scores.values())))
     said = [[final_answer(text) for text in own] for own in texts]
     right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
     numbers = {None: math.nan}  # equal answers have equal numbers, 50% and 50 as well

@@ -36,7 +36,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-from nanoalign import UserError, cli
+from nanoalign import UserError, cli, parallel
 from nanoalign.checkpoint import load_policy, load_scalar
 from nanoalign.data import prompt_examples
 from nanoalign.feedback import ai_votes, read_constitution, vote
@@ -245,7 +245,7 @@ def main(config: Config) -> None:
                 votes = ai_votes(path, asked, device, principles, config.seed, config.own)
         for c, p in zip(asked, votes):
             c["votes"].append({"annotator": who, "p": p})
-        if content(record) != before:
+        if parallel.meet(content(record) != before):
             raise UserError(f"{record} was changed by another run: one at a time; --resume goes on.")
         write_rows(str(record), comparisons)
 

@@ -43,7 +43,6 @@ from nanoalign.checkpoint import load, load_policy
 from nanoalign.data import prompt_examples
 from nanoalign.hf import tokenizer_of
 from nanoalign.logprobs import token_logprobs
-from nanoalign.parallel import fill
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rollouts import rollouts
 from nanoalign.rows import read_rows
@@ -126,11 +125,11 @@ def answer(path: str, rows: list, checks, ref, config: Config, device) -> tuple:
     policy, tokenizer, checkpoint = load_policy(path, device)
     plain, K, T = not checkpoint["chat"], config.samples, config.temperature
     prompts = [tokenizer.prompt(row["prompt"], plain) for row in rows for _ in range(K)]
-    texts, measured, mine = np.empty(len(prompts), dtype=object), [{}] * len(prompts), []
+    texts, measured = np.empty(len(prompts), dtype=object), [{}] * len(prompts)
     kl, rewards = np.full((2, len(prompts)), np.nan)
     reward = make_reward(config.reward, tokenizer, device) if config.reward else None
     limit, how = config.max_new_tokens, {"what": Path(path).stem, "temperature": T}
-    seed = own_seed(config.seed, policy, not plain)
+    seed, how["into"] = own_seed(config.seed, policy, not plain), lambda: (texts, measured, kl, rewards)
     for indices, drawn in rollouts(policy, tokenizer, prompts, limit, seed, **how):
         ids, mask, asked = drawn.ids, drawn.mask, [rows[i // K] for i in indices]
         if ref is not None and not plain and T > 0:
@@ -141,8 +140,6 @@ def answer(path: str, rows: list, checks, ref, config: Config, device) -> tuple:
         for i, response, ended in zip(indices, drawn.responses(), drawn.ended.tolist()):
             texts[i] = tokenizer.decode_response(response)
             measured[i] = measure(rows[i // K], texts[i], ended, checks)
-        mine += indices
-    fill(mine, texts, measured, kl, rewards)
     names = dict.fromkeys(name for found in measured for name in found)
     scores = {n: np.array([found.get(n, math.nan) for found in measured]) for n in names}
     if checks is None:

@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign import UserError, cli, parallel
+from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
 from nanoalign.logprobs import masked_sum, token_logprobs, within
 from nanoalign.packing import packed_hidden
 from nanoalign.rewards import make_reward, unless_unfinished
-from nanoalign.rollouts import rollout, together
+from nanoalign.rollouts import rollout
 from nanoalign.run import Run, already_finished
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
 from nanoalign.watch import OnPolicy, Watch
@@ -229,7 +229,7 @@ def main(config: Config) -> None:
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
             ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
-        drawn, score, old_logp, entropy, ref_logp = together(mine, drawn, score, *found, ref_logp)
+        drawn, score, old_logp, entropy, ref_logp = drawn.together(mine, score, *found, ref_logp)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
@@ -270,7 +270,7 @@ def main(config: Config) -> None:
         row = run.log(
             **watch.describe(drawn, asked, score, kl, entropy),
             equal_groups=equal.float().mean(),
-            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
+            ratio_error=run.largest(torch.cat(first).exp().sub(1).abs()),
         )
         watch.warn(row)
         if run.looks:

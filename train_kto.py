@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoalign import UserError, cli, parallel
+from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, collate, join, labelled_examples, questions, read_split
 from nanoalign.logprobs import token_logprobs
-from nanoalign.pieces import dealt
+from nanoalign.pieces import summed
 from nanoalign.rollouts import respond, sample_kl
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
@@ -104,11 +104,11 @@ def reference_point(policy, ref, batch: list, tokenizer, config: Config, max_len
     pairs = mismatched([ids[~mask] for ids, mask in batch], [ids[mask] for ids, mask in batch])
     joined = [join(prompt, response, max_length) for prompt, response in pairs]
     rows, lengths = np.arange(len(joined)), np.array([len(ids) for ids, _ in joined])
-    summed = 0.0
-    for micro, counts in dealt(rows, lengths, config):
-        piece = [joined[i] for i in micro]
-        summed += counts * sequence_log_ratios(policy, ref, piece, tokenizer, device)[1].sum()
-    return (parallel.total(summed) / len(joined)).clamp(min=0)
+
+    def ratios(piece: np.ndarray) -> Tensor:
+        return sequence_log_ratios(policy, ref, [joined[i] for i in piece], tokenizer, device)[1]
+
+    return (summed(rows, lengths, config, ratios) / len(joined)).clamp(min=0)
 
 
 @torch.no_grad()

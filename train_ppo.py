@@ -28,12 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoalign import UserError, cli, parallel
+from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
 from nanoalign.logprobs import token_logprobs, within
 from nanoalign.rewards import make_reward, on_last_token, unless_unfinished
-from nanoalign.rollouts import rollout, together
+from nanoalign.rollouts import rollout
 from nanoalign.run import Run, already_finished
 from nanoalign.training import load_critic, load_reference, make_optimizer, prepare, setup
 from nanoalign.watch import OnPolicy, Watch
@@ -214,7 +214,7 @@ def main(config: Config) -> None:
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
         known = score, *found[0], found[1], ref_logp, seen
-        drawn, score, old_logp, entropy, old_values, ref_logp, seen = together(mine, drawn, *known)
+        drawn, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(mine, *known)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = (old_logp - ref_logp).sum(-1)  # (B,) nats per response
 
@@ -258,8 +258,8 @@ def main(config: Config) -> None:
             **watch.describe(drawn, asked, score, kl, entropy),
             beta=beta,
             explained_variance=explained_variance(old_values, returns, mask),
-            ratio_max=parallel.total(torch.stack(highest).max().exp(), largest=True),
-            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
+            ratio_max=run.largest(torch.stack(highest)).exp(),
+            ratio_error=run.largest(torch.cat(first).exp().sub(1).abs()),
         )
         watch.warn(row)
         if config.kl_target:

@@ -32,7 +32,6 @@ from nanoalign.data import BatchOrder, Example, collate, pair_examples, read_spl
 from nanoalign.packing import packed_hidden
 from nanoalign.run import Flags, Run, already_finished
 from nanoalign.scalar import ScalarGPT, response_scores
-from nanoalign.sharding import at_rest
 from nanoalign.statistics import clustered_error
 from nanoalign.training import make_optimizer, prepare, setup
 
@@ -160,9 +159,7 @@ def normalise(model, responses: list, tokenizer, device) -> dict[str, float]:
         ids, mask = collate(responses[start : start + 256], tokenizer.pad)
         scores.append(response_scores(model, ids.to(device), mask.to(device)))
     mean, std = torch.cat(scores).mean().item(), torch.cat(scores).std().clamp(min=1e-6).item()
-    head = at_rest(model.score)
-    head.weight.div_(std)
-    head.bias.sub_(mean).div_(std)
+    model.score.rescale(mean, std)
     print(f"normalised: scores of {len(responses):,} responses had mean {mean:.3f}, std {std:.3f}")
     return {"mean": mean, "std": std}
 

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import train_grpo
-from nanoalign import UserError, cli, parallel
+from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
 from nanoalign.logprobs import masked_sum
 from nanoalign.rewards import make_reward, on_last_token, total, unless_unfinished
-from nanoalign.rollouts import rollout, together
+from nanoalign.rollouts import rollout
 from nanoalign.run import Run, already_finished
 from nanoalign.steps import step_ends
 from nanoalign.training import load_reference, make_optimizer, prepare, setup
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
             ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
-        drawn, score, old_logp, entropy, ref_logp = together(mine, drawn, score, *found, ref_logp)
+        drawn, score, old_logp, entropy, ref_logp = drawn.together(mine, score, *found, ref_logp)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
@@ -153,7 +153,7 @@ def main(config: Config) -> None:
         row = run.log(
             **watch.describe(drawn, asked, score, kl, entropy),
             equal_groups=equal.float().mean(),
-            ratio_error=parallel.total(torch.cat(first).exp().sub(1).abs().max(), largest=True),
+            ratio_error=run.largest(torch.cat(first).exp().sub(1).abs()),
         )
         watch.warn(row)
         if run.looks:

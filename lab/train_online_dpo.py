@@ -35,7 +35,6 @@ from nanoalign.data import (
     without_ties,
 )
 from nanoalign.logprobs import last_scored
-from nanoalign.parallel import fill
 from nanoalign.rewards import Reward, make_reward, total
 from nanoalign.rollouts import respond, rollouts
 from nanoalign.run import Flags, Run, already_finished
@@ -71,17 +70,16 @@ def online_pairs(
 ) -> list[Pair]:
     """Prompt rows and their ids → pairs of the policy's own samples, two to each, where they can be told
     apart."""
-    examples, scores, mine = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts)), []
+    examples, scores = [None] * (2 * len(prompts)), torch.zeros(2 * len(prompts))
     asked = [prompt for prompt in prompts for _ in range(2)]
-    for indices, rollout in rollouts(policy, tokenizer, asked, config.max_new_tokens, seed):
+    limit, into = config.max_new_tokens, lambda: (examples, scores)
+    for indices, rollout in rollouts(policy, tokenizer, asked, limit, seed, into=into):
         score = total(reward([rows[i // 2] for i in indices], rollout))
         scores[indices] = torch.where(rollout.ended, score, -torch.inf).to(scores)
         ids, masks = rollout.ids.cpu().numpy(), rollout.mask.cpu().numpy()
         ends = (last_scored(rollout.mask) + 1).tolist()
         for i, row, mask, end in zip(indices, ids, masks, ends):
             examples[i] = row[:end], mask[:end]
-        mine += indices
-    fill(mine, examples, scores)
     pairs = list(zip(examples[::2], examples[1::2]))
     first, second = scores.view(-1, 2).T
     differ = [a.shape != b.shape or (a != b).any() for (a, _), (b, _) in pairs]

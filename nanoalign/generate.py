@@ -18,6 +18,7 @@ from nanoalign import UserError
 from nanoalign.compiler import compile_or_eager
 from nanoalign.logprobs import likelihoods, next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
+from nanoalign.parallel import gather
 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
 KEEP = 0.75  # rows are dropped once at most this share is left
@@ -42,6 +43,12 @@ class Rollout:
         if reader is not None and reader not in self.read:
             self.read[reader] = likelihoods(reader, self.ids)
         return self.read.get(reader)
+
+    def together(self, mine, *values: Tensor | None) -> tuple:
+        """Of the rows `mine` of this process, with values of each → all rows of all processes, likewise."""
+        own = self.ids, self.mask, self.logp, self.ended
+        ids, mask, logp, ended, *values = gather(mine, *own, *values)
+        return Rollout(ids, mask, logp, ended), *values
 
     def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:
         """log π_ref of what mask (B, T), which may be on the CPU, is True of; (B, T), 0 elsewhere."""

@@ -1,6 +1,10 @@
 """An optimiser step's rows in pieces, and of several processes each one's."""
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from nanoalign import parallel
 
@@ -34,4 +38,10 @@ def dealt(rows: np.ndarray, lengths: np.ndarray, config, group: int = 1) -> list
     pieces = [micro_batches(own, size, lengths[own], tokens) if len(own) else [] for own in shares]
     own, most = pieces[parallel.rank()], max(map(len, pieces))
     own = [np.sort(piece) for piece in own] if group > 1 else own
-    return [(piece, True) for piece in own] + [(rows[:group], False)] * (most - len(own))
+    return [(piece, True) for piece in own] + [(rows[:1], False)] * (most - len(own))
+
+
+def summed(rows: np.ndarray, lengths: np.ndarray, config, measure: Callable) -> Tensor:
+    """The sum () of measure(piece), a number for each of its rows, over all of them, of all processes."""
+    parts = [counts * measure(piece).sum() for piece, counts in dealt(rows, lengths, config)]
+    return parallel.total(torch.stack(parts).sum())

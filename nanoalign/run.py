@@ -197,6 +197,10 @@ class Run:
                 self.masks[name] = self.masks.get(name, 0) + mask.sum() * (not self.idle)
             self.sums[name] = self.sums.get(name, 0) + value.sum()
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of values (N,) of all processes, ()."""
+        return parallel.total(values.max(), largest=True)
+
     def means(self) -> dict[str, Tensor]:
         """What was added in this step, by all processes, by name; not what no mask held for."""
         values = [*self.sums.values(), *self.masks.values()]

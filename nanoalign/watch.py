@@ -9,7 +9,6 @@ from torch import Tensor
 from nanoalign.expressions import parse_rewards
 from nanoalign.generate import Rollout
 from nanoalign.logprobs import token_logprobs
-from nanoalign.parallel import fill
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rollouts import rollouts
 from nanoalign.run import Flags
@@ -48,8 +47,9 @@ class OnPolicy(Flags):
 def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: dict, **sampling):
     """Answer prompts (ids) → mean of each reward, of the sequence KL (nats), end tokens and length (tokens);
     the texts; their scores by the first reward. sampling: as for `generate.rollouts`."""
-    columns, texts, scores, mine = {}, [""] * len(rows), [0.0] * len(rows), []
+    columns, texts, scores = {}, [""] * len(rows), [0.0] * len(rows)
     temperature = sampling.get("temperature", 1.0)
+    sampling["into"] = lambda: (texts, scores, *columns.values())
     for indices, drawn in rollouts(policy, tokenizer, prompts, **sampling):
         ids, mask, batch = drawn.ids, drawn.mask, [rows[i] for i in indices]
         parts = {name: total(reward(batch, drawn)) for name, reward in rewards.items()}
@@ -60,10 +60,8 @@ def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: di
         for name, values in parts.items():
             column = columns.setdefault(name, torch.zeros(len(rows)))
             column[indices] = values.to(column)
-        mine += indices
         for i, response, score in zip(indices, drawn.responses(), first):
             texts[i], scores[i] = tokenizer.decode_response(response), score
-    fill(mine, texts, scores, *columns.values())
     return {name: values.mean().item() for name, values in columns.items()}, texts, scores
 
 

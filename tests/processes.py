@@ -1,51 +1,63 @@
-"""Runs of every script, as one process or as several: python tests/processes.py FOLDER, by torchrun or not.
+"""Runs of many scripts, as one process or as several: python tests/processes.py FOLDER, by torchrun or not.
 
-FOLDER/jobs.json holds [name, module, flags, dtype] of each. Of a training run its weights, before they are
-rounded to fp32 for the file, go to FOLDER/N/name.weights.pt, of N processes.
+FOLDER/jobs.json holds [name, module, flags, dtype] of each. Of N processes what a run writes goes to
+FOLDER/N/name.pt, its weights before they are rounded to fp32 to name.weights.pt, and what it would be resumed
+from to name.kept.pt. A run of name+ goes on with FOLDER/M/name.kept.pt, of another number M of processes.
 """
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 from nanoalign import parallel, run
-from nanoalign.checkpoint import in_full
+from nanoalign.checkpoint import in_full, partial_path
+from nanoalign.files import beside
 
 torch.set_num_threads(1)
+original = run.finish, run.save_partial
 
 
-def keep_weights(path):
-    """Let the next run leave its weights there."""
+def keep(path: Path) -> None:
+    """Let the next run leave its weights, and a copy of each partial checkpoint, beside its file."""
 
     def finish(config, model, **more):
         weights = in_full(dict(model.state_dict()))
         if not parallel.rank():
-            torch.save(weights, path)
-        original(config, model, **more)
+            torch.save(weights, path.with_suffix(".weights.pt"))
+        original[0](config, model, **more)
 
-    run.finish = finish
+    def save_partial(config, *args, **more):
+        original[1](config, *args, **more)
+        if not parallel.rank():
+            shutil.copy(partial_path(config.out), path.with_suffix(".kept.pt"))
 
-
-def main(folder: Path, few: list[str]) -> None:
-    """All jobs, or a few of them."""
-    for name, module, flags, dtype in json.loads((folder / "jobs.json").read_text()):
-        if few and name not in few:
-            continue
-        own = folder / str(parallel.size())
-        own.mkdir(exist_ok=True)
-        keep_weights(own / f"{name}.weights.pt")
-        torch.set_default_dtype(getattr(torch, dtype))
-        script = importlib.import_module(module)
-        flags = {flag: tuple(x) if isinstance(x, list) else x for flag, x in flags.items()}
-        script.main(script.Config(**flags, out=str(own / f"{name}.pt")))
-        torch.set_default_dtype(torch.float32)
+    run.finish, run.save_partial = finish, save_partial
 
 
-original = run.finish
+def work(folder: Path, name: str, module: str, flags: dict, dtype: str) -> None:
+    """One job."""
+    out = folder / str(parallel.size()) / f"{name}.pt"
+    out.parent.mkdir(exist_ok=True)
+    keep(out)
+    flags = {flag: tuple(x) if isinstance(x, list) else x for flag, x in flags.items()}
+    if name.endswith("+"):
+        [kept] = {*folder.glob(f"*/{name[:-1]}.kept.pt")} - {*out.parent.iterdir()}
+        shutil.copy(kept, partial_path(str(out)))
+        log = name[:-1] + ".metrics.jsonl"
+        shutil.copy(kept.parent / log, beside(str(out), ".metrics.jsonl"))
+        flags["resume"] = True
+    torch.set_default_dtype(getattr(torch, dtype))
+    script = importlib.import_module(module)
+    script.main(script.Config(**flags, out=str(out)))
+    torch.set_default_dtype(torch.float32)
+
+
 if __name__ == "__main__":
-    timeout = run.Flags(timeout=5.0)
-    with parallel.joined(timeout, shared=True):
-        main(Path(sys.argv[1]), sys.argv[2:])
+    folder = Path(sys.argv[1])
+    with parallel.joined(run.Flags(timeout=5.0), shared=True):
+        for job in json.loads((folder / "jobs.json").read_text()):
+            work(folder, *job)

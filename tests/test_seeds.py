@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from lab import train_online_dpo
-from nanoalign import generate, run
+from nanoalign import rollouts as rollouts_module
+from nanoalign import run
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder
 from nanoalign.generate import Rollout
@@ -24,7 +25,8 @@ def test_a_run_one_seed_further_draws_nothing_that_this_one_draws(base, monkeypa
     """Seeds that are counted up would: batch 256 of seed 0 would be batch 0 of seed 256."""
     policy, tokenizer, _ = load_policy(base)
     seen = []
-    monkeypatch.setattr(generate, "generate", lambda *_, seed, **__: seen.append(seed))
+    original = rollouts_module.uniform
+    monkeypatch.setattr(rollouts_module, "uniform", lambda *given: seen.append(given[2]) or original(*given))
     for seed in (0, 1, 2):
         list(rollouts(policy, tokenizer, [np.array([1])] * 4, 1, seed, batch_size=1))
     assert len(set(seen)) == 12
