@@ -34,9 +34,8 @@ from nanoalign.answers import final_answer, gold_answer, same
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import thin
 from nanoalign.files import writing
-from nanoalign.generate import Rollout
 from nanoalign.rewards import load_function, make_reward
-from nanoalign.rollouts import rollouts
+from nanoalign.rollouts import Rollout, rollouts
 from nanoalign.rows import read_rows
 from nanoalign.seeds import derived_seed
 from nanoalign.statistics import mean_and_error
@@ -158,8 +157,8 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         asked = [node for node in nodes for _ in range(config.expansions)]
         prompts, found = [np.array(ids) for _, ids in asked], [None] * len(asked)
         limit, seed = config.max_new_tokens, derived_seed(config.seed, "search", progress.done)
-        sampling["into"] = lambda: [found]
-        for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **sampling):
+        how = {**sampling, "into": lambda: [found]}
+        for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **how):
             starts = torch.tensor([[asked[i][0]] for i in indices])
             said = (torch.arange(new.ids.shape[1]) >= starts).to(new.ids.device)  # all steps so far
             p = prm(indices, Rollout(new.ids, said, new.logp, new.ended))
@@ -175,9 +174,11 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         return [(node, stopped) for node, stopped, *_ in found]
 
     prompts = [tuple(tokenizer.prompt(row["prompt"]).tolist()) for row in rows]
-    roots, how = [(len(ids), ids) for ids in prompts], (config.width, config.expansions)
-    found = tree_search(roots, expand, lambda nodes: [worth[node] for node in nodes], *how,
-                        config.depth, kind == "dvts")  # fmt: skip
+    roots, how = (
+        [(len(ids), ids) for ids in prompts],
+        (config.width, config.expansions, config.depth, kind == "dvts"),
+    )
+    found = tree_search(roots, expand, lambda nodes: [worth[node] for node in nodes], *how)
     right = []
     for row, solutions in zip(rows, found):
         said = [tokenizer.decode_response(ids[at:]) for _, (at, ids) in solutions]
@@ -196,9 +197,7 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
     """N solutions of each problem → texts, their steps' p, answers, tokens, right, and scores by name, (P, N)
     each. A solution without an end token gets the lowest score."""
     N, shape, scores = config.samples, (len(rows), config.samples), {}
-    gold = [gold_answer(row) for row in rows]
-    texts, steps = np.empty((2, *shape), object)
-    tokens = np.zeros(shape)
+    (texts, steps), tokens = np.empty((2, *shape), object), np.zeros(shape)
     prompts = [tokenizer.prompt(row["prompt"]) for row in rows for _ in range(N)]
     limit, how = config.max_new_tokens, {"what": "solve", "temperature": config.temperature}
     how["into"] = lambda: [x.reshape(-1) for x in (texts, steps, tokens, *scores.values())]
@@ -215,7 +214,7 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
         for i, own, end in zip(indices, p.cpu(), ends.cpu()):
             steps.flat[i] = own[end].tolist()
     said = [[final_answer(text) for text in own] for own in texts]
-    right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
+    right = np.array([[same(answer, gold_answer(row)) for answer in own] for own, row in zip(said, rows)])
     numbers = {None: math.nan}  # equal answers have equal numbers, 50% and 50 as well
     said = [[answer and answer.value for answer in own] for own in said]
     answers = np.array([[numbers.setdefault(a, len(numbers)) for a in own] for own in said], float)

@@ -197,8 +197,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = load_reference(config, policy, tokenizer, device)
     reward = make_reward(config.reward, tokenizer, device, ref)
-    room = policy.config.context - config.max_new_tokens
-    (rows, prompts), held_out = read_prompts(config, tokenizer, room)
+    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context - config.max_new_tokens)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     prepare(config, policy, ref)
@@ -216,10 +215,7 @@ def main(config: Config) -> None:
         asked = [prompts[i] for i in indices]
         with autocast:
             mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
-        ids, scored = (
-            drawn.ids,
-            drawn.mask.cpu(),
-        )  # (B, T); on the CPU: for counting without waiting for a GPU
+        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T); the mask is counted without waiting for a GPU
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs.

@@ -103,12 +103,11 @@ def reference_point(policy, ref, batch: list, tokenizer, config: Config, max_len
     """The examples of a whole optimiser step → z (): the mean log-ratio of mismatched pairs, clamped at 0."""
     pairs = mismatched([ids[~mask] for ids, mask in batch], [ids[mask] for ids, mask in batch])
     joined = [join(prompt, response, max_length) for prompt, response in pairs]
-    rows, lengths = np.arange(len(joined)), np.array([len(ids) for ids, _ in joined])
 
     def ratios(piece: np.ndarray) -> Tensor:
         return sequence_log_ratios(policy, ref, [joined[i] for i in piece], tokenizer, device)[1]
 
-    return (summed(rows, lengths, config, ratios) / len(joined)).clamp(min=0)
+    return (summed(np.array([len(ids) for ids, _ in joined]), config, ratios) / len(joined)).clamp(min=0)
 
 
 @torch.no_grad()

@@ -177,8 +177,7 @@ def main(config: Config) -> None:
     frozen = [ref, *(model.gpt for model in reward.held)] if config.lora else []
     critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device, ref, frozen)
     light = config.shared_critic or any(critic.gpt.embed.weight is m.embed.weight for m in frozen)
-    room = policy.config.context - config.max_new_tokens
-    (rows, prompts), held_out = read_prompts(config, tokenizer, room)
+    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context - config.max_new_tokens)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
@@ -200,10 +199,7 @@ def main(config: Config) -> None:
         asked = [prompts[i] for i in indices]
         with autocast:
             mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, scored = (
-            drawn.ids,
-            drawn.mask.cpu(),
-        )  # (B, T); on the CPU: for counting without waiting for a GPU
+        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T); the mask is counted without waiting for a GPU
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs and values.

@@ -159,7 +159,9 @@ def normalise(model, responses: list, tokenizer, device) -> dict[str, float]:
         ids, mask = collate(responses[start : start + 256], tokenizer.pad)
         scores.append(response_scores(model, ids.to(device), mask.to(device)))
     mean, std = torch.cat(scores).mean().item(), torch.cat(scores).std().clamp(min=1e-6).item()
-    model.score.rescale(mean, std)
+    weight, bias = model.score.state_dict().values()  # the weights that are kept, if they are sharded, too
+    weight.div_(std)
+    bias.sub_(mean).div_(std)
     print(f"normalised: scores of {len(responses):,} responses had mean {mean:.3f}, std {std:.3f}")
     return {"mean": mean, "std": std}
 
@@ -184,8 +186,7 @@ def main(config: Config) -> None:
     lengths = [max(len(ids) for ids, _ in p.responses) for p in prompts]
     order = BatchOrder(lengths, config.batch_size, config.seed, pool=1)  # all kinds in each batch
     tokens = order.lengths * [len(p.responses) for p in prompts]
-    made_from, models = (model, prompts), ("reward",)
-    run = Run(config, "rm", model, tokenizer, optimizer, order, made_from, models, chat=False)
+    run = Run(config, "rm", model, tokenizer, optimizer, order, (model, prompts), ("reward",), chat=False)
     if run.first == 0:
         with autocast:
             result, _ = evaluate(model, held_out, tokenizer, device)

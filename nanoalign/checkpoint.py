@@ -21,7 +21,7 @@ from nanoalign.hf import is_folder, load_folder, read_folder, saved, tokenizer_o
 from nanoalign.lora import adapters, add, matrices, merge, restore
 from nanoalign.model import GPT
 from nanoalign.scalar import ScalarGPT
-from nanoalign.sharding import full, like, part
+from nanoalign.sharding import full, moments_like, part
 from nanoalign.steps import read_as_line_breaks
 from nanoalign.tokenizer import Tokenizer
 
@@ -50,22 +50,13 @@ def save(path, model, *, tokenizer: Tokenizer, config, chat: bool = True, **rest
     the stage needs to continue (tensors and plain values).
     """
     own = adapters(model)
-    weights = {name: full(x) for name, x in (own or model.state_dict()).items()}
-    weights = {name: x.float() if x.is_floating_point() else x for name, x in weights.items()}
+    weights = full(own or dict(model.state_dict()))
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     shape, flags = dataclasses.asdict(model.config), dataclasses.asdict(config)
     head = {"format": FORMAT, "chat": chat, "model_config": shape, **saved(tokenizer)}
     head |= {"lora": base_of(model, config.init)} if own else {}
-    content = {**head, "model": weights, "config": flags, **in_full(rest)}
+    content = {**head, "model": weights, "config": flags, **full(rest)}
     write(Path(path), {**content, "checksum": checksum(content)})
-
-
-def in_full(content):
-    """What is nested in dicts and lists, sharded tensors as wholes."""
-    if isinstance(content, dict):
-        return {name: in_full(x) for name, x in content.items()}
-    if isinstance(content, list):
-        return [in_full(x) for x in content]
-    return full(content) if isinstance(content, torch.Tensor) else content
 
 
 def load(path, stages: tuple[str, ...] = ()) -> dict:
@@ -87,7 +78,7 @@ def load(path, stages: tuple[str, ...] = ()) -> dict:
 def base_of(model, path: str) -> dict:
     """What a file of adapters says of them, and of the frozen weights that they belong to."""
     layer, shape = next(matrices(model)), dataclasses.asdict(model.config)
-    frozen = {name: full(own) for name, own in model.named_parameters() if not own.requires_grad}
+    frozen = full({name: own for name, own in model.named_parameters() if not own.requires_grad})
     path = os.path.abspath(path) if os.path.exists(path) else path
     own = {"rank": layer.rank, "alpha": float(layer.alpha), "bf16": layer.weight.dtype == torch.bfloat16}
     return {**own, "base": path, "checksum": checksum({"model_config": shape, "model": frozen})}
@@ -204,8 +195,7 @@ def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> N
 
 
 def must_be_finite(model, step: int) -> None:
-    broken = not all(part(weights).isfinite().all() for weights in model.state_dict().values())
-    if parallel.meet(broken):
+    if parallel.meet(not all(part(weights).isfinite().all() for weights in model.state_dict().values())):
         raise UserError(
             f"the model's weights are no longer finite numbers at step {step}; nothing was saved since the "
             "last checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."
@@ -248,10 +238,7 @@ def resume(config, model, optimizer, *, stage: str, data: str) -> dict:
     try:
         restore(model, content.pop("model"))
         moments = check_moments(path, optimizer, content.pop("optimizer"))
-        own = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, state in moments["state"].items():
-            state |= {name: like(own[number], x) for name, x in state.items() if x.dim()}
-        optimizer.load_state_dict(moments)
+        optimizer.load_state_dict(moments_like(optimizer, moments))
         set_random_state(content.pop("random"))
     except (UserError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, AttributeError):
         sentence = f"{path} is damaged: its model, optimiser or random numbers do not fit this run's."

@@ -139,7 +139,7 @@ LIGHTER = ("micro_batch", "micro_tokens", "batch_size", "samples", "max_length",
 
 def run(main, config_class, description: str = "", shared: bool = False) -> None:
     """Parse the flags and run `main(config)`; a user's mistake is one sentence on stderr and status 1.
-    shared: several processes may share the work, as they may of all training."""
+    shared: several processes may do it together, as they may train."""
     print_anything()
     config = parse(config_class, description)
     with sentences(config), parallel.joined(config, shared or hasattr(config, "timeout")), reserved(config):
@@ -183,13 +183,11 @@ class Progress:
 
     def __init__(self, what: str, total: int):
         self.what, self.total, self.done = what, total, 0
-        self.start = self.shown = time.monotonic()
+        self.start = self.shown = math.inf if parallel.rank() else time.monotonic()  # only one shows it
 
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if parallel.rank():
-            return
         if now - self.shown > 2 or (self.done >= self.total and self.shown > self.start):
             left = duration((now - self.start) / self.done * (self.total - self.done))
             done = f"{self.done:,}/{self.total:,} {self.done / self.total:4.0%}"

@@ -68,14 +68,12 @@ def regular(path: str | Path) -> Path:
 @contextlib.contextmanager
 def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A file that takes the place of `path` once it is whole. Until then it has a name beside it that nobody
-    can foresee; whatever goes wrong, the old file stays as it is and the new one goes. A link is followed.
-    Of several processes the first one writes, and then all go on."""
+    can foresee; whatever goes wrong, the old file stays as it is and the new one goes. A link is followed."""
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
-    if parallel.rank():
+    if parallel.rank():  # the first process writes, and then all go on
         with open(os.devnull, mode, **text) as file:
             yield file
-        parallel.meet()
-        return
+        return parallel.meet()
     target = regular(path)
     temporary = None
     try:

@@ -67,9 +67,7 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
 
 def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load all weights of a model, or what `adapters` gave; a RuntimeError where they do not fit."""
-    own = model.state_dict()
-    weights = {name: like(own[name], x) if name in own else x for name, x in weights.items()}
-    model.load_state_dict(weights, strict=weights.keys() != adapters(model).keys())
+    model.load_state_dict(like(model.state_dict(), weights), strict=weights.keys() != adapters(model).keys())
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
 """One run on several processes, on torch's own engine: torchrun --nproc-per-node N train_X.py …
 
-Every process reads all rows and knows what a step is made of. What takes time is shared out, and then all
-know all again and go on as one process would:
+Every process knows all rows and what a step is made of. What takes time is shared out; then all know all.
 
-    mine = share(len(rows))                 # of these rows this process makes samples, scores, log-probs
+    mine = share(len(rows))                 # of these rows (pieces.py) one makes samples, scores
     gather(mine, scores, logp)              # → those of all rows
-    (loss / count).backward()               # of this process's rows; count: of the whole step
-    add_gradients(model)                    # the one all-reduce of a step
+    add_gradients(model)                    # of parts of the whole step's loss: the one all-reduce of a step
 
-Only the first process prints and writes. On one process all of this does nothing. docs/distributed.md.
+The first process alone prints and writes. On one process this does nothing. docs/distributed.md.
 """
 
 import contextlib
@@ -28,7 +26,6 @@ from torch import Tensor
 from nanoalign import UserError
 from nanoalign.sharding import sharded
 
-BUCKET = 2**24  # gradients are added up so many numbers at a time: what this takes beside them
 LOST = "gloo|nccl|Connection|[Tt]imed out|process group|store"  # of an error: who was to answer is gone
 
 
@@ -43,21 +40,21 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def joined(config, shared: bool) -> Iterator[None]:
-    """While this lasts the processes that torchrun has started are one run, and one of them ends with all.
-    Whoever fails first says so, in one sentence; a lost process (--timeout minutes) is named by another."""
-    if not dist.is_torchelastic_launched():
-        if getattr(config, "shard", False):
-            raise UserError("--shard is for several processes: torchrun --nproc-per-node N train_X.py …")
+    """While this lasts the processes that torchrun has started are one run, which ends with any of them: who
+    fails first says why, in a sentence, or another that a process is lost, --timeout minutes later."""
+    launched, minutes = dist.is_torchelastic_launched(), getattr(config, "timeout", 10.0)
+    if not launched and getattr(config, "shard", False):
+        raise UserError("--shard is for several processes: torchrun --nproc-per-node N train_X.py …")
+    if launched and not shared:
+        raise UserError("this runs in one process: start it with python, not by torchrun.")
+    if not launched:
         yield
         return
-    if not shared:
-        raise UserError("this runs in one process: start it with python, not by torchrun.")
-    minutes = getattr(config, "timeout", 10.0)
     on_gpu, limit = torch.cuda.is_available(), timedelta(minutes=minutes)
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://", timeout=limit))
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # what stays on the CPU waits for no GPU
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # what is on the CPU waits for no GPU
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if number else sys.stdout):
@@ -66,23 +63,12 @@ def joined(config, shared: bool) -> Iterator[None]:
         lost = isinstance(error, RuntimeError) and re.search(LOST, str(error))
         with contextlib.suppress(RuntimeError):  # the store may be gone, too
             if store.add("ended", 1) > 1 and (lost or isinstance(error, UserError)):
-                raise SystemExit(1) from None
-        if lost:
-            what = f"or did not answer for {minutes:g} minutes (--timeout)"
-            raise UserError(f"another process of this run has ended, {what}: all end.") from None
-        raise
+                raise SystemExit(1) from None  # it has been said
+        if not lost:
+            raise
+        silent = f"or was silent for {minutes:g} minutes (--timeout)"
+        raise UserError(f"another process of this run has ended, {silent}: all end.") from None
     dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------- rows and numbers
-
-
-def share(count: int, unit: int = 1) -> np.ndarray:
-    """Which of `count` rows are this process's; `unit` neighbours, such as a group, stay together. All get
-    equally many, so that they take equally many steps: where it does not come out even some come twice."""
-    units, N = count // unit, size()
-    mine = (np.arange(-(-units // N)) * N + rank()) % units
-    return (mine[:, None] * unit + np.arange(unit)).flatten()
 
 
 def everyone(own) -> list:
@@ -105,8 +91,7 @@ def fill(mine, *columns) -> None:
 
 
 def gather(mine: np.ndarray, *values: Tensor | None) -> tuple:
-    """Tensors (n, …) of the rows `mine` → those of all rows. The second dimension, tokens, is filled up
-    with zeros to the longest of all processes."""
+    """Tensors (n, …) of the rows `mine` → of all rows, with zeros up to the longest of all processes."""
     if size() == 1:
         return values
     longest = max(everyone(max([x.shape[1] for x in values if x is not None and x.dim() > 1], default=0)))
@@ -114,19 +99,18 @@ def gather(mine: np.ndarray, *values: Tensor | None) -> tuple:
 
     def whole(x: Tensor) -> Tensor:
         filled = x if x.dim() == 1 else F.pad(x, (*[0] * (2 * x.dim() - 4), 0, longest - x.shape[1]))
-        parts = [torch.empty_like(filled.byte() if x.dtype == torch.bool else filled) for _ in range(size())]
-        dist.all_gather(parts, filled.to(parts[0].dtype).contiguous())
-        found = torch.cat(parts).to(x.dtype)
+        parts = [torch.empty_like(filled) for _ in range(size())]
+        dist.all_gather(parts, filled.contiguous())
+        found = torch.cat(parts)
         return found.new_empty(int(rows.max()) + 1, *found.shape[1:]).index_copy_(0, rows.to(x.device), found)
 
-    return tuple(None if x is None else whole(x) for x in values)
+    return tuple(x if x is None else whole(x) for x in values)
 
 
 def total(x: Tensor, largest: bool = False) -> Tensor:
     """The sum over all processes, or the largest."""
     if size() > 1:
-        x = x.clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        dist.all_reduce(x := x.clone(), dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
     return x
 
 
@@ -140,8 +124,7 @@ def add_gradients(model: nn.Module) -> None:
     grads = [p.grad for p in model.parameters() if p.grad is not None and not sharded(p)]
     while size() > 1 and grads:
         sizes = np.cumsum([g.numel() for g in grads])
-        some = grads[: max(1, int(np.searchsorted(sizes, BUCKET, "right")))]
+        some = grads[: max(1, int(np.searchsorted(sizes, 2**24, "right")))]  # of 64 MB, or one
         grads = grads[len(some) :]
-        flat = total(torch.cat([g.flatten() for g in some]))
-        for g, summed in zip(some, flat.split([g.numel() for g in some])):
-            g.copy_(summed.view_as(g))
+        summed = total(nn.utils.parameters_to_vector(some))
+        nn.utils.vector_to_parameters(summed, some)

@@ -26,6 +26,14 @@ def micro_batches(indices: np.ndarray, size: int, lengths=(), tokens: int = 0) -
     return np.split(indices, cuts[1:])
 
 
+def share(count: int, unit: int = 1) -> np.ndarray:
+    """Which of `count` rows are this process's, `unit` neighbours together. All get equally many, to take
+    equally many steps: where it does not come out even, some come twice."""
+    units, N = count // unit, parallel.size()
+    mine = (np.arange(-(-units // N)) * N + parallel.rank()) % units
+    return (mine[:, None] * unit + np.arange(unit)).flatten()
+
+
 def dealt(rows: np.ndarray, lengths: np.ndarray, config, group: int = 1) -> list[tuple[np.ndarray, bool]]:
     """A step's rows, by index into lengths, their tokens → this process's pieces (--micro-batch and
     --micro-tokens, both of a process), and whether each counts. `group` neighbours stay together.
@@ -41,7 +49,8 @@ def dealt(rows: np.ndarray, lengths: np.ndarray, config, group: int = 1) -> list
     return [(piece, True) for piece in own] + [(rows[:1], False)] * (most - len(own))
 
 
-def summed(rows: np.ndarray, lengths: np.ndarray, config, measure: Callable) -> Tensor:
-    """The sum () of measure(piece), a number for each of its rows, over all of them, of all processes."""
-    parts = [counts * measure(piece).sum() for piece, counts in dealt(rows, lengths, config)]
+def summed(lengths: np.ndarray, config, measure: Callable) -> Tensor:
+    """The sum (), over all rows, of these lengths, of measure(piece), a number for each row of a piece."""
+    pieces = dealt(np.arange(len(lengths)), lengths, config)
+    parts = [counts * measure(piece).sum() for piece, counts in pieces]
     return parallel.total(torch.stack(parts).sum())

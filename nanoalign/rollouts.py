@@ -11,7 +11,8 @@ from nanoalign.cli import Progress
 from nanoalign.generate import Rollout, generate, uniform
 from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT
-from nanoalign.parallel import fill, share
+from nanoalign.parallel import fill
+from nanoalign.pieces import share
 from nanoalign.seeds import derived_seed
 from nanoalign.sharding import whole
 from nanoalign.tokenizer import Tokenizer

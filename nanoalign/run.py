@@ -197,8 +197,7 @@ class Run:
                 self.masks[name] = self.masks.get(name, 0) + mask.sum() * (not self.idle)
             self.sums[name] = self.sums.get(name, 0) + value.sum()
 
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of values (N,) of all processes, ()."""
+    def largest(self, values: Tensor) -> Tensor:  # of all processes, ()
         return parallel.total(values.max(), largest=True)
 
     def means(self) -> dict[str, Tensor]:
@@ -279,8 +278,7 @@ def fingerprint(*parts) -> str:
     """A short hash of arrays, strings, tensors, models and files, nested: what a result was made from."""
     digest = hashlib.sha256()
     for part in parts:
-        part = [*part.state_dict().values()] if isinstance(part, nn.Module) else part
-        part = full(part) if isinstance(part, Tensor) else part
+        part = full([*part.state_dict().values()] if isinstance(part, nn.Module) else part)
         if isinstance(part, (list, tuple)):
             part = fingerprint(*part)
         elif isinstance(part, Path):

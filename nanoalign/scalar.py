@@ -18,7 +18,6 @@ from torch import Tensor
 
 from nanoalign.logprobs import last_scored, likelihoods
 from nanoalign.model import GPT, GPTConfig
-from nanoalign.sharding import at_rest
 
 
 class ScalarHead(nn.Linear):
@@ -34,13 +33,6 @@ class ScalarHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.to(self.weight.dtype)).squeeze(-1)
-
-    @torch.no_grad()
-    def rescale(self, mean: float, std: float) -> None:
-        """Take mean off what it says, and divide that by std."""
-        own = at_rest(self)
-        own.weight.div_(std)
-        own.bias.sub_(mean).div_(std)
 
 
 class ScalarGPT(nn.Module):

@@ -15,8 +15,13 @@ def sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")  # a DTensor
 
 
-def full(x: Tensor) -> Tensor:
-    """A sharded tensor as a whole, on the CPU; all processes have to ask. Others stay as they are."""
+def full(x):
+    """A sharded tensor as a whole, on the CPU, one after another where dicts and lists hold several; whatever
+    else there is stays as it is. All processes have to ask."""
+    if isinstance(x, dict):
+        return {name: full(own) for name, own in x.items()}
+    if isinstance(x, list):
+        return [full(own) for own in x]
     return x.detach().full_tensor().cpu() if sharded(x) else x
 
 
@@ -25,13 +30,23 @@ def part(x: Tensor) -> Tensor:
     return x.to_local() if sharded(x) else x
 
 
-def like(own: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, cut as `own` is."""
-    if not sharded(own) or sharded(value):
-        return value
+def like(own: dict, values: dict) -> dict:
+    """Whole tensors, each cut as that of its name in `own` is."""
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    def cut(x, value):
+        if not sharded(x) or not value.dim():
+            return value
+        return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
+
+    return {name: cut(own.get(name), value) for name, value in values.items()}
+
+
+def moments_like(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+    """The optimiser's state from a file, cut as the weights are that it belongs to."""
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: like(dict.fromkeys(x, own[i]), x) for i, x in saved["state"].items()}
+    return {**saved, "state": state}
 
 
 def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
@@ -61,13 +76,6 @@ def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
         if hasattr(layer, "unshard"):
             layer.set_gradient_divide_factor(1.0)  # sums, not means
             layer.set_force_sum_reduction_for_comms(True)
-
-
-def at_rest(layer: nn.Module) -> nn.Module:
-    """A layer whose weights are those that are kept, not gathered copies: to change them."""
-    if hasattr(layer, "reshard"):
-        layer.reshard()
-    return layer
 
 
 @contextlib.contextmanager

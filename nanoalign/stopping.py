@@ -36,4 +36,4 @@ class CleanStop:
         saved = f"saved in {partial_path(config.out)}; continue with --resume"
         if not parallel.rank():
             print(f"stopped at step {step}, {saved}.", file=sys.stderr)
-        sys.exit(128 + self.signal)
+        sys.exit(128 + (self.signal or signal.SIGTERM))

@@ -66,9 +66,8 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except Exception:  # each device fails in its own way: hpu by ModuleNotFoundError
-        raise UserError(
-            f"device {name[:40]!r} is not available here; try --device auto or --device cpu."
-        ) from None
+        other = "try --device auto or --device cpu"
+        raise UserError(f"device {name[:40]!r} is not available here; {other}.") from None
 
 
 def compile_hidden(model: nn.Module) -> None:
@@ -82,16 +81,15 @@ def compile_hidden(model: nn.Module) -> None:
 
 
 def prepare(config, *models: GPT | None) -> None:
-    """--lora, of what is trained, --compile, --checkpointing and --shard, for those of the models, and of the
-    heads on a trunk of theirs, that there are."""
+    """--lora, of what is trained, --compile, --checkpointing and --shard, for the models that there are."""
     for model in filter(None, models):
         gpt = getattr(model, "gpt", model)
-        if isinstance(gpt, GPT):
-            if config.lora and gpt.training:
-                add(gpt, config.lora, config.lora_alpha or 2.0 * config.lora, config.base_dtype == "bf16")
-            gpt.checkpointing = config.checkpointing
-            if config.compile:
-                compile_hidden(gpt)
+        whole = isinstance(gpt, GPT)  # not a critic that is but a head
+        if config.lora and whole and gpt.training:
+            add(gpt, config.lora, config.lora_alpha or 2.0 * config.lora, config.base_dtype == "bf16")
+        gpt.checkpointing = config.checkpointing
+        if config.compile and whole:
+            compile_hidden(gpt)
         if config.shard:
             shard(model, in_bf16(config, next(model.parameters()).device), config.offload)
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from nanoalign.expressions import parse_rewards
-from nanoalign.generate import Rollout
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
-from nanoalign.rollouts import rollouts
+from nanoalign.rollouts import Rollout, rollouts
 from nanoalign.run import Flags
 from nanoalign.statistics import clustered_error
 

@@ -18,7 +18,7 @@ from wires import asked, said, user
 
 from nanoalign import UserError, parallel
 from nanoalign.checkpoint import load, partial_path
-from nanoalign.pieces import dealt
+from nanoalign.pieces import dealt, share
 from nanoalign.run import Flags
 
 ROOT = Path(__file__).parents[1]
@@ -261,7 +261,7 @@ def test_shares_are_equal_whole_and_all_rows_together(count, size, unit, of):
     shares = []
     for rank in range(size):
         of(rank, size)
-        shares.append(parallel.share(count, unit))
+        shares.append(share(count, unit))
     assert len({len(mine) for mine in shares}) == 1
     assert {*np.concatenate(shares).tolist()} == {*range(count)}
     assert len(shares[0]) == -(-count // unit // size) * unit
