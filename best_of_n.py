@@ -1,21 +1,18 @@
 """Best of n, and search over steps: is it worth scoring every step of a solution?
 
 N solutions are drawn of each problem, once. For every n ≤ N the table then says how often the solution chosen
-from n of them is right, averaged over the subsets of size n (for votes, over --subsets of them), by
+from n of them is right, over all subsets of size n (for votes, --subsets of them), by
 
     mean        none is chosen: the policy itself             pass  at least one of the n is right
     majority    the commonest answer (Wang et al. 2022)       orm   the outcome model's favourite
     likelihood  the policy's own favourite: no second model   vote  the largest sum of prm-min
     prm-min, …  the process model's, by its steps' minimum, … (vote: Li et al. 2023)
 
-With scores s sorted upwards (Chen et al. 2021, eq. 1)
+    E[right@n] = Σ_i right_i C(i−1, n−1) / C(N, n),   pass@n = 1 − C(N−c, n) / C(N, n)    (Chen et al. 2021)
 
-    E[right@n] = Σ_i right_i · C(i−1, n−1) / C(N, n),          pass@n = 1 − C(N−c, n) / C(N, n)
-
-Search: each of `width` prefixes is continued by `expansions` sampled steps, the process model scores them,
-and the best `width` go on (beam), or the best of each prefix's own (dvts: Beeching et al. 2024); equal ones
-are one. It is compared with best-of-n at the same number of generated tokens. In both a solution that has not
-ended, by --max-new-tokens or the last step, scores 0.
+Search: each of `width` prefixes is continued by `expansions` sampled steps; the process model's best `width`
+go on (beam), or the best of each prefix (dvts: Beeching et al. 2024). It is compared with best-of-n at as
+many generated tokens. A solution that has not ended scores 0.
 
     python best_of_n.py --orm out/demo/orm.pt --search beam dvts --show 3    # coloured steps, too
 """
@@ -156,7 +153,8 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         progress.advance(1)
         asked = [node for node in nodes for _ in range(config.expansions)]
         prompts, found = [np.array(ids) for _, ids in asked], [None] * len(asked)
-        limit, seed = config.max_new_tokens, derived_seed(config.seed, "search", progress.done)
+        limit = config.max_new_tokens
+        seed = derived_seed(config.seed, "search", progress.done)
         how = {**sampling, "into": lambda: [found]}
         for indices, new in rollouts(policy, tokenizer, prompts, limit, seed, **how):
             starts = torch.tensor([[asked[i][0]] for i in indices])
@@ -174,11 +172,9 @@ def search(kind, policy, prm, tokenizer, rows, drawn, config: Config) -> dict:
         return [(node, stopped) for node, stopped, *_ in found]
 
     prompts = [tuple(tokenizer.prompt(row["prompt"]).tolist()) for row in rows]
-    roots, how = (
-        [(len(ids), ids) for ids in prompts],
-        (config.width, config.expansions, config.depth, kind == "dvts"),
-    )
-    found = tree_search(roots, expand, lambda nodes: [worth[node] for node in nodes], *how)
+    roots = [(len(ids), ids) for ids in prompts]
+    how = config.width, config.expansions, config.depth, kind == "dvts"
+    found = tree_search(roots, expand, lambda nodes: [worth[n] for n in nodes], *how)
     right = []
     for row, solutions in zip(rows, found):
         said = [tokenizer.decode_response(ids[at:]) for _, (at, ids) in solutions]
@@ -214,7 +210,8 @@ def draw(policy, prm, orm, tokenizer, rows, config: Config) -> dict:
         for i, own, end in zip(indices, p.cpu(), ends.cpu()):
             steps.flat[i] = own[end].tolist()
     said = [[final_answer(text) for text in own] for own in texts]
-    right = np.array([[same(answer, gold_answer(row)) for answer in own] for own, row in zip(said, rows)])
+    gold = map(gold_answer, rows)
+    right = np.array([[same(answer, due) for answer in own] for own, due in zip(said, gold)])
     numbers = {None: math.nan}  # equal answers have equal numbers, 50% and 50 as well
     said = [[answer and answer.value for answer in own] for own in said]
     answers = np.array([[numbers.setdefault(a, len(numbers)) for a in own] for own in said], float)
@@ -232,7 +229,7 @@ def print_steps(row: dict, drawn: dict, i: int, checker: str) -> None:
     for step, probability, true in zip(steps, p, truth):
         cell = f"{probability:4.0%} {'' if true is None else '✓' if true else '✗':1} {visible(step)}"
         red, green = (min(5, round(10 * x)) for x in (1 - probability, probability))
-        shade = 16 + 36 * red + 6 * green  # of the 6 × 6 × 6 colours of a terminal
+        shade = 16 + 36 * red + 6 * green  # of 6 × 6 × 6 colours
         print(f"  \x1b[38;5;{shade}m{cell}\x1b[0m" if sys.stdout.isatty() else f"  {cell}")
 
 

@@ -3,9 +3,8 @@
 Every checkpoint answers the same held-out prompts, several times each. Standard errors are over prompts (one
 prompt's samples are averaged first: they are not independent). A star marks a change from the baseline of
 more than two standard errors, prompt by prompt: one line in twenty has one by chance. The win rate is the
-share of sample pairs in which the utility is above the baseline's, ties half. It takes the two samples for
-independent, and so they are: a checkpoint's random numbers come of --seed and its own weights. Hence neither
-the order of the names nor who else is named changes a figure, and against itself a checkpoint wins half.
+share of sample pairs in which the utility is above the baseline's, ties half: independent pairs, for a
+checkpoint's random numbers come of --seed and its own weights, whoever else is named and in what order.
 KL(policy ‖ reference) is per response, in nats, on the policy's own samples, at the sampling temperature. Elo
 ratings are Bradley & Terry's maximum likelihood, their mean 1000, their intervals bootstrapped over prompts.
 
@@ -52,7 +51,7 @@ from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, pri
 from nanoalign.training import setup
 
 VALUE = (Real, np.bool_, type(None))  # of a check
-always = cache(lambda: load_function("nanoalign/world/verdicts.py:always"))  # beside what the checks say
+always = cache(lambda: load_function("nanoalign/world/verdicts.py:always"))  # besides
 
 
 @dataclass
@@ -129,7 +128,8 @@ def answer(path: str, rows: list, checks, ref, config: Config, device) -> tuple:
     kl, rewards = np.full((2, len(prompts)), np.nan)
     reward = make_reward(config.reward, tokenizer, device) if config.reward else None
     limit, how = config.max_new_tokens, {"what": Path(path).stem, "temperature": T}
-    seed, how["into"] = own_seed(config.seed, policy, not plain), lambda: (texts, measured, kl, rewards)
+    seed = own_seed(config.seed, policy, not plain)
+    how["into"] = lambda: (texts, measured, kl, rewards)
     for indices, drawn in rollouts(policy, tokenizer, prompts, limit, seed, **how):
         ids, mask, asked = drawn.ids, drawn.mask, [rows[i // K] for i in indices]
         if ref is not None and not plain and T > 0:

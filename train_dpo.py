@@ -192,7 +192,7 @@ def main(config: Config) -> None:
         for batch, where in run.pieces(pairs, 2 * order.lengths):
             with autocast:
                 found = measure(policy, ref, batch, soft[where], tokenizer, config, device)
-            run.backward(found["loss"].sum() / len(order[step]))
+            run.backward(found["loss"])
             run.add(**found)
             run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
         if step == 0 and ref and not config.sft_weight:  # policy and reference are the same model: h = 0

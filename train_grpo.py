@@ -28,8 +28,7 @@ not redrawn.
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), a rising score (what is trained on:
 --missing-eos-score is in it, and not in the held-out `reward`), an end-token rate near 1, equal_groups well
-below 1. In the demo the held-out reward rises by a quarter of the reward model's standard
-deviation at a KL of 0.3.
+below 1. In the demo the held-out reward rises by a quarter of a standard deviation at a KL of 0.3.
 """
 
 from dataclasses import dataclass
@@ -197,7 +196,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = load_reference(config, policy, tokenizer, device)
     reward = make_reward(config.reward, tokenizer, device, ref)
-    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context - config.max_new_tokens)
+    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     prepare(config, policy, ref)
@@ -205,7 +204,8 @@ def main(config: Config) -> None:
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
-    models, held = ("policy", "reference", *reward.models), (ref, *watch.held)
+    models = "policy", "reference", *reward.models
+    held = ref, *watch.held
     run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=SHOWN)
     watch.begin(run)
 
@@ -214,18 +214,19 @@ def main(config: Config) -> None:
         indices = order[step].repeat(G)  # (B,) a prompt's answers next to each other
         asked = [prompts[i] for i in indices]
         with autocast:
-            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
-        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T); the mask is counted without waiting for a GPU
+            drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
+        ids, scored = drawn.ids, drawn.mask.cpu()
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs.
         group = np.arange(len(asked)) // G
+        own = group[drawn.rows]
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices[mine]], drawn)
+            score = reward([rows[i] for i in indices[drawn.rows]], drawn)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
-        drawn, score, old_logp, entropy, ref_logp = drawn.together(mine, score, *found, ref_logp)
+            found = group_logprobs(policy, ids, scored, own, config, entropy=True)
+            ref_logp = group_logprobs(ref, ids, scored, own, config)
+        drawn, score, old_logp, entropy, ref_logp = drawn.together(score, *found, ref_logp)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
@@ -252,7 +253,7 @@ def main(config: Config) -> None:
                 with autocast:
                     logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
                 found = losses(logp, old, reference, advantages[at], weight, share, m, config)
-                run.backward(found["loss"])
+                run.backward(found["loss"], 1)
                 run.add(**found)
                 run.metrics.tokens += int(ends[piece].sum())
                 if not run.count:

@@ -150,7 +150,7 @@ def main(config: Config) -> None:
         for batch, _ in run.pieces(pairs, 2 * order.lengths):
             with autocast:
                 found = measure(policy, batch, tokenizer, config, device)
-            run.backward(found["loss"].sum() / len(order[step]))
+            run.backward(found["loss"])
             run.add(**found)
             run.metrics.tokens += sum(len(ids) for pair, _ in batch for ids, _ in pair)
         if step == 0:  # an untrained model thinks both sides about equally likely

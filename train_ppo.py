@@ -177,7 +177,7 @@ def main(config: Config) -> None:
     frozen = [ref, *(model.gpt for model in reward.held)] if config.lora else []
     critic = load_critic("" if config.shared_critic else start, policy, tokenizer, device, ref, frozen)
     light = config.shared_critic or any(critic.gpt.embed.weight is m.embed.weight for m in frozen)
-    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context - config.max_new_tokens)
+    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
@@ -198,19 +198,19 @@ def main(config: Config) -> None:
         indices = order[step]
         asked = [prompts[i] for i in indices]
         with autocast:
-            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T); the mask is counted without waiting for a GPU
+            drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
+        ids, scored = drawn.ids, drawn.mask.cpu()
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs and values.
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices[mine]], drawn)  # (B,), or dense (B, T)
+            score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
         known = score, *found[0], found[1], ref_logp, seen
-        drawn, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(mine, *known)
+        drawn, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(*known)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = (old_logp - ref_logp).sum(-1)  # (B,) nats per response
 
@@ -237,7 +237,7 @@ def main(config: Config) -> None:
                     logp, v = forward(policy, critic, x, own, config.temperature, seen=read)
                 found = losses(logp, old, v, old_v, a, g, m, config)
                 share = int(own.sum()) / tokens
-                run.backward(share * found["loss"])
+                run.backward(share * found["loss"], 1)
                 run.add(**{name: share * value for name, value in found.items()})
                 run.metrics.tokens += int(ends[piece].sum())
                 log_ratio = (logp - old).detach().masked_fill(~m, 0)

@@ -107,7 +107,7 @@ def main(config: Config) -> None:
             ids = torch.from_numpy(np.stack(batch)).to(device, non_blocking=True)
             with autocast:
                 nll, _ = token_losses(policy, ids, None, torch.neg)
-            run.backward(nll / run.count)
+            run.backward(nll)
             run.add(loss=nll)
             run.metrics.tokens += ids.numel()
         run.update()

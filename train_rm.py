@@ -159,7 +159,7 @@ def normalise(model, responses: list, tokenizer, device) -> dict[str, float]:
         ids, mask = collate(responses[start : start + 256], tokenizer.pad)
         scores.append(response_scores(model, ids.to(device), mask.to(device)))
     mean, std = torch.cat(scores).mean().item(), torch.cat(scores).std().clamp(min=1e-6).item()
-    weight, bias = model.score.state_dict().values()  # the weights that are kept, if they are sharded, too
+    weight, bias = model.score.state_dict().values()  # also of a sharded model
     weight.div_(std)
     bias.sub_(mean).div_(std)
     print(f"normalised: scores of {len(responses):,} responses had mean {mean:.3f}, std {std:.3f}")
@@ -191,14 +191,14 @@ def main(config: Config) -> None:
         with autocast:
             result, _ = evaluate(model, held_out, tokenizer, device)
         check_start(responses, max_length, tokenizer.end, result)
-    for step in run:
+    for _ in run:
         for batch, _ in run.pieces(prompts, tokens):
             with autocast:
                 chosen, rejected, weight = pair_scores(model, batch, tokenizer, device)  # (P,)
             m, p = labels(batch, device)
             smoothing, c = config.label_smoothing, config.centering
             loss = bradley_terry_loss(chosen, rejected, m, smoothing, c, p)
-            run.backward((weight * loss).sum() / len(order[step]))
+            run.backward(weight * loss)
             margin, score = chosen - rejected, 0.5 * (chosen + rejected)
             right = 0.5 * (1 + margin.sign())
             run.add(loss=weight * loss, accuracy=weight * right)

@@ -95,7 +95,7 @@ def main(config: Config) -> None:
                     whole = torch.arange(ids.shape[1]) < lengths[:, None]
                     hidden = packed_hidden(policy, ids, whole, [len(batch)])
                 nll, _ = token_losses(policy, ids, mask, torch.neg, hidden=hidden)
-            run.backward(nll / run.count)
+            run.backward(nll)
             run.add(loss=nll)
             run.metrics.tokens += int(lengths.sum())
         run.update()

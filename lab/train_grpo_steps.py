@@ -79,8 +79,7 @@ def main(config: Config) -> None:
     policy, tokenizer, _ = load_policy(config.init, device, chat=True)
     ref = load_reference(config, policy, tokenizer, device)
     reward = make_reward(config.reward, tokenizer, device, ref)
-    room = policy.config.context - config.max_new_tokens
-    (rows, prompts), held_out = read_prompts(config, tokenizer, room)
+    (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     prepare(config, policy, ref)
@@ -98,18 +97,19 @@ def main(config: Config) -> None:
         indices = order[step].repeat(G)  # (B,) a prompt's answers next to each other
         asked = [prompts[i] for i in indices]
         with autocast:
-            mine, drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
+            drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
         ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T)
         run.lap("generation_s")
 
         # 2. Score: the reward of each step, the log-probs of each token.
         group = np.arange(len(asked)) // G
+        own = group[drawn.rows]
         with torch.no_grad(), autocast:
-            score = reward([rows[i] for i in indices[mine]], drawn)  # (B, T)
+            score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            found = group_logprobs(policy, ids, scored, group[mine], config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, group[mine], config)
-        drawn, score, old_logp, entropy, ref_logp = drawn.together(mine, score, *found, ref_logp)
+            found = group_logprobs(policy, ids, scored, own, config, entropy=True)
+            ref_logp = group_logprobs(ref, ids, scored, own, config)
+        drawn, score, old_logp, entropy, ref_logp = drawn.together(score, *found, ref_logp)
         ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
                 with autocast:
                     logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
                 found = losses(logp, old, reference, a, weight, share, m, config)
-                run.backward(found["loss"])
+                run.backward(found["loss"], 1)
                 run.add(**found)
                 run.metrics.tokens += int(lengths[piece].sum())
                 if not run.count:

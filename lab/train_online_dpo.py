@@ -186,7 +186,7 @@ def main(config: Config) -> None:
             sure = torch.ones(len(batch), device=device)
             with autocast:
                 found = measure(policy, ref, batch, sure, tokenizer, config, device)
-            run.backward(found["loss"].sum() / len(order[step]))
+            run.backward(found["loss"])
             run.add(**found)
             run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
         if step == 0 and ref and not config.sft_weight:  # policy and reference are the same model: h = 0

@@ -214,8 +214,10 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int, count: in
     return [rows[i] for i in kept], [ids[i] for i in kept]
 
 
-def read_prompts(config, tokenizer: Tokenizer, room: int):
-    """--prompts → (rows, ids) to train on, and as many held-out ones as --eval-prompts asks for."""
+def read_prompts(config, tokenizer: Tokenizer, context: int):
+    """--prompts → (rows, ids) to train on, and as many held-out ones as --eval-prompts asks for; those that
+    leave room for a response of --max-new-tokens."""
+    room = context - config.max_new_tokens
     rows, eval_rows = read_split(config, config.prompts, "prompts", config.eval_prompts)
     check_answers(config.reward, [*rows, *eval_rows])
     training = prompt_examples(rows, tokenizer, room)

@@ -32,6 +32,7 @@ class Rollout:
     mask: Tensor  # (B, T) bool: exactly the tokens the row generated, its end token included
     logp: Tensor  # (B, T): of the sampled tokens, under the *untruncated* policy at that temperature; else 0
     ended: Tensor  # (B,) bool: an end token was generated
+    rows: Sequence[int] | None = None  # which of those asked for a process has, if it shares them
     read: dict = field(default_factory=dict, repr=False)  # what models made of it: `read_by`
 
     def responses(self) -> list[list[int]]:
@@ -44,10 +45,10 @@ class Rollout:
             self.read[reader] = likelihoods(reader, self.ids)
         return self.read.get(reader)
 
-    def together(self, mine, *values: Tensor | None) -> tuple:
-        """Of the rows `mine` of this process, with values of each → all rows of all processes, likewise."""
+    def together(self, *values: Tensor | None) -> tuple:
+        """This process's rows, with values of each → all rows of all processes, likewise."""
         own = self.ids, self.mask, self.logp, self.ended
-        ids, mask, logp, ended, *values = gather(mine, *own, *values)
+        ids, mask, logp, ended, *values = gather(self.rows, *own, *values)
         return Rollout(ids, mask, logp, ended), *values
 
     def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:

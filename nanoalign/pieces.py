@@ -49,8 +49,8 @@ def dealt(rows: np.ndarray, lengths: np.ndarray, config, group: int = 1) -> list
     return [(piece, True) for piece in own] + [(rows[:1], False)] * (most - len(own))
 
 
-def summed(lengths: np.ndarray, config, measure: Callable) -> Tensor:
+def summed(lengths: list[int], config, measure: Callable) -> Tensor:
     """The sum (), over all rows, of these lengths, of measure(piece), a number for each row of a piece."""
-    pieces = dealt(np.arange(len(lengths)), lengths, config)
+    pieces = dealt(np.arange(len(lengths)), np.array(lengths), config)
     parts = [counts * measure(piece).sum() for piece, counts in pieces]
     return parallel.total(torch.stack(parts).sum())

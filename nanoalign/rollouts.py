@@ -56,14 +56,14 @@ def rollouts(
 
 def rollout(
     model: GPT, tokenizer: Tokenizer, prompts: list[np.ndarray], max_new_tokens: int, seed: int, **sampling
-) -> tuple[np.ndarray, Rollout]:
-    """Sample one response per prompt (ids), all in one batch → which rows this process has, and these, in the
-    order asked: of one process all. `Rollout.together` brings them together."""
+) -> Rollout:
+    """Sample one response per prompt (ids), all in one batch, in the order asked: of several processes each
+    gets its `rows`, and `Rollout.together` all."""
     [(asked, drawn)] = rollouts(model, tokenizer, prompts, max_new_tokens, seed, len(prompts), **sampling)
     order = np.argsort(asked, kind="stable")
     back = torch.from_numpy(order).to(drawn.ids.device)
-    rows = Rollout(drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back])
-    return np.array(asked)[order], rows
+    own = drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back]
+    return Rollout(*own, rows=np.array(asked)[order])
 
 
 def respond(model: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int, **options):

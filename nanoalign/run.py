@@ -4,7 +4,7 @@
     for step in run:                          # from where a stopped run left off
         for batch, where in run.pieces(examples):
             ...                               # forward and loss: the method's own lines
-            run.backward(loss.sum() / len(order[step]))
+            run.backward(loss)                # (B,): divided by the rows of the step, not of the piece
             run.add(loss=loss)                # (B,): summed on the device until the step is logged
         run.update()                          # gradients of all processes, clip, learning rate, AdamW
         run.log()
@@ -169,8 +169,9 @@ class Run:
             self.metrics.tokens = self.metrics.tokens if counts else before
         self.idle = False
 
-    def backward(self, loss: Tensor) -> None:
-        """Of a piece's part of the step's loss, ()."""
+    def backward(self, loss: Tensor, count: int = 0) -> None:
+        """Of a piece's losses (B,) or their sum (), divided by what the whole step counts, as `add` does."""
+        loss = loss.sum() / (count or self.count or len(self.order[self.step]))
         (0 * loss if self.idle else loss).backward()
 
     def minibatches(self, lengths: np.ndarray, group: int = 1) -> Iterator[tuple[np.ndarray, Iterator]]:

@@ -269,9 +269,9 @@ def test_a_rollout_answers_in_the_order_asked():
     model, prompts = lively(LLAMA, seed=3), as_prompts(5, 1, 9, 3, 3, 8, 2)
     prompts[4] = prompts[0]  # asked twice
     asked = [prompt.tolist() for prompt in prompts]
-    _, out = rollout(model, TOKENS, prompts, 6, seed=0, temperature=0)
+    out = rollout(model, TOKENS, prompts, 6, seed=0, temperature=0)
     assert_rows(out, asked, [greedy_by_hand(model, prompt, 6, END) for prompt in asked], END)
-    _, sampled = rollout(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
+    sampled = rollout(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
     [(order, drawn)] = rollouts(model, TOKENS, prompts, 6, seed=4, temperature=0.7)
     assert order != sorted(order)
     for row, i in enumerate(order):

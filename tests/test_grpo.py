@@ -456,7 +456,7 @@ def test_a_group_stays_together_though_prompts_of_one_length_are_sampled_togethe
     lengths = [len(prompt) for prompt in prompts]
     assert len(set(lengths)) > 3 and len(set(lengths)) < len(lengths) and lengths != sorted(lengths)
     asked = [prompt for prompt in prompts for _ in range(4)]
-    _, drawn = rollout(talker(), TOKENIZER, asked, 6, seed=0)
+    drawn = rollout(talker(), TOKENIZER, asked, 6, seed=0)
     for start in range(0, 28, 4):
         for ids, mask in zip(drawn.ids[start : start + 4], drawn.mask[start : start + 4]):
             first = mask.nonzero()[0].item()
@@ -469,7 +469,7 @@ def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor
     """Of whole groups, and of what a micro-batch cuts out of them."""
     asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS for _ in range(4)]
     model, rows = talker(), torch.tensor(picked)
-    _, drawn = rollout(model, TOKENIZER, asked, 20, seed=0, temperature=0.7)
+    drawn = rollout(model, TOKENIZER, asked, 20, seed=0, temperature=0.7)
     ids, mask, group = drawn.ids[rows], drawn.mask[rows], np.array(picked) // 4
     read, results = [], []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))

@@ -332,10 +332,10 @@ def assert_sampled(config, seen):
     loads = "load_policy", "load_reference", "load_critic"
     assert_on(config.device, seen["made"], *(seen[name] for name in loads if name in seen))
     policy = seen["load_policy"][0].result[0]
-    sampled = [x for call in seen["rollout"] for x in seen["scored"] if x[1] is call.result[1]]
+    sampled = [x for call in seen["rollout"] for x in seen["scored"] if x[1] is call.result]
     assert len(sampled) == len(seen["rollout"]) == config.steps
     for call, (rows, drawn, _) in zip(seen["rollout"], sampled):
-        assert call.model is policy and call.result[0].tolist() == [*range(len(drawn.ids))]
+        assert call.model is policy and call.result.rows.tolist() == [*range(len(drawn.ids))]
         assert call.max_new_tokens == config.max_new_tokens
         assert call.sampling == {"temperature": config.temperature}
         for row, ids, mask in zip(rows, drawn.ids, drawn.mask):
@@ -346,13 +346,13 @@ def assert_sampled(config, seen):
         )
     seeds = [call.seed for call in seen["rollout"]]
     assert len({*seeds, config.seed}) == len(seeds) + 1
-    return [call.result[1] for call in seen["rollout"]], [found for *_, found in sampled]
+    return [call.result for call in seen["rollout"]], [found for *_, found in sampled]
 
 
 def assert_batches(config, seen, group=1):
     """Every epoch is a pass over the iteration's responses, in minibatches, in pieces of --micro-batch."""
     for call, batch in zip(seen["rollout"], seen["batches"]):
-        ids, mask = call.result[1].ids, call.result[1].mask
+        ids, mask = call.result.ids, call.result.mask
         assert batch.lengths.tolist() == [row.nonzero().max() + 1 for row in mask] and batch.group == group
         sizes = [sum(map(len, pieces)) for pieces in batch.steps]
         once = [min(config.minibatch, len(ids) - at) for at in range(0, len(ids), config.minibatch)]
@@ -371,7 +371,7 @@ def write_doctor(folder) -> str:
 
 def assert_counted(config, found, seen):
     """The tokens that were trained on: of each response with its prompt, once an epoch."""
-    sizes = [sum(int(row.nonzero().max()) + 1 for row in call.result[1].mask) for call in seen["rollout"]]
+    sizes = [sum(int(row.nonzero().max()) + 1 for row in call.result.mask) for call in seen["rollout"]]
     assert [row["tokens"] for row in found] == (config.epochs * np.cumsum(sizes)).tolist()
 
 
