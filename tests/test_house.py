@@ -23,7 +23,7 @@ BUDGETS = {
     "nanoalign/__init__.py": 5, "nanoalign/answers.py": 152,
     "nanoalign/checkpoint.py": 247, "nanoalign/cli.py": 280,
     "nanoalign/expressions.py": 155,
-    "nanoalign/compiler.py": 27, "nanoalign/contents.py": 242, "nanoalign/data.py": 266,
+    "nanoalign/compiler.py": 27, "nanoalign/contents.py": 242, "nanoalign/data.py": 268,
     "nanoalign/feedback.py": 160, "nanoalign/files.py": 258,
     "nanoalign/generate.py": 291, "nanoalign/kernels.py": 255, "nanoalign/logprobs.py": 111,
     "nanoalign/hf.py": 190, "nanoalign/hf_weights.py": 230, "nanoalign/hf_config.py": 100,
@@ -31,7 +31,7 @@ BUDGETS = {
     "nanoalign/vocabulary.py": 150, "nanoalign/chat_formats.py": 110, "nanoalign/lora.py": 90,
     "nanoalign/messages.py": 254, "nanoalign/show_rows.py": 141,
     "nanoalign/model.py": 281, "nanoalign/packing.py": 74, "nanoalign/rewards.py": 235,
-    "nanoalign/rows.py": 344, "nanoalign/run.py": 292, "nanoalign/statistics.py": 122,
+    "nanoalign/rows.py": 344, "nanoalign/run.py": 293, "nanoalign/statistics.py": 122,
     "nanoalign/scalar.py": 91, "nanoalign/seeds.py": 13, "nanoalign/steps.py": 80,
     "nanoalign/tokenizer.py": 180,
     "nanoalign/terminal.py": 24, "nanoalign/training.py": 163, "nanoalign/watch.py": 141,
@@ -134,12 +134,12 @@ LATER = ("hf", "hf_weights", "hf_config", "vocabulary", "chat_formats", "lora")
 LATER += ("memory", "footprint", "extent", "parallel", "sharding")
 
 
-def test_the_package_is_at_most_5020_lines_without_the_world_and_the_rooms_that_came_later():
-    """To come down to 2,600, of which it is far away. 260 of them are what these rooms need in the others:
+def test_the_package_is_at_most_5030_lines_without_the_world_and_the_rooms_that_came_later():
+    """To come down to 2,600, of which it is far away. 270 of them are what these rooms need in the others:
     flags, checkpoints of adapters, a critic on weights that are there, a chat format's turns, and to share
     out rows, to bring together what became of them, and to write once, where several processes are one run.
     """
-    assert sum(lines(path) for path in PACKAGE if path.stem not in LATER) <= 5020
+    assert sum(lines(path) for path in PACKAGE if path.stem not in LATER) <= 5030
 
 
 def code_lines(path: Path) -> list[str]:
