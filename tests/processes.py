@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from nanoalign import parallel, run
-from nanoalign.checkpoint import in_full, partial_path
+from nanoalign.checkpoint import partial_path
 from nanoalign.files import beside
+from nanoalign.sharding import full
 
 torch.set_num_threads(1)
 original = run.finish, run.save_partial
@@ -25,7 +26,7 @@ def keep(path: Path) -> None:
     """Let the next run leave its weights, and a copy of each partial checkpoint, beside its file."""
 
     def finish(config, model, **more):
-        weights = in_full(dict(model.state_dict()))
+        weights = full(dict(model.state_dict()))
         if not parallel.rank():
             torch.save(weights, path.with_suffix(".weights.pt"))
         original[0](config, model, **more)

@@ -138,7 +138,7 @@ def searched(monkeypatch, capsys):
     """searched(kind, …) → the share right, the tokens a problem and the n of a search in `TREE`, where a
     process model likes all that begins with "Go on."."""
 
-    def rollouts(policy, tokenizer, prompts, limit, seed, stops, temperature):
+    def rollouts(policy, tokenizer, prompts, limit, seed, stops, temperature, into):
         assert list(stops) == WORLD.newlines and temperature == 0.7
         new, seen = [], Counter()
         for ids in prompts:

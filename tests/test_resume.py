@@ -206,12 +206,11 @@ def test_any_other_flag_that_changes_refuses_a_resume(stage, tmp_path):
     def resumed(**change):
         return resume(replace(config, **change), model, optimizer, stage=stage, data="abc")["step"]
 
+    elsewhere = {"device": "cpu", "shard": True, "offload": True, "timeout": 1.0}
     often = {"log_every": 77, "eval_every": 77, "save_every": 77}
-    for name, value in {**often, "device": "cpu", "plan": True}.items():
+    for name, value in {**often, **elsewhere, "plan": True}.items():
         assert resumed(**{name: value}) == 3
-    depended_on = {field.name for field in fields(config)} - {
-        "out", "resume", "log_every", "eval_every", "save_every", "device", "plan",
-    }  # fmt: skip
+    depended_on = {field.name for field in fields(config)} - {"out", "resume", "plan", *often, *elsewhere}
     assert {"lr", "seed", "batch_size", "steps", "warmup", "compile", "eval_data"} <= depended_on
     for name in depended_on:
         value = getattr(config, name)

@@ -51,7 +51,7 @@ def test_an_online_label_is_no_token_s_random_number(monkeypatch):
     ids = torch.arange(2 * N)[:, None] % 7 + torch.arange(2)  # what is sampled does not matter here
     mask, logp = torch.ones(2 * N, 2, dtype=torch.bool), torch.zeros(2 * N, 2)
     drawn = Rollout(ids, mask, logp, torch.ones(2 * N, dtype=torch.bool))
-    monkeypatch.setattr(train_online_dpo, "rollouts", lambda *_: [(list(range(2 * N)), drawn)])
+    monkeypatch.setattr(train_online_dpo, "rollouts", lambda *_, **__: [(list(range(2 * N)), drawn)])
     no_reward = lambda rows, rollout: torch.zeros(len(rows))  # noqa: E731
     prompts, config = [np.array([1])] * N, train_online_dpo.Config(max_new_tokens=1)
     pairs = train_online_dpo.online_pairs(None, prompts, prompts, no_reward, None, config, seed)
