@@ -263,6 +263,10 @@ class GPT(nn.Module):
             x = x + self.position(positions)
         else:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, head_dim / 2)
+        if isinstance(visible, Tensor):  # as a term of the scores: made once, and kept once, for all blocks
+            dtype, kind = x.dtype, x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.rows, positions)
             if self.checkpointing and torch.is_grad_enabled():  # keep x only: the rest is computed again
