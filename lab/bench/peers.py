@@ -232,10 +232,9 @@ def arguments(stage: str, given: dict, folder: str, name: str, on_cpu: bool) -> 
         "output_dir": f"{folder}/trl", "use_cpu": on_cpu, "bf16": not on_cpu or "bf16" in name,
         "per_device_train_batch_size": given["batch_size"] * (given["group_size"] if stage == "grpo" else 1),
         "max_steps": given["steps"], "learning_rate": 1e-4, "lr_scheduler_type": "cosine",
-        "adam_beta2": 0.95, "save_strategy": "no",
-        "train_sampling_strategy": "sequential", "logging_steps": given["log_every"], "report_to": "none",
-        "disable_tqdm": True, "dataloader_pin_memory": not on_cpu, **options,
-        **(fast(stage, on_cpu) if "fast" in name else {}),
+        "adam_beta2": 0.95, "save_strategy": "no", "report_to": "none",
+        "train_sampling_strategy": "sequential", "logging_steps": given["log_every"], "disable_tqdm": True,
+        "dataloader_pin_memory": not on_cpu, **options, **(fast(stage, on_cpu) if "fast" in name else {}),
     }  # fmt: skip
 
 
