@@ -26,8 +26,8 @@ def activations(model: GPT, length: int, size: int = 4, fused=False, masked=Fals
     """Bytes per token of a row that a forward pass keeps: in a block, and beside the blocks.
 
     size: bytes of a number in a matrix product. fused: RMSNorm is one kernel, as on a GPU; a CPU also keeps
-    x / rms, where it trains the gain. masked: each block has numbers of its own for who sees whom, length of
-    them, as where sequences share a row.
+    x / rms, where it trains the gain. masked: there are numbers for who sees whom, length of them a token, as
+    where sequences share a row.
     """
     config, D, d = model.config, model.config.width, model.config.head_dim
     H, K, rank = config.heads, config.kv_heads, getattr(model.blocks[0].mlp.up, "rank", 0)
@@ -40,8 +40,8 @@ def activations(model: GPT, length: int, size: int = 4, fused=False, masked=Fals
     if config.qk_norm:
         attention += 4 * d * (H + K) * (apart + (size == 2))
     mlp = 2 * UP[config.mlp] * config.mlp_width  # gate, up, silu and product; or up and gelu
-    block = 2 * norm + attention + size * (mlp + length * masked + 4 * rank)
-    return block, 4 * D * (1 + learnt + apart)
+    block = 2 * norm + attention + size * (mlp + 4 * rank)
+    return block, 4 * D * (1 + learnt + apart) + size * length * masked
 
 
 def rounded(models: list[GPT], size: int, graph: bool) -> int:

@@ -61,8 +61,7 @@ class Rollout:
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits (B, V) with everything outside the k likeliest tokens (ties kept) and the nucleus set to −inf.
 
-    The nucleus is the smallest set of likeliest tokens whose probability reaches top_p (Holtzman et al.
-    2019).
+    The nucleus is the smallest set of likeliest tokens of together at least top_p (Holtzman et al. 2019).
     """
     if top_k and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -75,12 +74,12 @@ def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def sample(logits: Tensor, u: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, u: Tensor, temperature: float | Tensor, top_k: int, top_p: float):
     """Logits (B, V), uniform numbers u (B,) in [0, 1) → token (B,) and its log-prob (B,) under the
-    untruncated policy. Temperature 0 is greedy (and its log-probs are those at temperature 1)."""
-    logits = logits.float() / (temperature or 1.0)
-    logp = logits.log_softmax(-1)
-    if temperature == 0:
+    untruncated policy. The number 0 for a temperature is greedy (log-probs are those at temperature 1)."""
+    greedy = not isinstance(temperature, Tensor) and temperature == 0
+    logp = (logits := logits.float() / (1.0 if greedy else temperature)).log_softmax(-1)
+    if greedy:
         token = logits.argmax(-1)
     else:
         truncated = top_k or top_p < 1
@@ -100,9 +99,9 @@ def decode(model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: 
 
 
 @functools.cache
-def decoder(rows: int, slots: int, how: tuple) -> Callable:
-    """`decode` as one CUDA graph for so many rows, slots and this sampling. Each is a function with code of
-    its own: of one code dynamo makes eight graphs at most, and runs what comes after without a graph."""
+def decoder(rows: int, slots: int, greedy: bool, top_k: int, top_p: float) -> Callable:
+    """`decode` as one CUDA graph for so many rows and slots at any temperature but 0, a tensor (). Each is a
+    function with code of its own: of one code dynamo makes eight graphs at most, and then runs without."""
     own = FunctionType(decode.__code__.replace(), decode.__globals__, decode.__name__)
     compiled = compile_or_eager(own, mode="reduce-overhead", dynamic=False)
 
@@ -170,7 +169,8 @@ def stream(
         of = torch.arange(N, device=device) if of is None else of
         of, u = F.pad(of, (0, more)), F.pad(u, (0, 0, 0, more))
     on_gpu, stops = device.type == "cuda", torch.tensor(stops, device=device)
-    slots, sampling = min(P + max_new_tokens, context), (temperature, top_k, top_p)
+    slots, heat = min(P + max_new_tokens, context), float(temperature)
+    sampling = (torch.tensor(heat, device=device) if on_gpu and heat else heat, top_k, top_p)
     slots += -slots % 64 * on_gpu  # few lengths: few graphs
 
     key = (model.config, max(N, B + more), slots, device, dtype)
@@ -205,7 +205,7 @@ def stream(
                     rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
             # a row at the limit is no longer alive; what it writes is not looked at
             at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
-            step = decoder(len(rows), slots, sampling) if on_gpu else decode
+            step = decoder(len(rows), slots, not temperature, top_k, top_p) if on_gpu else decode
             token, logp = step(model, token, cache, at, length, u[rows, t + 1], sampling)
     finally:
         if on_gpu:

@@ -114,8 +114,7 @@ class KVCache:
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype=torch.float32):
         shape = (config.layers, batch, config.kv_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def rearrange(self, rows: Tensor, length: int) -> None:
@@ -169,14 +168,12 @@ class Attention(nn.Module):
             keys[rows[:B], :, positions] = k.transpose(1, 2).to(keys.dtype)
             values[rows[:B], :, positions] = v.transpose(1, 2).to(values.dtype)
             if visible is not None:  # decoding: attend to everything written so far
-                length = visible.shape[-1]
-                k, v = keys[:B, :, :length], values[:B, :, :length]
+                k, v = (x[:B, :, : visible.shape[-1]] for x in (keys, values))
         grouped = self.kv_heads < self.heads
         if isinstance(visible, BlockMask):
             y = flex(q.to(v.dtype), k.to(v.dtype), v, None, visible, None, grouped)
         else:
-            how = {"attn_mask": visible, "is_causal": visible is None, "enable_gqa": grouped}
-            y = F.scaled_dot_product_attention(q, k, v, **how)
+            y = F.scaled_dot_product_attention(q, k, v, visible, 0.0, visible is None, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -256,13 +253,16 @@ class GPT(nn.Module):
                     "a model with a longer context."
                 )
             positions = torch.arange(T, device=ids.device)[None]
-        x, rope = self.embed(ids), None
-        if extra is not None:
-            x = x + extra
+        x = self.embed(ids) if extra is None else self.embed(ids) + extra
+        rope = None
         if self.config.positions == "learned":
             x = x + self.position(positions)
         else:
             rope = self.cos[positions][:, None], self.sin[positions][:, None]  # (B or 1, 1, T, head_dim / 2)
+        if isinstance(visible, Tensor):  # as a term of the scores: made once, and kept once, for all blocks
+            kind = x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
         for i, block in enumerate(self.blocks):
             layer_cache = None if cache is None else (cache.k[i], cache.v[i], cache.rows, positions)
             if self.checkpointing and torch.is_grad_enabled():  # keep x only: the rest is computed again

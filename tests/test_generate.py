@@ -324,7 +324,7 @@ def test_a_token_without_probability_is_never_sampled():
 
 
 @torch.no_grad()
-def test_every_shape_of_a_batch_has_a_graph_of_its_own_however_many_there_are(monkeypatch):
+def test_every_shape_of_a_batch_has_one_graph_for_all_temperatures_however_many_there_are(monkeypatch):
     """Of one code dynamo makes as many as its limit, and runs what comes after eager; a backend counts."""
     made, compile = [], torch.compile
     backend = lambda graph, inputs: made.append(len(inputs)) or graph.forward  # noqa: E731
@@ -333,17 +333,18 @@ def test_every_shape_of_a_batch_has_a_graph_of_its_own_however_many_there_are(mo
     monkeypatch.setattr(compiler, "_works", True)
     torch._dynamo.reset()
     decoder.cache_clear()
-    model, how = lively(replace(LLAMA, layers=1)), (1.0, 0, 1.0)
+    model = lively(replace(LLAMA, layers=1))
     for number, rows in enumerate((2, 4), start=1):
         u, token = torch.rand(rows, generator=torch.Generator().manual_seed(rows)), torch.arange(rows) % V
-        for _ in ("compiled", "and taken again"):
+        for temperature in (1.0, 0.5):  # compiled, and taken again
             cache = KVCache(model.config, rows, 8, u.device, torch.float64)
-            at = token, cache, torch.zeros_like(token), 8, u, how
-            with torch._dynamo.config.patch(recompile_limit=1):
-                found = decoder(rows, 8, how)(model, *at)
-            for ours, eager in zip(found, decode(model, *at)):
+            at = token, cache, torch.zeros_like(token), 8, u
+            with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+                step = decoder(rows, 8, False, 0, 1.0)
+                found = step(model, *at, (torch.tensor(temperature), 0, 1.0))
+            for ours, eager in zip(found, decode(model, *at, (temperature, 0, 1.0))):
                 torch.testing.assert_close(ours, eager)
-            assert len(made) == number
+            assert len(made) == number and compiler._works
     decoder.cache_clear()
     torch._dynamo.reset()
 

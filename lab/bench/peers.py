@@ -29,7 +29,8 @@ from nanoalign.training import pick_device
 
 GRPO = {"kind": "dapo", "clip_high": 0.2, "kl": "k3", "beta": 0.04, "epochs": 1}  # trl's defaults, and a KL
 OURS = {  # flags in which the scripts' defaults are not trl's
-    "sft": {"adam_eps": 1e-8}, "dpo": {}, "kto": {}, "orpo": {"adam_eps": 1e-8}, "rm": {"centering": 0.0},
+    "sft": {"adam_eps": 1e-8}, "dpo": {}, "kto": {}, "orpo": {"adam_eps": 1e-8},
+    "rm": {"centering": 0.0, "reader": False},
     "grpo": {**GRPO, "reward": "length", "eval_prompts": 1},
 }  # fmt: skip
 KINDS = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "rm": "Reward", "grpo": "GRPO"}
@@ -230,11 +231,10 @@ def arguments(stage: str, given: dict, folder: str, name: str, on_cpu: bool) -> 
     return {
         "output_dir": f"{folder}/trl", "use_cpu": on_cpu, "bf16": not on_cpu or "bf16" in name,
         "per_device_train_batch_size": given["batch_size"] * (given["group_size"] if stage == "grpo" else 1),
-        "max_steps": given["steps"], "learning_rate": 1e-4, "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "adam_beta2": 0.95, "save_strategy": "no",
-        "train_sampling_strategy": "sequential", "logging_steps": given["log_every"], "report_to": "none",
-        "disable_tqdm": True, "dataloader_pin_memory": not on_cpu, **options,
-        **(fast(stage, on_cpu) if "fast" in name else {}),
+        "max_steps": given["steps"], "learning_rate": 1e-4, "lr_scheduler_type": "cosine",
+        "adam_beta2": 0.95, "save_strategy": "no", "report_to": "none",
+        "train_sampling_strategy": "sequential", "logging_steps": given["log_every"], "disable_tqdm": True,
+        "dataloader_pin_memory": not on_cpu, **options, **(fast(stage, on_cpu) if "fast" in name else {}),
     }  # fmt: skip
 
 
