@@ -131,9 +131,9 @@ def evaluate(model: ScalarGPT, examples: list, tokenizer, device) -> dict[str, f
     p, labels = [], []
     for start in range(0, len(examples), 128):
         ids, at, _ = batch_of(examples[start : start + 128], tokenizer, device)
-        found = model(ids).float().sigmoid()
-        p += [row[y != UNLABELLED].cpu().numpy() for row, y in zip(found, at)]
-        labels += [y[y != UNLABELLED].cpu().numpy() for y in at]
+        read, at = model(ids).float().sigmoid().cpu(), at.cpu()
+        p += [row[y != UNLABELLED].numpy() for row, y in zip(read, at)]
+        labels += [y[y != UNLABELLED].numpy() for y in at]
     flat, truth = (np.concatenate(x).astype(np.float64) for x in (p, labels))
     right = truth >= 0.5
     sure = flat.clip(1e-7, 1 - 1e-7)

@@ -474,6 +474,19 @@ claims: .venv/installed  ## the textbook on trial: every claim, its experiment, 
 	$(call over-seeds,rm.report.txt scoreboard/scorecard.json hacking/beta-0.pt hacking/beta-0.1.pt $(CLAIM_REWARDS:$(OUT)/%=%) claims/scorecard.json)
 	$(PY) -m lab.claims $(call of-seeds,)
 
+# ------------------------------------------------------------------------------------- a pretended GPU
+# torch's CUDA build, which imports without a driver (docs/gpu.md). `===` asks for it by its very name: a CPU
+# build that some index offers (2.13.0+cpu) is another.
+
+.PHONY: pretend-gpu
+pretend-gpu: .venv-gpu/installed  ## every script on a GPU that is not there (installs torch's CUDA build: 5 GB)
+	.venv-gpu/bin/python -m pytest tests/pretend_gpu
+.venv-gpu/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  "$(shell sed -n 's/^torch==/torch===/p' constraints.txt)" -e '.[dev]'
+	@touch $@
+
 # ------------------------------------------------------------------------------------------ a real model
 # SmolLM2-135M-Instruct, from the package index: DPO with LoRA on people's pairs, GRPO with a reward that a program
 # checks; measured before and after, exported, and asked again by transformers. SIZE=tiny: a few steps.

@@ -16,7 +16,7 @@ Tokens go through in chunks. `linear_logprobs` serves any loss: the forward pass
 pass recomputes each chunk's logits (four matrix products; three where all logits fit one chunk, and are
 kept). `linear_losses` serves losses that are a sum over tokens: g is known as soon as logp is, so the
 gradient is formed in the forward pass (three products). Neither's peak memory grows with N·V. After the
-matrix product all is in fp32 (in fp64 for fp64 inputs), whatever the dtype of h and W.
+matrix product, which TF32 may round where h and W are fp32, all is in fp32 (in fp64 for fp64 inputs).
 """
 
 import functools

@@ -51,13 +51,13 @@ class ScalarGPT(nn.Module):
     @classmethod
     def from_policy(cls, policy: GPT, reader: bool = False) -> "ScalarGPT":
         """A copy of the policy's trunk under a fresh head, with the policy as its reader if it has one."""
-        model, trunk = cls(policy.config, reader), policy.state_dict()
+        model, trunk = cls(policy.config, reader).to(policy.embed.weight.device), policy.state_dict()
         if reader:
             model.reader.load_state_dict(trunk)
             print("reader: a frozen copy of the model reads along (a large one needs none: --no-reader)")
         trunk["head.weight"] = trunk["embed.weight"]  # the trunk's own output head is never used
         model.gpt.load_state_dict(trunk)
-        return model.to(policy.embed.weight.device)
+        return model
 
     def hidden(self, ids: Tensor, positions=None, visible=None, seen: Tensor | None = None) -> Tensor:
         """`GPT.hidden` of the trunk: (B, T, D). seen (B, T, 3): what the reader makes of ids, if it is known
@@ -88,4 +88,4 @@ def response_scores(model: ScalarGPT, ids: Tensor, mask: Tensor, hidden: Tensor 
     The mask may stay on the CPU. hidden (B, T, D): model.hidden(ids), if it is known already.
     """
     values = model(ids) if hidden is None else model.score(hidden)
-    return values.gather(1, last_scored(mask)[:, None].to(values.device)).squeeze(1)
+    return values.gather(1, last_scored(mask)[:, None].to(values.device, non_blocking=True)).squeeze(1)

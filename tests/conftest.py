@@ -20,6 +20,30 @@ torch.set_num_threads(1)  # tiny tensors; and a subprocess can then be compared 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=0, help="cases of each test in tests/fuzz; 0: a few hundred")
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a GPU, and only them")
+
+
+def pytest_configure(config):
+    """Without --gpu there is none, nor in any process that a test starts: --device auto is then the CPU, in
+    fp32, on every machine, and a test may fork."""
+    if not config.getoption("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = [item for item in items if item.get_closest_marker("gpu")]
+    if config.getoption("gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+    if not torch.cuda.is_available():
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and pytest --gpu"))
+
+
+@pytest.fixture(autouse=True)
+def products_in_fp32():
+    """A run in bf16 lets those that stay in fp32 be rounded to TF32, in all of its process."""
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

@@ -389,7 +389,7 @@ def test_keys_and_values_are_kept_in_the_dtype_of_the_autocast_in_force(config, 
     assert all(torch.equal(*(getattr(drawn, name) for drawn in out)) for name in PARTS)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_decoding_by_cuda_graphs_equals_the_cpu():
     model, (ids, lengths) = lively(LLAMA).float(), ragged(*(3, 7, 5, 2) * 5)
     expected = generate(model, ids, lengths, 14, END, PAD, temperature=0)

@@ -18,7 +18,7 @@ from nanoalign.model import GPT, GPTConfig
 
 N, D, V = 23, 16, 37
 CHUNKS = (1, 5, N, 100)  # one by one; does not divide N; exactly all; more than all
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+on_gpu = pytest.mark.gpu
 
 
 def inputs(dtype=torch.float64, n: int = N, d: int = D, v: int = V, device="cpu") -> tuple[Tensor, ...]:
@@ -177,6 +177,27 @@ def test_16_bit_inputs_lose_nothing_beyond_fp32_rounding(dtype, device):
     for ours, theirs in zip(gradients(outputs, leaves), gradients(expected, leaves)):
         assert ours.dtype == dtype
         assert_close(ours, theirs, dtype, 2 if dtype == torch.bfloat16 else N * D)
+
+
+@on_gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_on_a_gpu_16_bit_products_are_exact_also_where_fp32_ones_are_rounded(precision):
+    """Long sums, whose parts cuBLAS may add in bf16 where the result is bf16: then off by 2⁻⁹ of a part."""
+    torch.set_float32_matmul_precision(precision)
+    *leaves, targets = inputs(torch.bfloat16, d=4096, device="cuda")
+    outputs = linear_logprobs(*leaves[:2], targets, leaves[2], 0.7, entropy=True, chunk=5)
+    for ours, theirs in zip(outputs, oracle(*leaves, targets, 0.7)):
+        assert_close(ours, theirs, torch.float32, roundings=8 * 64)  # √D of them at a time
+
+
+@on_gpu
+def test_on_a_gpu_fp32_products_are_rounded_to_11_bits_where_that_is_allowed_and_nowhere_else():
+    *leaves, targets = inputs(torch.float32, device="cuda")
+    expected, off = oracle(*leaves, targets)[0], {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        off[precision] = (linear_logprobs(*leaves[:2], targets, leaves[2]) - expected).abs().max().item()
+    assert off["highest"] < 1e-4 < off["high"] < 1e-2
 
 
 def test_a_weight_gradient_is_summed_in_fp32_over_chunks():

@@ -112,7 +112,7 @@ def test_what_make_runs_exists_and_knows_its_flags(target, tmp_path):
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {*re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)}
-    assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "clean"}
+    assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "pretend-gpu", "clean"}
 
 
 def test_pyproject_bounds_no_version_from_above_and_the_tested_ones_are_those_that_make_installs():
@@ -127,8 +127,9 @@ def test_pyproject_bounds_no_version_from_above_and_the_tested_ones_are_those_th
     tested = dict(re.match(r"([\w-]+)==([\d.]+)", line).groups() for line in lines if line[0] != "#")
     optional = {"matplotlib", "huggingface_hub", "datasets"}  # no test needs them
     assert {name for name, _ in needed} - optional == tested.keys()
-    for target in (".venv/installed", ".venv/parity"):
+    for target in (".venv/installed", ".venv/parity", ".venv-gpu/installed"):
         flags = ["--dry-run", "--always-make", "--no-print-directory"]
         done = subprocess.run(["make", target, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
-        installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+        text = done.stdout.replace("\\\n", "")
+        installs = [line for line in text.splitlines() if "pip install" in line]
         assert installs and all("--constraint constraints.txt" in line for line in installs)

@@ -59,7 +59,7 @@ def test_blocks_of_flex_attention_hide_what_the_dense_mask_hides(config, monkeyp
     assert len(calls) == config.layers
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward pass on a CPU")
+@pytest.mark.gpu  # FlexAttention has no backward pass on a CPU
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_row_packed_on_a_gpu_has_the_gradients_of_padded_rows(checkpointing):
     torch.manual_seed(0)

@@ -97,6 +97,14 @@ def test_an_unknown_or_absent_device_is_a_user_error():
     assert pick_device("cpu").type == "cpu"
 
 
+def test_the_tests_run_as_if_there_were_no_gpu(request, run):
+    """On one a run is in bf16, a fork fails, and a tensor of the test's own lies elsewhere."""
+    if request.config.getoption("gpu"):
+        pytest.skip("they are to see it")
+    code = "import os, torch; print(os.environ['CUDA_VISIBLE_DEVICES'], torch.cuda.is_available())"
+    assert run("-c", code)[1] == " False\n" and pick_device("auto").type != "cuda"
+
+
 def test_a_fingerprint_tells_data_and_weights_apart():
     weights = torch.arange(4.0)
     assert fingerprint("a", weights) == fingerprint("a", weights.clone())
