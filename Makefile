@@ -120,14 +120,14 @@ $(OUT)/best_of_8.txt: $(OUT)/prm.pt best_of_n.py
 # ------------------------------------------------------------------------------------------------ checks
 
 test: .venv/installed  ## set up and pass the tests
-	$(PY) -m pytest -m "not parity" -n 2
+	$(PY) -m pytest -m "not parity" -n 2 --ignore tests/parity
 
 lint: .venv/installed  ## ruff: lint and format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 parity: .venv/parity  ## agreement with transformers, trl and peft (installs them)
-	$(PY) -m pytest -m parity
+	$(PY) -m pytest -m parity tests/parity
 
 clean:  ## delete what this size has built (out/ only)
 	$(if $(and $(filter out/%,$(OUT)),$(if $(findstring ..,$(OUT)),,ok)),rm -rf $(OUT),$(error OUT=$(OUT) is not under out/))

@@ -4,10 +4,11 @@
 SEEDS = 1#  how many
 lab-seeds = $(if $(filter 1,$(SEEDS)),$(SEED),$(shell seq 0 $$(($(SEEDS) - 1))))
 lab-out = $(if $(filter 1,$(SEEDS)),$(OUT),out/seed$(1))
-# $(call over-seeds,FILES): make these files of OUT, for every seed; $(call of-seeds,FILE): their names
-over-seeds = +@for seed in $(lab-seeds); do \
-  $(MAKE) --no-print-directory $(foreach file,$(1),$(call lab-out,$$seed)/$(file)) SEED=$$seed OUT=$(call lab-out,$$seed) || exit 1; \
-  done
+# $(over-seeds): make the files of OUT that needs-TARGET names, for every seed; $(call of-seeds,FILE): a file's names.
+# With one seed they are prerequisites (see the end), so that `OMP_NUM_THREADS=1 make -j2 cai prm` goes over one graph.
+over-seeds = $(if $(filter $(OUT)/%,$^),,+@for seed in $(lab-seeds); do \
+  $(MAKE) --no-print-directory $(foreach file,$(needs-$@),$(call lab-out,$$seed)/$(file)) SEED=$$seed OUT=$(call lab-out,$$seed) \
+    || exit 1; done)
 of-seeds = $(foreach seed,$(lab-seeds),$(call lab-out,$(seed))/$(1))
 SCORES = --baseline $(OUT)/sft.pt --reference $(OUT)/sft.pt --show 0
 PROMPTS = $(WORLD)/prompts_held_out.jsonl
@@ -16,8 +17,9 @@ PROMPTS = $(WORLD)/prompts_held_out.jsonl
 
 .PHONY: results
 results: SEEDS = 3
+needs-results = rm.report.txt best_of_8.txt scorecard.txt greedy.json
 results: .venv/installed  ## the demo over several seeds (by default 3), and its tables for docs/results.md
-	$(call over-seeds,rm.report.txt best_of_8.txt scorecard.txt greedy.json)
+	$(over-seeds)
 	@cat $(call of-seeds,rm.report.txt) $(call of-seeds,best_of_8.txt) $(call of-seeds,scorecard.txt)
 	$(PY) -m lab.seeds $(call of-seeds,scorecard.json)
 	$(PY) -m lab.seeds $(call of-seeds,greedy.json)
@@ -46,8 +48,9 @@ method-dapo = train_grpo.py --kind dapo $(from-prompts)
 method-rloo = train_grpo.py --kind rloo $(from-prompts)
 
 .PHONY: scoreboard
+needs-scoreboard = scoreboard/scorecard.json
 scoreboard: .venv/installed  ## every method under one budget, measured (docs/methods.md)
-	$(call over-seeds,scoreboard/scorecard.json)
+	$(over-seeds)
 	$(PY) -m lab.scoreboard $(call of-seeds,scoreboard)
 
 BOARD_CHECKPOINTS = $(OUT)/sft.pt $(METHODS:%=$(BOARD)/%.pt)
@@ -62,8 +65,9 @@ from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_
   --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch $(if $(filter 0,$(MICRO)),0,64) --steps $(FEW) --eval-every 10
 
 .PHONY: sums
+needs-sums = sums.pt
 sums: .venv/installed  ## GRPO on sums of several steps, rewarded for the exact answer
-	$(call over-seeds,sums.pt)
+	$(over-seeds)
 	$(PY) -m lab.progress $(call of-seeds,sums.metrics.jsonl)
 $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
 	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
@@ -78,8 +82,9 @@ $(OUT)/prm-rollouts.pt: $(OUT)/steps.rollouts.jsonl $(OUT)/steps_held_out.jsonl 
 	$(PRM) --data $< --out $@
 
 .PHONY: prm
+needs-prm = best_of_n.txt best_of_n.rollouts.txt
 prm: .venv/installed  ## score every step: process reward models, best of n, search
-	$(call over-seeds,best_of_n.txt best_of_n.rollouts.txt)
+	$(over-seeds)
 	@cat $(call of-seeds,best_of_n.txt) $(call of-seeds,best_of_n.rollouts.txt)
 	$(PY) -m lab.prm curves --tables $(call of-seeds,best_of_n.csv)
 
@@ -163,8 +168,9 @@ $(CAI)/scorecard.json: $(PROMPTS) $(CAI_CHECKPOINTS) $(CAI)/judges.txt evaluate.
 	  --out $@ > $(CAI)/scorecard.txt
 
 .PHONY: cai
+needs-cai = cai/scorecard.json
 cai: .venv/installed  ## Constitutional AI and RLAIF beside people's preferences, measured
-	$(call over-seeds,cai/scorecard.json)
+	$(over-seeds)
 	@cat $(call of-seeds,cai/judges.txt)
 	@echo "few, mixed and ai cost the same: $(PRICE) AI labels for the price of a person's"
 	$(PY) -m lab.seeds $(call of-seeds,cai/scorecard.json)
@@ -193,8 +199,9 @@ run-adaptive = $(from-sft) --reward $(OUT)/rm.pt --kl-target 2 --kl-horizon 500
 run-continued = --init $(OUT)/ppo.pt --reference $(OUT)/sft.pt --reward $(OUT)/rm.pt
 
 .PHONY: hacking iterate
+needs-hacking = hacking/scorecard.json
 hacking: .venv/installed  ## reward hacking and its mitigations, measured
-	$(call over-seeds,hacking/scorecard.json)
+	$(over-seeds)
 	$(PY) -m lab.hacking report $(call of-seeds,hacking)
 
 .PRECIOUS: $(OUT)/rm.%.pt
@@ -235,8 +242,9 @@ ATTACKS = lab/red_team.py lab/attacks.py
 GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --micro-batch $(MICRO) --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 
 .PHONY: red-team
+needs-red-team = $(patsubst %,red-team/%.txt,policies before after)
 red-team: .venv/installed  ## attack policies and the reward model; retrain it on what fooled it
-	$(call over-seeds,$(patsubst %,red-team/%.txt,policies before after))
+	$(over-seeds)
 	@cat $(foreach name,policies before after,$(call of-seeds,red-team/$(name).txt))
 	$(PY) -m lab.red_team_table $(call of-seeds,red-team)
 
@@ -277,8 +285,9 @@ POINTS = $(addprefix share-,0 0.2 0.5 1) $(addprefix beta-,0.1 0.3 3) $(addprefi
 .PRECIOUS: $(PARETO)/share-%.jsonl
 
 .PHONY: pareto
+needs-pareto = pareto/scorecard.json
 pareto: .venv/installed  ## safety against helpfulness: the Pareto front; PLOT=pareto.png draws it
-	$(call over-seeds,pareto/scorecard.json)
+	$(over-seeds)
 	$(PY) -m lab.pareto report --folders $(call of-seeds,pareto) $(PLOT:%=--plot %)
 
 $(PARETO)/harmless.jsonl: $(OUT)/pairs.jsonl
@@ -316,8 +325,9 @@ weak-to-strong-confident = -m lab.weak_to_strong train --data $(WEAK)/labels.jso
 weak-to-strong-ceiling = train_rm.py --data $(WEAK)/ceiling.jsonl --init $(OUT)/sft.pt
 
 .PHONY: weak-to-strong
+needs-weak-to-strong = $(patsubst %,weak-to-strong/%.pt,weak naive confident ceiling)
 weak-to-strong: .venv/installed  ## a small model's labels supervise a larger one: the gap recovered
-	$(call over-seeds,$(patsubst %,weak-to-strong/%.pt,weak naive confident ceiling))
+	$(over-seeds)
 	$(PY) -m lab.weak_to_strong report $(call of-seeds,weak-to-strong)
 
 $(WEAK)/base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
@@ -360,8 +370,9 @@ bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.
 READER = $(OUT)/reader
 READERS = reader plain deep more
 .PHONY: reader
+needs-reader = $(READERS:%=reader/%.json) $(READERS:%=reader/%.unseen.json)
 reader: .venv/installed  ## ablation of the reward model's reader: plain, twice as deep, more pairs
-	$(call over-seeds,$(READERS:%=reader/%.json) $(READERS:%=reader/%.unseen.json))
+	$(over-seeds)
 	$(PY) -m lab.reader $(call of-seeds,reader)
 
 $(OUT)/unseen.jsonl: $(PROMPTS) $(OUT)/sft.pt collect.py nanoalign/world/people.py
@@ -470,8 +481,9 @@ $(CLAIMS)/scorecard.json: $(PROMPTS) $(CLAIM_POLICIES) evaluate.py
 	$(SCORECARD) --checkpoints $(OUT)/sft.pt $(CLAIM_POLICIES) $(SCORES) --out $@ > $(CLAIMS)/scorecard.txt
 
 .PHONY: claims
+needs-claims = rm.report.txt scoreboard/scorecard.json hacking/beta-0.pt hacking/beta-0.1.pt $(CLAIM_REWARDS:$(OUT)/%=%) claims/scorecard.json
 claims: .venv/installed  ## the textbook on trial: every claim, its experiment, the figure, the verdict
-	$(call over-seeds,rm.report.txt scoreboard/scorecard.json hacking/beta-0.pt hacking/beta-0.1.pt $(CLAIM_REWARDS:$(OUT)/%=%) claims/scorecard.json)
+	$(over-seeds)
 	$(PY) -m lab.claims $(call of-seeds,)
 
 # ------------------------------------------------------------------------------------- a pretended GPU
@@ -535,3 +547,10 @@ $(REAL)/grpo.scorecard.json: $(REAL)/grpo.pt lab/tips.py
 $(REAL)/perplexity.txt: $(REAL)/dpo.pt $(REAL)/grpo.pt lab/perplexity.py
 	$(PY) -m lab.perplexity --checkpoints $(REAL)/smollm2.pt $(REAL)/dpo.pt $(REAL)/grpo.pt \
 	  --prompts $(REAL)/hh.questions.jsonl $(if $(filter tiny,$(SIZE)),--count 2) > $@
+
+# --------------------------------------------------------------------------------------------- one graph
+
+ifeq ($(SEEDS),1)
+$(foreach target,scoreboard sums prm cai hacking red-team pareto weak-to-strong reader claims,\
+  $(eval $(target): $(addprefix $(OUT)/,$(needs-$(target)))))
+endif

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # tiny tensors; and a subprocess can then be compared bit for bit
+os.environ["OMP_NUM_THREADS"] = "1"  # in subprocesses: two threads for tiny tensors mostly wait
 
 
 def pytest_addoption(parser):
@@ -73,7 +74,7 @@ def double():
 @pytest.fixture(scope="session")
 def run():
     """run(script, *arguments, input=…) → (exit status, stdout, stderr)."""
-    surroundings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    surroundings = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
     def run(*command, input=""):
         done = subprocess.run(

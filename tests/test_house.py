@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_no_two_files_of_tests_have_the_same_name():
     """Of two that do, pytest collects neither: it imports them by their names alone."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
+
+
+def test_tests_of_parity_are_those_of_one_folder():
+    """`make parity` looks nowhere else, and `make test` not there: their imports take as long as the rest."""
+    mark = re.compile(r"^(pytestmark = \[?| *@)pytest\.mark\.parity\b", re.MULTILINE)
+    tests = {*(ROOT / "tests").rglob("test_*.py")}
+    marked = {path for path in tests if mark.search(path.read_text(encoding="utf-8"))}
+    assert marked and marked == {path for path in tests if path.parent.name == "parity"}
 
 
 # ------------------------------------------------------------------------------------------------- lines
