@@ -131,8 +131,8 @@ def evaluate(model: ScalarGPT, examples: list, tokenizer, device) -> dict[str, f
     p, labels = [], []
     for start in range(0, len(examples), 128):
         ids, at, _ = batch_of(examples[start : start + 128], tokenizer, device)
-        read, at = model(ids).float().sigmoid().cpu(), at.cpu()
-        p += [row[y != UNLABELLED].numpy() for row, y in zip(read, at)]
+        z, at = model(ids).float().cpu(), at.cpu()
+        p += [row[y != UNLABELLED].numpy() for row, y in zip(z.sigmoid(), at)]
         labels += [y[y != UNLABELLED].numpy() for y in at]
     flat, truth = (np.concatenate(x).astype(np.float64) for x in (p, labels))
     right = truth >= 0.5

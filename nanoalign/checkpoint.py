@@ -195,7 +195,8 @@ def save_partial(config, model, optimizer, *, step: int, data: str, **rest) -> N
 
 
 def must_be_finite(model, step: int) -> None:
-    if parallel.meet(not all(part(weights).isfinite().all() for weights in model.state_dict().values())):
+    finite = [part(weights).isfinite().all() for weights in model.state_dict().values()]
+    if parallel.meet(not torch.stack(finite).all()):  # one wait for a GPU, not one a tensor
         raise UserError(
             f"the model's weights are no longer finite numbers at step {step}; nothing was saved since the "
             "last checkpoint. Lower --lr, lengthen --warmup, or look for broken rows in the data."

@@ -246,11 +246,13 @@ class Metrics:
         self.tokens = self.tokens_before = max((row.get("tokens", 0) for row in kept), default=0)
         self.begin = time.monotonic()
 
-    def log(self, step: int, **values) -> dict:
-        """Write one row after `step` steps; returns it. A loss that is not finite stops the run."""
+    def log(self, step: int, optional=(), **values) -> dict:
+        """Write one row after `step` steps; returns it, without those `optional` ones, by name, that are NaN:
+        means over nothing. A loss that is not finite stops the run."""
         names = [k for k, v in values.items() if isinstance(v, torch.Tensor)]
         if names:  # the one sync
             values.update(zip(names, torch.stack([values[k].detach().float() for k in names]).tolist()))
+        values = {k: v for k, v in values.items() if k not in optional or v == v}
         values = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         elapsed = time.monotonic() - self.begin
         read = sum(parallel.everyone(self.tokens - self.tokens_before))

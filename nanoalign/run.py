@@ -202,14 +202,13 @@ class Run:
         return parallel.total(values.max(), largest=True)
 
     def means(self) -> dict[str, Tensor]:
-        """What was added in this step, by all processes, by name; not what no mask held for."""
+        """What was added in this step, by all processes, by name; NaN where no mask held."""
         values = [*self.sums.values(), *self.masks.values()]
         if parallel.size() > 1:
             values = parallel.total(torch.stack([value.double() for value in values]))
         sums, masks = dict(zip(self.sums, values)), dict(zip(self.masks, values[len(self.sums) :]))
         count = self.count or len(self.order[self.step])
-        told = [name for name in sums if name not in masks or masks[name] > 0]
-        return {name: sums[name] / masks.get(name, count) for name in told}
+        return {name: sums[name] / masks.get(name, count) for name in sums}
 
     def must_start_at(self, due: float, what: str) -> None:
         """Step-0 check: the first loss is what theory says, or policy and reference disagree."""
@@ -250,7 +249,7 @@ class Run:
         if not (self.done % self.config.log_every == 0 or self.done in (1, self.steps) or self.saves):
             return {}
         own = {"grad_norm": self.grad_norm, "lr": self.lr, **self.laps}
-        return self.metrics.log(self.done, **more, **self.means(), **own)
+        return self.metrics.log(self.done, self.masks, **more, **self.means(), **own)
 
     def show(self, result: dict[str, float], rows=(), texts=(), scores=()) -> None:
         """Log and print what an evaluation found; print answers to the prompts of rows, and their scores."""

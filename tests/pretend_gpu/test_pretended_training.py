@@ -105,13 +105,12 @@ def waits_by_step(script, config, monkeypatch) -> list[dict]:
 RARE = {"log_every": 100, "eval_every": 100, "save_every": 100, "steps": 5, "micro_batch": 4}
 
 
-NAMED = pytest.param("kto", 1, 1, marks=pytest.mark.xfail(reason="and once more for each mean over a mask"))
 EACH = [
     (stage, every, due) for stage in STAGES if stage not in ON_POLICY for every, due in ((100, 0), (1, 1))
 ]
 
 
-@pytest.mark.parametrize("stage, log_every, due", [*(x for x in EACH if x != ("kto", 1, 1)), NAMED])
+@pytest.mark.parametrize("stage, log_every, due", EACH)
 def test_a_step_never_waits_for_the_gpu_and_a_logged_one_once(stage, log_every, due, start, monkeypatch):
     script, config = start(stage, device="cuda", **{**RARE, "log_every": log_every})
     for found in waits_by_step(script, config, monkeypatch)[1:]:  # the first step's is logged, and checked
