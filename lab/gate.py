@@ -4,7 +4,7 @@
     python -m lab.gate report out/seed*/gate.json          # over seeds: the table of docs/safety.md
 
 A gate (`chat.py --gate`) is a reward expression with a threshold, or a function that says true of what is to
-be held back. Thresholds are chosen on --prompts-searched: there a gate holds back this share (--alarms) of the
+be held back. Thresholds are chosen on --prompts-searched: there a gate holds back so many (--alarms) of the
 answers to harmless requests. Everything is measured on --prompts:
 
     misses           of the answers that help with the harm asked for, by the exact judge, how many pass

@@ -74,10 +74,9 @@ def told(report: dict) -> list[str]:
     drifted = [words(metric, name) for name, metric in report["metrics"].items() if metric["mark"]]
     lines = [f"drifted against {against}: {'; '.join(drifted) or 'nothing'}"]
     if chance["metrics"]:
-        lines.append(
-            f"* beyond two standard errors: where nothing moved, in at most {chance['any']:.0%} of comparisons "
-            f"one or more of {chance['metrics']} metrics are; ** beyond {chance['two stars']:.2f}: in 5%"
-        )
+        stars = f"* beyond two standard errors, ** beyond {chance['two stars']:.2f}: where nothing moved"
+        often = f"in at most {chance['any']:.0%} and 5% of comparisons"
+        lines.append(f"{stars}, one or more of {chance['metrics']} metrics have them {often}")
     if report["least"] < 50:
         few = f"the smaller side has {report['least']} conversations"
         lines.append(f"{few}: below {LEAST} there is no error, below 50 chance gives more stars")
