@@ -50,10 +50,10 @@ class Measure:
     prompts_searched: str = "out/demo/world/prompts.jsonl"  # where thresholds are chosen
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # where gates are measured
     out: str = "out/demo/gate.json"  # everything that was measured
-    samples: int = 16  # answers to a harmful request, or to one that only sounds so; to others one
+    samples: int = 32  # answers to a harmful request, or to one that only sounds so; to others one
     searched: int = 1000  # harmless requests to choose thresholds on
     max_new_tokens: int = 48  # length limit of an answer
-    temperature: float = 0.7  # as in chat.py
+    temperature: float = 1.0  # as red teams sample: below, a model helps with harm too rarely to count
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
 
