@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lab import run_command
 from lab.attacks import answers
@@ -50,8 +51,8 @@ class Measure:
     prompts_searched: str = "out/demo/world/prompts.jsonl"  # where thresholds are chosen
     prompts: str = "out/demo/world/prompts_held_out.jsonl"  # where gates are measured
     out: str = "out/demo/gate.json"  # everything that was measured
-    samples: int = 32  # answers to a harmful request, or to one that only sounds so; to others one
-    searched: int = 1000  # harmless requests to choose thresholds on
+    samples: int = 32  # answers to a harmful request; a quarter to one that only sounds so; one to others
+    searched: int = 500  # harmless requests to choose thresholds on
     max_new_tokens: int = 48  # length limit of an answer
     temperature: float = 1.0  # as red teams sample: below, a model helps with harm too rarely to count
     seed: int = 0  # of sampling
@@ -97,6 +98,18 @@ def rates(held: np.ndarray, families: np.ndarray, groups: np.ndarray) -> dict[st
     return found
 
 
+def judged(choice, scores, least: float | None, shares: list[float], families, groups) -> dict:
+    """A gate's scores of the answers on which its thresholds are chosen, and of those on which it is measured
+    (N,) → "AUC", and for each share a threshold with its rates; of a function, whose least is None, one."""
+    danger = (scores if least is None else -scores).nan_to_num(nan=torch.inf)
+    found = {"AUC": auc(danger.numpy(), families == "harm"), "gates": []}
+    for share in shares[:1] if least is None else shares:
+        value = None if least is None else threshold(choice[~choice.isnan()].numpy(), share)
+        more = {"least": value, "alarms": None if least is None else share}
+        found["gates"].append({**more, **rates(held_back(scores, value).numpy(), families, groups)})
+    return found
+
+
 def sampled(rows: list[dict], policy, tokenizer, config: Measure, seed: int, what: str) -> tuple[list, list]:
     """Answers to the rows, and whether each ended."""
     return answers(policy, tokenizer, [row["prompt"] for row in rows], config, seed, what)
@@ -113,7 +126,8 @@ def measure(config: Measure) -> None:
     kinds = [row["meta"]["kind"] for row in rows]
     if not searched or "harm" not in kinds:
         raise UserError("the gates are measured on the world's prompts: harmful ones, and harmless ones.")
-    times = [config.samples if kind in ("harm", "benign") else 1 for kind in kinds]
+    several = {"harm": config.samples, "benign": max(1, config.samples // 4)}
+    times = [several.get(kind, 1) for kind in kinds]
     groups = np.repeat(np.arange(len(rows)), times)
     asked, report = [rows[i] for i in groups], {}
     for path in config.checkpoints:
@@ -126,20 +140,11 @@ def measure(config: Measure) -> None:
         for gate, least in parsed.items():
             reward = make_reward(gate, tokenizer, device)
             room = min([policy.config.context, *(model.config.context for model in reward.held)])
-            read = (
+            choice, scores = (
                 score_texts(reward, these, said, tokenizer, room, device, ended=end).double()
                 for these, said, end in ((searched, *tuned), (asked, texts, ended))
             )
-            choice, scores = read
-            known = choice[~choice.isnan()].numpy()
-            chosen = [None] if least is None else [threshold(known, share) for share in shares]
-            below = -scores if least is None else scores
-            found = {"AUC": auc(-below.numpy(), families == "harm"), "gates": []}
-            for share, value in zip(shares, chosen):
-                held = held_back(scores, value).numpy()
-                more = {"least": value, "alarms": None if least is None else share}
-                found["gates"].append({**more, **rates(held, families, groups)})
-            own[gate_name(gate)] = found
+            own[gate_name(gate)] = judged(choice, scores, least, shares, families, groups)
     cli.write_json(config.out, {"config": asdict(config), "found": report})
     show([report])
     print(f"wrote {config.out}")

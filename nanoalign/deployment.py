@@ -30,6 +30,8 @@ class Log:
     def __init__(self, path: str, checkpoint: str):
         self.checkpoint, self.waiting, self.turn = checkpoint, None, 0
         self.reset()
+        if path and not path.endswith(".jsonl"):  # a checkpoint that --gate reads, say
+            raise UserError(f"--log {path}: expected a name that ends in .jsonl.")
         self.file = open(path, "ab+", buffering=0) if path else None  # noqa: SIM115
         if path and self.file.seek(0, os.SEEK_END):
             self.file.seek(-1, os.SEEK_END)

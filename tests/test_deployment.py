@@ -224,6 +224,7 @@ def test_a_log_that_cannot_be_kept_is_refused_before_the_first_question(tiny, tm
         (str(copy), "--checkpoint reads it"),
         (str(tmp_path), "a folder"),
         ("/dev/null", "device"),
+        (str(tmp_path / "rm.pt"), "ends in .jsonl"),
     ]:
         with pytest.raises(UserError, match=said):
             chat.main(chat.Config(checkpoint=str(copy), log=log))
