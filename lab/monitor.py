@@ -32,8 +32,9 @@ from lab.chats import LEAST, LINES, compare, read_log, span
 from lab.seeds import read_report
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_scalar
+from nanoalign.expressions import parse_reward
 from nanoalign.files import beside
-from nanoalign.rewards import load_function, make_reward, reward_models, score_texts
+from nanoalign.rewards import load_function, make_reward, score_texts
 from nanoalign.rows import write_rows
 from nanoalign.statistics import print_table
 from nanoalign.terminal import visible
@@ -136,7 +137,7 @@ def columns(report: dict) -> list[str]:
 
 def scorer(expression: str, device):
     """--reward → score(rows) → scores (N,); NaN where there is no room."""
-    if not (models := reward_models(expression)):
+    if not (models := [file for t in parse_reward(expression) if t.kind != "function" for file in t.files]):
         raise UserError(f"--reward {expression} names no checkpoint; functions of your own are for --checks.")
     tokenizer = load_scalar(models[0], device)[1]
     reward = make_reward(expression, tokenizer, device)
@@ -153,13 +154,15 @@ def scorer(expression: str, device):
 
 
 def draw(config: Config, talks: list) -> None:
-    """Write answers for an audit, drawn from all that were shown, without their thumbs; not over one that
-    somebody has begun."""
+    """Write answers for an audit, drawn from all that were shown; not over one that somebody has begun."""
     path = Path(beside(config.log, ".audit.jsonl"))
+    shown = [row for talk in talks for row in talk if "held" not in row["meta"]]
+    if not shown:
+        print("monitor: every answer was held back: there is none to judge")
+        return
     if path.exists():
         print(f"monitor: {path} is there already, and kept: move it away to draw another sample")
     else:
-        shown = [row for talk in talks for row in talk if "held" not in row["meta"]]
         drawn = random.Random(f"{config.seed}-audit").sample(shown, min(config.audit, len(shown)))
         write_rows(str(path), ({**row, "votes": []} for row in rows_of(drawn)))
     print(f"monitor: to judge them: python -m lab.audit --answers {path}")

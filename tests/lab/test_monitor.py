@@ -318,6 +318,13 @@ def test_an_audit_is_a_random_sample_of_what_was_shown_and_is_not_drawn_twice(tm
     assert path.read_text() != before
 
 
+def test_where_all_was_held_back_there_is_nothing_to_judge(tmp_path, capsys):
+    log = write_lines(tmp_path / "chats.jsonl", [answer("A.", f"t{i}", held="rm.pt:0") for i in range(6)])
+    assert {*run(log, audit=3)["metrics"]} == {"held back"}
+    assert "every answer was held back" in capsys.readouterr().out
+    assert not (tmp_path / "chats.audit.jsonl").exists()
+
+
 def test_verdicts_are_kept_at_every_key_shown_without_thumbs_and_read_by_kto(tmp_path, type_keys, capsys):
     rows = [answer(f"Answer {i}.", f"t{i}", label=[None, True, False][i % 3]) for i in range(6)]
     log = write_lines(tmp_path / "chats.jsonl", rows)
