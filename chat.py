@@ -1,7 +1,8 @@
 """Talk to a checkpoint: several turns, streaming. /reset forgets the conversation, /quit (or Ctrl-D) leaves.
 
 python chat.py --checkpoint out/demo/dpo.pt
-echo "What is the capital of Japan?" | python chat.py
+python chat.py --log chats.jsonl            # keeps every answer; /good and /bad label the last: train_kto.py
+python chat.py --gate out/demo/rm.pt:-1.5   # what scores less is held back (docs/deployment.md)
 """
 
 import sys
@@ -11,6 +12,8 @@ import torch
 
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
+from nanoalign.deployment import Log, make_gate
+from nanoalign.files import check_outputs
 from nanoalign.generate import stream
 from nanoalign.seeds import derived_seed
 from nanoalign.terminal import visible
@@ -24,9 +27,16 @@ class Config:
     max_new_tokens: int = 128  # length limit of an answer
     temperature: float = 0.7  # of sampling; 0: greedy
     top_k: int = 0  # sample from the k likeliest tokens only; 0: from all
-    top_p: float = 0.95  # sample from the likeliest tokens that together have this probability
+    top_p: float = 0.95  # sample from the likeliest tokens of this probability together
     seed: int = 0  # of sampling
     device: str = "auto"  # auto, cpu, cuda, …
+    log: str = ""  # keep every answer here; /good and /bad label the last
+    gate: str = ""  # hold back by rm.pt:THRESHOLD (what scores less) or file.py:function
+
+    also_written = ("log",)
+
+    def outputs(self) -> list[str]:
+        return []  # none to lock: chats may share a log
 
 
 def fit(messages: list[dict], tokenizer, plain: bool, limit: int):
@@ -41,60 +51,77 @@ def fit(messages: list[dict], tokenizer, plain: bool, limit: int):
     return ids
 
 
-def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> str:
-    """Stream an answer to the terminal → its text."""
-    written, shown = [], ""
+def say(policy, tokenizer, ids, config: Config, seed: int, device, autocast) -> tuple[str, bool]:
+    """An answer → its text, and whether it ended by itself; streamed to the terminal, but for a gate."""
+    written, shown, ended = [], "", False
     prompt, lengths = torch.from_numpy(ids)[None].to(device), torch.tensor([len(ids)], device=device)
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p, "seed": seed}
     with autocast:
-        for _, token, _, alive in stream(
-            policy, prompt, lengths, config.max_new_tokens, tokenizer.end, **sampling
-        ):
-            if not alive.item() or token.item() == tokenizer.end:
+        tokens = stream(policy, prompt, lengths, config.max_new_tokens, tokenizer.end, **sampling)
+        for _, token, _, alive in tokens:
+            if ended := not alive.item() or token.item() == tokenizer.end:
                 break
             written.append(token.item())
             text = tokenizer.decode_response(written)
             if not text.endswith("�"):  # a character may be spread over several tokens
-                print(visible(text[len(shown) :]), end="", flush=True)
+                if not config.gate:
+                    print(visible(text[len(shown) :]), end="", flush=True)
                 shown = text
-    print()
-    return shown
+    print(end="" if config.gate else "\n")
+    return shown, ended
+
+
+def typed(log: Log, interactive: bool):
+    """Lines and /reset, until /quit or the end."""
+    while True:
+        try:
+            text = input("you: " if interactive else "").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text in ("/good", "/bad"):
+            print(f"({log.rate(text == '/good')})")
+        elif text:
+            yield text
 
 
 def main(config: Config) -> None:
     if not sys.stdin:
         raise UserError("there is nobody to talk to: standard input is closed.")
+    check_outputs(config, [config.log] if config.log else [])
     device, autocast = setup(config)
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
-    plain = not checkpoint["chat"]
     opening = [{"role": "system", "content": config.system}] if config.system else []
-    messages, turn, interactive = list(opening), 0, sys.stdin.isatty()
-    limit = policy.config.context - min(config.max_new_tokens, policy.config.context // 2)
+    messages, interactive = list(opening), sys.stdin.isatty()
+    context = policy.config.context
+    limit = context - min(config.max_new_tokens, context // 2)
+    gate = make_gate(config.gate, tokenizer, device, context)
     print(visible(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves."))
-    while True:
-        try:
-            text = input("you: " if interactive else "").strip()
-        except EOFError:
-            break
-        if text == "/quit":
-            break
-        if text == "/reset":
-            messages = list(opening)
-        if text in ("/reset", ""):
-            continue
-        messages.append({"role": "user", "content": text})
-        try:
-            ids = fit(messages, tokenizer, plain, limit)
-        except UserError as error:
-            print(f"({error})", file=sys.stderr)
-            messages.pop()
-            continue
-        print(f"{'model: ' if interactive else ''}", end="")
-        answer = say(
-            policy, tokenizer, ids, config, derived_seed(config.seed, "turn", turn), device, autocast
-        )
-        messages.append({"role": "assistant", "content": answer})
-        turn += 1
+    with Log(config.log, config.checkpoint) as log:
+        for text in typed(log, interactive):
+            if text == "/reset":
+                messages = list(opening)
+                log.reset()
+                continue
+            messages.append({"role": "user", "content": text})
+            try:
+                ids = fit(messages, tokenizer, not checkpoint["chat"], limit)
+            except UserError as error:
+                print(f"({error})", file=sys.stderr)
+                messages.pop()
+                continue
+            print("model: " if interactive else "", end="")
+            seed = derived_seed(config.seed, "turn", log.turn)
+            answer, ended = say(policy, tokenizer, ids, config, seed, device, autocast)
+            held = gate(messages, answer, ended)
+            if config.gate:
+                print(f"(held back, the question forgotten: {held})" if held else visible(answer))
+            log.add(messages, answer, ended, held)
+            if held:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
 
 
 if __name__ == "__main__":

@@ -99,15 +99,15 @@ def question(comparison: dict, swapped: bool) -> str:
     return asked + "\n\n" + "\n".join(f"{left:<{column}} │ {right}" for left, right in rows)
 
 
-def ask(keys: str) -> str:
+def ask(keys: str, names: dict[str, str] = KEYS) -> str:
     """The next of these keys: a key of a terminal, a line (the key or its name) of anything else."""
-    print("  ".join(f"{key} {KEYS[key]}" for key in keys), end="  > ", flush=True)
+    print("  ".join(f"{key} {names[key]}" for key in keys), end="  > ", flush=True)
     while True:
         typed = sys.stdin.read(1) if sys.stdin.isatty() and termios else sys.stdin.readline()
         word = typed.strip().lower() if typed not in ("", "\x04") else "q"
         for key in keys:
-            if word in (key, KEYS[key]):
-                print(KEYS[key])
+            if word in (key, names[key]):
+                print(names[key])
                 return key
         print(f"{visible(word)!r} is none of these keys", end="  > ", flush=True)
 

@@ -314,6 +314,15 @@ PARETO_CHECKPOINTS = $(OUT)/sft.pt $(POINTS:%=$(PARETO)/%.pt)
 $(PARETO)/scorecard.json: $(PROMPTS) $(PARETO_CHECKPOINTS) evaluate.py
 	$(SCORECARD) --checkpoints $(PARETO_CHECKPOINTS) $(SCORES) --out $@ > $(PARETO)/scorecard.txt
 
+# What a gate at the chat holds back (docs/deployment.md): its misses and its false alarms.
+.PHONY: gate
+gate: .venv/installed  ## what a gate before the chat misses, and what it holds back for nothing
+	$(call over-seeds,gate.json)
+	$(PY) -m lab.gate report --reports $(call of-seeds,gate.json)
+$(OUT)/gate.json: $(PROMPTS) $(OUT)/rm.pt $(PARETO)/harmless.pt $(OUT)/sft.pt $(OUT)/dpo.pt lab/gate.py
+	$(PY) -m lab.gate measure --checkpoints $(OUT)/sft.pt $(OUT)/dpo.pt --gates $(OUT)/rm.pt $(PARETO)/harmless.pt \
+	  lab/gate.py:tells_how --prompts-searched $(WORLD)/prompts.jsonl --prompts $(PROMPTS) --out $@ $(FLAGS)
+
 # ---------------------------------------------------------------------------------------- weak to strong
 # A small model's reward model labels pairs for a larger one (naive; confident: with a loss of its own), beside the
 # larger one on the exact judge's labels of the same pairs (ceiling).

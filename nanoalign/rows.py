@@ -16,7 +16,7 @@ what they may be); any row may carry a "system" message to come first, and "meta
               probability that a is better, 0.5 for a tie, null for a skipped one: collect.py's record
     labelled  {"prompt", "completion", "label": bool} · {"messages", "label"}, of the last message · a pair,
               as one row up and one down · GSM8K's model solutions {"question", NAME: {"solution",
-              "is_correct"}}, a row per solution
+              "is_correct"}}, a row per solution; "unrated": true in place of a label is left out, and counted
     steps     {"prompt", "completions": [str…], "labels": [bool|probability|null…]}, optionally "label": bool,
               of the final answer, and "neutral": [number of a step, from 0…]; lab/convert_steps.py makes such
               rows of PRM800K's, Math-Shepherd's and labelled ones
@@ -51,15 +51,13 @@ from nanoalign.messages import (
 
 UNREAD = (
     "input", "instruction", "context", "history", "system_prompt", "conversation", "conversations", "tools",
-    "functions", "image", "images", "videos", "audio", "documents",
+    "functions", "image", "images", "videos", "audio", "documents", "unrated",
 )  # fmt: skip
 NAMES = (  # what --fields may give another name to
     "text", "messages", "system", "prompt", "completion", "question", "answer", "chosen", "rejected",
     "margin", "probability", "responses", "ranking", "scores", "label", "completions", "labels", "neutral",
     "meta",
 )  # fmt: skip
-
-
 JSONL = (".jsonl", ".json", ".ndjson", ".jsonlines")
 
 
@@ -201,7 +199,7 @@ def parse_labelled(row: dict) -> list[dict]:
     """→ rows {"prompt": messages, "completion": str, "label": bool, "meta"}, of a pair with the "probability"
     that it is right, if that is given; of a tie none."""
     one_of(row, "messages", "completion", "chosen")
-    one_of(row, "label", "chosen")
+    one_of(row, "label", "chosen", "unrated")
     if "chosen" in row:
         pair = parse_pair(row)
         shared = {name: pair[name] for name in ("prompt", "meta", "probability") if name in pair}
@@ -221,6 +219,8 @@ def parse_labelled(row: dict) -> list[dict]:
         return [one for side in sides for one in parse_labelled({**shared, **side})]
     else:
         said, prompt = read_response(row, "completion"), read_prompt(row)
+    if read(row, "unrated", "true or false", False):
+        return []
     label, meta = read(row, "label", "true or false"), read_meta(row)
     return [{"prompt": prompt, "completion": said, "label": label, "meta": meta}]
 
@@ -312,7 +312,7 @@ def read_rows(
             unseen -= row.keys()
             row = renamed(row, names)
             parsed = (parse or PARSERS[kind])(row)
-            if not parse and kind != "text":
+            if not parse and kind != "text" and parsed != []:
                 check_unread(row)
             rows += parsed if isinstance(parsed, list) else [parsed]
             none += parsed == []

@@ -20,7 +20,7 @@ def converse(monkeypatch, capsys, sft):
 
         def say(policy, tokenizer, ids, *rest):
             seen.append(tokenizer.decode(ids, specials=True))
-            return f"A{len(seen)}"
+            return f"A{len(seen)}", True
 
         monkeypatch.setattr(chat, "say", say)
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))

@@ -15,7 +15,7 @@ from conftest import ROOT
 EFFECTS = "cat cd cp grep awk make mkdir rm source touch"  # what the scripts call beside python
 NOTE = """python() { printf '%s\\x1f' "$@" >> "$NOTES"; echo >> "$NOTES"; }\n"""
 NOTE += "".join(f"{name}() {{ :; }}\n" for name in EFFECTS.split())
-LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto weak-to-strong reader"
+LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto gate weak-to-strong reader"
 TARGETS = ["demo", *LAB.split(), "claims", "real", "bench"]
 SPEEDRUN = (ROOT / "speedrun.sh").read_text()
 
