@@ -40,8 +40,8 @@ def read(method: str) -> dict:
         raise UserError(f"{method} has no band in {BANDS} (lab.bands writes it); known: {known}.") from None
 
 
-def panel(bands: dict, names: list[str], left: int) -> str:
-    """One small picture of one or two metrics, `left` pixels from the edge."""
+def panel(bands: dict, names: list[str], left: int, wide: int = WIDE) -> str:
+    """One small picture of one or two metrics, `left` pixels from the edge and so `wide`."""
     known = [bands[name] for name in names]
     low, high = (of(chain(*(b[side] for b in known))) for of, side in ((min, "low"), (max, "high")))
     first, last = (of(chain(*(b["step"] for b in known))) for of in (min, max))
@@ -49,7 +49,7 @@ def panel(bands: dict, names: list[str], left: int) -> str:
 
     def place(step: float, value: float) -> str:
         x, y = (step - first) / (last - first), (value - low) / (high - low)
-        return f"{left + 42 + x * (WIDE - 60):.1f},{HIGH - 24 - y * (HIGH - 52):.1f}"
+        return f"{left + 42 + x * (wide - 60):.1f},{HIGH - 24 - y * (HIGH - 52):.1f}"
 
     parts = []
     for i, (name, band) in enumerate(zip(names, known)):
@@ -58,13 +58,13 @@ def panel(bands: dict, names: list[str], left: int) -> str:
         around, line = (" ".join(place(*p) for p in ps) for ps in (edge, zip(steps, band["mean"])))
         parts.append(f'<polygon points="{around}" fill="{colour}" fill-opacity="0.2"/>')
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        at = left + 42 + i * 84
+        at = left + 42 + i * (wide - 42) // 2
         parts.append(f'<text x="{at}" y="16" fill="{colour}">{escape(name)}</text>')
     for value, y in ((high, 32), (low, HIGH - 22)):
         parts.append(f'<text x="{left + 38}" y="{y}" text-anchor="end">{value:.2g}</text>')
-    for step, x, anchor in ((first, 42, "start"), (last, WIDE - 18, "end")):
+    for step, x, anchor in ((first, 42, "start"), (last, wide - 18, "end")):
         parts.append(f'<text x="{left + x}" y="{HIGH - 8}" text-anchor="{anchor}">{step:,}</text>')
-    frame = f'x="{left + 42}" y="26" width="{WIDE - 60}" height="{HIGH - 50}"'
+    frame = f'x="{left + 42}" y="26" width="{wide - 60}" height="{HIGH - 50}"'
     return f'<rect {frame} fill="none" stroke="#bbb"/>' + "".join(parts)
 
 

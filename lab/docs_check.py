@@ -21,7 +21,7 @@ import shlex
 from functools import cache
 from pathlib import Path
 
-from lab import run_on_paths
+from lab import exercises, run_on_paths
 from lab.pages import BLOCK, renewed
 from nanoalign import UserError
 
@@ -32,7 +32,11 @@ FIGURE = re.compile(r"(-?\d[\d,.]*(?: ± \d[\d.]*)?|–) <!-- (\w+): ([^>]*) -->
 DEFAULT = re.compile(r"`--([\w-]+)` \(default `([^`]*)`\)")
 NUMBER = re.compile(r"\d ?%|\d\.\d|\de-?\d")
 NO_PROSE = re.compile(r"<!--.*?-->|\]\([^)]*\)|https?://\S+|§[\d.]+")
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "chat"]
+PAGES = [
+    *sorted((ROOT / "docs/methods").glob("*.md")),
+    *(ROOT / "docs" / f"{x}.md" for x in ("README", "exercises")),
+]
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py"))]
 
 
 @cache
@@ -67,6 +71,8 @@ def tests() -> set[str]:
 def printed(command: str) -> str:
     """What a command of the laboratory prints, without a new interpreter."""
     _, _, module, *words = shlex.split(command)
+    if module == "lab.exercises":
+        return exercises.listed()
     with contextlib.redirect_stdout(io.StringIO()) as out:
         importlib.import_module(module).main(words)
     return out.getvalue().strip("\n")
@@ -125,7 +131,7 @@ def problems(text: str, folder: Path = ROOT / "docs/methods", printed=printed) -
 
 
 def main(paths: list[str]) -> None:
-    pages = [*map(Path, paths)] or [*sorted((ROOT / "docs/methods").glob("*.md")), ROOT / "docs/README.md"]
+    pages = [*map(Path, paths)] or PAGES
     texts = {page: page.read_text(encoding="utf-8") for page in pages}
     if found := [f"{page.name}: {x}" for page, text in texts.items() for x in problems(text, page.parent)]:
         raise UserError("; ".join(found))

@@ -8,11 +8,10 @@ from conftest import ROOT
 from runs import STAGES, rows
 
 from lab import bands, curves, docs_check, sweeps
-from lab.docs_check import problems
+from lab.docs_check import PAGES, problems
 from nanoalign import UserError
 
 METHODS = sorted((ROOT / "docs/methods").glob("*.md"))
-PAGES = [*METHODS, ROOT / "docs/README.md"]
 DPO = (ROOT / "docs/methods/dpo.md").read_text(encoding="utf-8")
 CLOCK = {
     "step",
