@@ -9,6 +9,7 @@ other target needs.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> None:
         titles = list(next(iter(rows.values())))
         print(f"| {page} | {' | '.join(titles)} |\n|---|{'---|' * len(titles)}")
         for what, row in rows.items():
-            name = f"`{what}`" if what.startswith("--") else what
+            name = re.sub(r"^--[^(]*[^( ]", r"`\g<0>`", what)
             print(f"| {name} | {' | '.join(row.values())} |")
     if not pages:
         if not arguments:
