@@ -45,6 +45,12 @@ def test_a_page_refers_to_what_there_is_and_quotes_what_stands_there(page):
     assert problems(page.read_text(encoding="utf-8"), page.parent) == []
 
 
+def test_every_test_that_any_page_names_is_there():
+    pages = (ROOT / "docs").rglob("*.md")
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    assert len(named) > 100 and named <= docs_check.tests()
+
+
 def test_every_method_has_a_page():
     methods = {"sft", "rm", "ppo", "grpo", "dpo", "kto", "orpo", "prm", "best-of-n", "cai"}
     assert {page.stem for page in METHODS} == methods == curves.PANELS.keys() == sweeps.SWEEPS.keys()
