@@ -316,8 +316,9 @@ $(PARETO)/scorecard.json: $(PROMPTS) $(PARETO_CHECKPOINTS) evaluate.py
 
 # What a gate at the chat holds back (docs/deployment.md): its misses and its false alarms.
 .PHONY: gate
+needs-gate = gate.json
 gate: .venv/installed  ## what a gate before the chat misses, and what it holds back for nothing
-	$(call over-seeds,gate.json)
+	$(over-seeds)
 	$(PY) -m lab.gate report --reports $(call of-seeds,gate.json)
 $(OUT)/gate.json: $(PROMPTS) $(OUT)/rm.pt $(PARETO)/harmless.pt $(OUT)/sft.pt $(OUT)/dpo.pt lab/gate.py
 	$(PY) -m lab.gate measure --checkpoints $(OUT)/sft.pt $(OUT)/dpo.pt --gates $(OUT)/rm.pt $(PARETO)/harmless.pt \
@@ -507,6 +508,43 @@ pretend-gpu: .venv-gpu/installed  ## every script on a GPU that is not there (in
 	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  "$(shell sed -n 's/^torch==/torch===/p' constraints.txt)" -e '.[dev]'
 	@touch $@
+
+# ---------------------------------------------------------------------------------------------- the pages
+# What docs/methods show: sweeps of one knob, where no other target has them (python -m lab.sweeps and lab.curves write
+# the figures, python -m lab.pages the tables), a bug planted in a copy, and whether pages say what is so.
+
+SWEPT = sft-slow sft-fast sft-eps kto-loose kto-tight orpo-none orpo-strong grpo-loose grpo-few prm-no-lm prm-no-reader
+sweep-sft = train_sft.py --data $(WORLD)/sft.jsonl --init $(OUT)/base.pt $(SFT_FLAGS_$(SIZE))
+sweep-sft-slow = $(sweep-sft) --lr 1.5e-4
+sweep-sft-fast = $(sweep-sft) --lr 1.5e-3
+sweep-sft-eps = $(sweep-sft) --adam-eps 1e-8
+sweep-kto-loose = $(method-kto) --beta 0.01
+sweep-kto-tight = $(method-kto) --beta 1
+sweep-orpo-none = $(method-orpo) --lam 0
+sweep-orpo-strong = $(method-orpo) --lam 1
+sweep-grpo-loose = $(method-grpo) --beta 0.02
+sweep-grpo-few = $(method-grpo) --group-size 2
+sweep-prm = train_prm.py --init $(OUT)/solver.pt --data $(OUT)/steps.jsonl --eval-data $(OUT)/steps_held_out.jsonl
+sweep-prm-no-lm = $(sweep-prm) --lm-weight 0
+sweep-prm-no-reader = $(sweep-prm) --no-reader
+$(OUT)/sweeps/%.pt: $(OUT)/pairs.jsonl $(OUT)/rm.pt $(OUT)/steps.jsonl $(OUT)/steps_held_out.jsonl
+	$(train) $(sweep-$*) --out $@ --resume $(FLAGS)
+SWEPT_POLICIES = $(patsubst %,$(OUT)/sweeps/%.pt,$(filter-out prm-%,$(SWEPT)))
+$(OUT)/sweeps/scorecard.json: $(PROMPTS) $(SWEPT_POLICIES) evaluate.py
+	$(SCORECARD) --checkpoints $(OUT)/sft.pt $(SWEPT_POLICIES) $(SCORES) --samples 2 --count 240 --out $@ > $(@:.json=.txt)
+
+.PHONY: sweeps exercise docs-check
+needs-sweeps = $(patsubst %,sweeps/%.pt,$(filter prm-%,$(SWEPT))) sweeps/scorecard.json
+sweeps: .venv/installed  ## one knob at a time, for docs/methods
+	$(over-seeds)
+	@echo "into the pages:  $(PY) -m lab.sweeps $(call of-seeds,) && $(PY) -m lab.pages docs/methods/*.md"
+
+N = 1#  which of the twelve
+exercise: $(OUT)/pairs.jsonl $(OUT)/rm.pt $(OUT)/steps.jsonl $(OUT)/steps_held_out.jsonl  ## plant bug N=3 in a copy, run it, draw the curves (docs/exercises.md)
+	$(PY) -m lab.exercises plant --n $(N) --of $(OUT) --out out/exercise$(N)
+
+docs-check: .venv/installed  ## do the pages say what is so? Quotes, tests, defaults, figures
+	$(PY) -m lab.docs_check
 
 # ------------------------------------------------------------------------------------------ a real model
 # SmolLM2-135M-Instruct, from the package index: DPO with LoRA on people's pairs, GRPO with a reward that a program

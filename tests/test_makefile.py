@@ -16,7 +16,7 @@ EFFECTS = "cat cd cp grep awk make mkdir rm source touch"  # what the scripts ca
 NOTE = """python() { printf '%s\\x1f' "$@" >> "$NOTES"; echo >> "$NOTES"; }\n"""
 NOTE += "".join(f"{name}() {{ :; }}\n" for name in EFFECTS.split())
 LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto gate weak-to-strong reader"
-TARGETS = ["demo", *LAB.split(), "claims", "real", "bench"]
+TARGETS = ["demo", *LAB.split(), "claims", "sweeps", "exercise", "docs-check", "real", "bench"]
 SPEEDRUN = (ROOT / "speedrun.sh").read_text()
 
 
