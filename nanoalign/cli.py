@@ -127,7 +127,8 @@ def parse(config_class, description: str = "", argv: list[str] | None = None):
         groups[field.name in shared].add_argument(flag, **options)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():  # argparse makes an empty list of "--flag=--"
-        if value == [] or (isinstance(value, list) and not isinstance(getattr(config_class, name), tuple)):
+        listed = isinstance(getattr(config_class, name), tuple)
+        if value in ([], ["--"], "--") or (isinstance(value, list) and not listed):
             parser.error(f"argument --{name.replace('_', '-')}: expected a value, not '--'")
     config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return at_home(config)

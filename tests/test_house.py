@@ -22,7 +22,7 @@ BUDGETS = {
     "train_grpo.py": 280, "collect.py": 264, "critique.py": 146, "best_of_n.py": 272, "evaluate.py": 264,
     "chat.py": 130,
     "nanoalign/__init__.py": 5, "nanoalign/answers.py": 152,
-    "nanoalign/checkpoint.py": 248, "nanoalign/cli.py": 282,
+    "nanoalign/checkpoint.py": 248, "nanoalign/cli.py": 283,
     "nanoalign/expressions.py": 155,
     "nanoalign/compiler.py": 27, "nanoalign/contents.py": 242, "nanoalign/data.py": 268,
     "nanoalign/deployment.py": 115, "nanoalign/feedback.py": 160, "nanoalign/files.py": 258,
