@@ -239,7 +239,7 @@ $(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
 
 RED = $(OUT)/red-team
 ATTACK = $(PY) -m lab.red_team --prompts-searched $(WORLD)/prompts.jsonl --prompts $(PROMPTS) --max-new-tokens 48 \
-  $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 4)
+  $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 2 --max-new-tokens 24)
 ATTACKS = lab/red_team.py lab/attacks.py
 GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --micro-batch $(MICRO) --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 
@@ -381,10 +381,11 @@ $(OUT)/unseen.jsonl: $(PROMPTS) $(OUT)/sft.pt collect.py nanoalign/world/people.
 	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --out $@ $(FLAGS)
 $(READER)/more.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py nanoalign/world/people.py
 	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --samples 8 --out $@ $(FLAGS)
+DEEP_FLAGS_tiny = --epochs 0.2
 $(READER)/deep-base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
-	$(train) train_pretrain.py --data $< --model world-deep --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+	$(train) train_pretrain.py --data $< --model world-deep --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE)) $(DEEP_FLAGS_$(SIZE))
 $(READER)/deep-sft.pt: $(WORLD)/sft.jsonl $(READER)/deep-base.pt train_sft.py
-	$(train) train_sft.py --data $< --init $(READER)/deep-base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+	$(train) train_sft.py --data $< --init $(READER)/deep-base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE)) $(DEEP_FLAGS_$(SIZE))
 
 $(READER)/plain.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	$(RM) --no-reader --data $< --out $@
