@@ -32,11 +32,12 @@ def part(x: Tensor) -> Tensor:
 
 def like(own: dict, values: dict) -> dict:
     """Whole tensors, each cut as that of its name in `own` is."""
-    from torch.distributed.tensor import distribute_tensor
 
     def cut(x, value):
         if not sharded(x) or not value.dim():
             return value
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
 
     return {name: cut(own.get(name), value) for name, value in values.items()}
@@ -54,11 +55,7 @@ def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
     gathered in bf16; gradients are added up in fp32. offload: parts, and AdamW, stay on the CPU."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
+        CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method,
     )  # fmt: skip
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
