@@ -55,7 +55,11 @@ def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
     gathered in bf16; gradients are added up in fp32. offload: parts, and AdamW, stay on the CPU."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
-        CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method,
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
     )  # fmt: skip
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
