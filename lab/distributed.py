@@ -92,7 +92,7 @@ def report(paths: list[str]) -> None:
         runs[key] = max(row, runs.get(key, row), key=lambda row: row["steps"])
     print(f"{row['processor']}; torch {row['torch']}; {row['rows']} rows of {row['length']} tokens a step.\n")
     head("GB, measured", "", "processes", *columns)
-    for (model, count, flags), row in runs.items():
+    for (model, count, flags), row in sorted(runs.items()):
         cells = " | ".join(f"{row[name] / 2**30:.2f}" for name in columns)
         print(f"| {model} | {flags and f'`{flags}`'} | {count} | {cells} |")
 
@@ -144,14 +144,14 @@ def sharded(models: Models, found: dict, offload: bool = False) -> float:
 
 
 def memory_row(name: str, method: str) -> str:
-    """GB while models are loaded; then of each way without and with --checkpointing."""
+    """GB while models are loaded, all weights and with LoRA; of each way without and with checkpointing."""
     cells, hows = [], ({}, {"lora": 16, "base_dtype": "bf16"})
     for again in (False, True):
         full, lora = (on_card(CARD, method, SHAPES[name], **how, checkpointing=again) for how in hows)
-        loading, _ = (sum(found.pop("loading").values()) for _, found in (full, lora))
+        loading = [sum(found.pop("loading").values()) for _, found in (full, lora)]
         ways = replicated(*full), replicated(*lora), sharded(*full), sharded(*lora), sharded(*full, True)
-        cells.append([f"{size / 2**30:.0f}" for size in ways])
-    return f"| {name} | {method} | {loading / 2**30:.0f} | {' | '.join(map(' / '.join, zip(*cells)))} |"
+        cells.append([f"{size / 2**30:.0f}" for size in (loading[again], *ways)])
+    return f"| {name} | {method} | {' | '.join(map(' / '.join, zip(*cells)))} |"
 
 
 def sent(count: int, shard: bool) -> float:
@@ -167,8 +167,8 @@ def speedup(count: int, shard: bool, link: float) -> float:
 
 
 def table() -> None:
-    ways = "loading", "replicated", "replicated, LoRA 16", "sharded", "sharded, LoRA 16", "sharded, offloaded"
-    head("GB, computed", "", *ways)
+    ways = "replicated", "replicated, LoRA 16", "sharded", "sharded, LoRA 16", "sharded, offloaded"
+    head("GB, computed", "", "loading, all / LoRA 16", *ways)
     print(*(memory_row(name, method) for name in SHAPES for method in METHODS), sep="\n")
     print()
     head("sent, computed", "parameters", "GB", *(f"s by {link}" for link in LINKS), "s of work", left=1)
@@ -182,7 +182,7 @@ def table() -> None:
     head("speed, computed", "by", *(f"N = {count}" for count in COUNTS))
     for how in ("replicated", "sharded"):
         for link, speed in LINKS.items():
-            cells = [f"{speedup(count, how == 'sharded', speed):.1f}" for count in COUNTS]
+            cells = [f"{speedup(count, how == 'sharded', speed):.2f}" for count in COUNTS]
             print(f"| {how} | {link} | {' | '.join(cells)} |")
 
 
