@@ -352,7 +352,7 @@ $(patsubst %,$(WEAK)/%.pt,weak naive confident ceiling): $(WEAK)/%.pt: train_rm.
 
 # ------------------------------------------------------------------------------------------------- speed
 # Beside torch, transformers and trl; `python -m lab.bench.X --help` has the long forms. HH=hh.jsonl: pair rows for
-# the training steps, which are left out without.
+# the training steps, which are left out without; PPO goes on from the demo's SFT checkpoint in OUT.
 
 HH = $(wildcard hh_harmless.jsonl)
 SHORT = out/bench/short.jsonl
@@ -362,6 +362,7 @@ bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.
 	$(PY) -m lab.bench.logprobs --short --device $(DEVICE) --out $(SHORT)
 	$(PY) -m lab.bench.generate --short --device $(DEVICE) --out $(SHORT)
 	$(PY) -m lab.bench.scaling --short --device $(DEVICE) --out $(SHORT)
+	$(if $(wildcard $(OUT)/sft.pt),$(PY) -m lab.bench.ppo --short --init $(OUT)/sft.pt --prompts $(WORLD)/prompts.jsonl --device $(DEVICE) --out $(SHORT),@echo "no $(OUT)/sft.pt, which make demo trains: PPO is left out")
 	$(if $(HH),$(PY) -m lab.bench.train --short --data $(HH) --device $(DEVICE) --out $(SHORT),@echo "no HH=pairs.jsonl: training steps are left out")
 	@$(PY) -m lab.bench.timing $(SHORT)
 
