@@ -36,7 +36,6 @@ setup: .venv/installed  ## create .venv and install what is needed
 	@touch $@
 
 # -------------------------------------------------------------------------------------------------- demo
-
 # of models this small, two with a thread each beat one with two
 demo: .venv/installed  ## world → pretrain → SFT → preferences → every method → what each changed; a process reward model
 	+@$(MAKE) --no-print-directory $(OUT)/base.pt
@@ -57,6 +56,7 @@ SFT_RESPONSES = $(if $(filter tiny,$(SIZE)),1710,11400)#  and through SFT's, whi
 PRETRAIN_FLAGS_tiny = --epochs 2 --batch-size 8 --log-every 10
 SFT_FLAGS_tiny = --epochs 3
 DPO_FLAGS_small = --epochs 0.5 --lr 1e-4 --beta 1#  six pairs a prompt: a whole epoch, or a lower β, goes too far
+RM_FLAGS_tiny = --epochs 0.4
 RM_FLAGS_small = --epochs 4 --lr 5e-4#  a trunk this small starts with little to build on
 PPO_FLAGS_tiny = --steps 3 --batch-size 32 --minibatch 16
 
@@ -96,7 +96,8 @@ $(BOARD)/%.pt: $(OUT)/pairs.jsonl $(OUT)/rm.pt
 
 CHECKPOINTS = $(OUT)/base.pt $(OUT)/sft.pt $(OUT)/dpo.pt $(BOARD)/kto.pt $(BOARD)/orpo.pt $(OUT)/ppo.pt $(BOARD)/grpo.pt
 EVALUATE = evaluate.py nanoalign/world/judge.py nanoalign/world/verdicts.py
-SCORECARD = $(PY) evaluate.py --prompts $(WORLD)/prompts_held_out.jsonl $(FLAGS)
+SCORECARD_tiny = --count 40 --samples 2 --max-new-tokens 32
+SCORECARD = $(PY) evaluate.py --prompts $(WORLD)/prompts_held_out.jsonl $(FLAGS) $(SCORECARD_$(SIZE))
 $(OUT)/scorecard.txt: $(WORLD)/prompts_held_out.jsonl $(CHECKPOINTS) $(EVALUATE)
 	$(SCORECARD) --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --out $(OUT)/scorecard.json > $@
 
@@ -118,7 +119,6 @@ $(OUT)/best_of_8.txt: $(OUT)/prm.pt best_of_n.py
 	$(BEST) --prm $< --samples 8 --show 2 --out $(@:.txt=.csv) > $@
 
 # ------------------------------------------------------------------------------------------------ checks
-
 test: .venv/installed  ## set up and pass the tests
 	$(PY) -m pytest -m "not parity" -n 2 --ignore tests/parity
 

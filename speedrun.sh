@@ -8,10 +8,11 @@ size=${SIZE:-small}
 out=${OUT:-out/${size/small/demo}}
 make --silent setup && source .venv/bin/activate
 
-pretrain='' sft='' dpo='' rm='' ppo='' micro=16 kto=264 orpo=310 grpo=33 # the last three in steps
+pretrain='' sft='' dpo='' rm='' ppo='' scorecard='' micro=16 kto=264 orpo=310 grpo=33 # the last three in steps
 case $size in
   tiny) pretrain='--epochs 2 --batch-size 8 --log-every 10' sft='--epochs 3' kto=16 orpo=34 grpo=2
-        ppo='--steps 3 --batch-size 32 --minibatch 16' ;;
+        rm='--epochs 0.4' ppo='--steps 3 --batch-size 32 --minibatch 16'
+        scorecard='--count 40 --samples 2 --max-new-tokens 32' ;;
   small) dpo='--epochs 0.5 --lr 1e-4 --beta 1' rm='--epochs 4 --lr 5e-4' ;;
   large) micro=0 ;;
 esac
@@ -35,7 +36,7 @@ policy="--prompts $out/world/prompts.jsonl --init $out/sft.pt --reward $out/rm.p
 python train_ppo.py $policy --out $out/ppo.pt --micro-batch $micro $ppo
 python train_grpo.py $policy --out $out/scoreboard/grpo.pt --micro-batch $micro --steps $grpo
 python evaluate.py --checkpoints $out/{base,sft,dpo,scoreboard/kto,scoreboard/orpo,ppo,scoreboard/grpo}.pt \
-  --baseline $out/sft.pt --prompts $out/world/prompts_held_out.jsonl --out $out/scorecard.json
+  --baseline $out/sft.pt --prompts $out/world/prompts_held_out.jsonl --out $out/scorecard.json $scorecard
 
 # sums of several steps: a solver, its steps marked right or wrong, a model that tells which, the best of 8
 python train_sft.py --data $out/world/solutions.jsonl --init $out/base.pt --out $out/solver.pt --epochs 3 --lr 1e-3 --adam-eps 1e-8

@@ -61,6 +61,7 @@ $(BOARD)/scorecard.json: $(BOARD_CHECKPOINTS) evaluate.py
 # A solver of sums of several steps, rewarded for the right answer, or read step by step.
 
 FEW = $(if $(filter tiny,$(SIZE)),3,30)
+BATCH_tiny = --batch-size 32 --minibatch 32
 from-problems = --prompts $(WORLD)/problems.jsonl --eval-data $(WORLD)/problems_held_out.jsonl \
   --init $(OUT)/solver.pt --beta 0.01 --lr 2e-4 --micro-batch $(if $(filter 0,$(MICRO)),0,64) --steps $(FEW) --eval-every 10
 
@@ -71,7 +72,7 @@ sums: .venv/installed  ## GRPO on sums of several steps, rewarded for the exact 
 	$(PY) -m lab.progress $(call of-seeds,sums.metrics.jsonl)
 $(OUT)/sums.pt: $(WORLD)/problems.jsonl $(OUT)/solver.pt train_grpo.py
 	$(train) train_grpo.py $(from-problems) --reward answer --eval-prompts 500 --epochs 1 --max-new-tokens 64 \
-	  --batch-size 512 --minibatch 512 --out $@ --resume $(FLAGS)
+	  --batch-size 512 --minibatch 512 $(BATCH_$(SIZE)) --out $@ --resume $(FLAGS)
 
 $(OUT)/steps.rollouts.jsonl: $(WORLD)/problems.jsonl $(OUT)/solver.pt lab/label_steps.py
 	$(STEPS) --by rollouts --prompts $< --samples 1 --count 1000 --out $@
@@ -107,7 +108,7 @@ hacks-grpo-steps = -m lab.train_grpo_steps
 hacks-grpo-min = train_grpo.py
 $(OUT)/prm-hacking/%.pt: $(OUT)/prm.pt $(OUT)/solver.pt
 	$(train) $(hacks-$*) $(from-problems) --reward prm-$(word 2,$(subst -, ,$*)):$< --watch answer --max-new-tokens 96 \
-	  --batch-size 128 --minibatch 128 --out $@ --resume $(FLAGS)
+	  --batch-size 128 --minibatch 128 $(BATCH_$(SIZE)) --out $@ --resume $(FLAGS)
 
 # ------------------------------------------------------------------------------------------- AI feedback
 # Constitutional AI: an assistant that has learnt to criticise, to revise and to judge learns from its own revisions
@@ -208,14 +209,15 @@ hacking: .venv/installed  ## reward hacking and its mitigations, measured
 $(OUT)/rm.%.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	$(RM) --data $< --out $@ --seed $$(($(SEED) + 1000 * $*))
 
-ON_HELD_OUT = --eval-data $(PROMPTS) --eval-prompts 1000 --eval-every 4 --watch "judge, $(OUT)/rm.pt"
+ON_HELD_OUT = --eval-data $(PROMPTS) --eval-prompts $(if $(filter tiny,$(SIZE)),16,1000) --eval-every 4 --watch "judge, $(OUT)/rm.pt"
 $(LAB)/%.pt: $(OUT)/ppo.pt train_ppo.py
 	$(PPO) $(run-$*) $(ON_HELD_OUT) --out $@
 $(LAB)/adversarial.pt $(LAB)/adversarial-long.pt: $(OUT)/rm-adversarial.pt
 $(LAB)/ensemble.pt $(LAB)/ensemble-long.pt: $(OUT)/rm.1.pt $(OUT)/rm.2.pt
 
 $(LAB)/best-of-n.jsonl: $(OUT)/rm.pt lab/hacking.py
-	$(PY) -m lab.hacking best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(PROMPTS) --out $@ $(FLAGS)
+	$(PY) -m lab.hacking best-of-n --policy $(OUT)/sft.pt --reward $< --prompts $(PROMPTS) --out $@ $(FLAGS) \
+	  $(if $(filter tiny,$(SIZE)),--limit 8)
 
 LAB_CHECKPOINTS = $(OUT)/sft.pt $(OUT)/ppo.pt $(RUNS:%=$(LAB)/%.pt) $(LAB)/iterated.pt
 $(LAB)/scorecard.json: $(LAB_CHECKPOINTS) $(LAB)/best-of-n.jsonl
@@ -237,7 +239,7 @@ $(LAB)/iterated.pt: $(OUT)/ppo.pt $(OUT)/rm2.pt train_ppo.py
 
 RED = $(OUT)/red-team
 ATTACK = $(PY) -m lab.red_team --prompts-searched $(WORLD)/prompts.jsonl --prompts $(PROMPTS) --max-new-tokens 48 \
-  $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 4)
+  $(FLAGS) $(if $(filter tiny,$(SIZE)),--tries 2 --max-new-tokens 24)
 ATTACKS = lab/red_team.py lab/attacks.py
 GRPO = $(train) train_grpo.py --init $(OUT)/sft.pt --micro-batch $(MICRO) --resume $(FLAGS) $(PPO_FLAGS_$(SIZE))
 
@@ -360,7 +362,7 @@ $(patsubst %,$(WEAK)/%.pt,weak naive confident ceiling): $(WEAK)/%.pt: train_rm.
 
 # ------------------------------------------------------------------------------------------------- speed
 # Beside torch, transformers and trl; `python -m lab.bench.X --help` has the long forms. HH=hh.jsonl: pair rows for
-# the training steps, which are left out without.
+# the training steps, which are left out without; PPO goes on from the demo's SFT checkpoint in OUT.
 
 HH = $(wildcard hh_harmless.jsonl)
 SHORT = out/bench/short.jsonl
@@ -370,6 +372,7 @@ bench: .venv/parity  ## time and memory beside the peers' (short form; HH=pairs.
 	$(PY) -m lab.bench.logprobs --short --device $(DEVICE) --out $(SHORT)
 	$(PY) -m lab.bench.generate --short --device $(DEVICE) --out $(SHORT)
 	$(PY) -m lab.bench.scaling --short --device $(DEVICE) --out $(SHORT)
+	$(if $(wildcard $(OUT)/sft.pt),$(PY) -m lab.bench.ppo --short --init $(OUT)/sft.pt --prompts $(WORLD)/prompts.jsonl --device $(DEVICE) --out $(SHORT),@echo "no $(OUT)/sft.pt, which make demo trains: PPO is left out")
 	$(if $(HH),$(PY) -m lab.bench.train --short --data $(HH) --device $(DEVICE) --out $(SHORT),@echo "no HH=pairs.jsonl: training steps are left out")
 	@$(PY) -m lab.bench.timing $(SHORT)
 
@@ -389,10 +392,11 @@ $(OUT)/unseen.jsonl: $(PROMPTS) $(OUT)/sft.pt collect.py nanoalign/world/people.
 	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --out $@ $(FLAGS)
 $(READER)/more.jsonl: $(WORLD)/prompts.jsonl $(OUT)/sft.pt collect.py nanoalign/world/people.py
 	$(PY) collect.py --prompts $< --policy $(OUT)/sft.pt --samples 8 --out $@ $(FLAGS)
+DEEP_FLAGS_tiny = --epochs 0.2
 $(READER)/deep-base.pt: $(WORLD)/pretrain.jsonl train_pretrain.py
-	$(train) train_pretrain.py --data $< --model world-deep --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE))
+	$(train) train_pretrain.py --data $< --model world-deep --out $@ --resume $(FLAGS) $(PRETRAIN_FLAGS_$(SIZE)) $(DEEP_FLAGS_$(SIZE))
 $(READER)/deep-sft.pt: $(WORLD)/sft.jsonl $(READER)/deep-base.pt train_sft.py
-	$(train) train_sft.py --data $< --init $(READER)/deep-base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE))
+	$(train) train_sft.py --data $< --init $(READER)/deep-base.pt --out $@ --resume $(FLAGS) $(SFT_FLAGS_$(SIZE)) $(DEEP_FLAGS_$(SIZE))
 
 $(READER)/plain.pt: $(OUT)/pairs.jsonl $(OUT)/sft.pt train_rm.py
 	$(RM) --no-reader --data $< --out $@

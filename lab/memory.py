@@ -89,9 +89,7 @@ SAMPLED = "--steps 2 --warmup 1 --batch-size 32 --minibatch 16 --max-new-tokens 
 ROWS = {"sft": "chats", "rm": "pairs", "dpo": "pairs", "orpo": "pairs", "kto": "labelled", "prm": "steps"}
 WATCHED = """
 import atexit, re, runpy, sys
-def told():
-    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-atexit.register(told)
+atexit.register(lambda: print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
 del sys.argv[0]
 sys.path.insert(0, "")
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -152,9 +150,8 @@ def command(folder: str, script: str, model: str, flags: str, seed: int) -> list
 def run(words: list[str], **environment: str) -> tuple[float, dict]:
     """→ the peak of the resident set, in MB, and what the run had planned, in bytes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], env=environment, capture_output=True, text=True
-    )
+    program = [sys.executable, "-c", WATCHED, *words]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(words)} failed: {done.stderr.strip()[-300:]}")
     rows = readable_rows(Path(words[2].replace(".pt", ".metrics.jsonl")))
@@ -199,15 +196,13 @@ def measure(config: Config) -> None:
 
 def setting(seed: int) -> dict:
     name = re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    processor = name[1] if name else platform.machine()
-    return {"processor": processor, "torch": torch.__version__, "seed": seed}
+    return {"processor": name[1] if name else platform.machine(), "torch": torch.__version__, "seed": seed}
 
 
 def report(paths: list[str]) -> None:
     """One table of all files."""
-    [where, *_], rows = readable_rows(Path(paths[0])), []
-    for path in paths:
-        rows += readable_rows(Path(path))[1:]
+    where = readable_rows(Path(paths[0]))[0]
+    rows = [row for path in paths for row in readable_rows(Path(path))[1:]]
     off = [row["planned"] / row["peak"] - 1 for row in rows]
     empty, kept = [row["empty"] for row in rows], [row["as it is"] / row["peak"] for row in rows]
     print(f"{where['processor']}, one thread; torch {where['torch']}; seed {where['seed']}; MB.\n")
@@ -260,18 +255,24 @@ def models(script: str, shape: GPTConfig, config) -> tuple[nn.Module, tuple]:
     return trained, held
 
 
-def computed(script: str, shape: GPTConfig, **flags) -> int:
-    """Bytes that a run needs at most on one GPU in bf16."""
+def on_card(card: int, script: str, shape: GPTConfig, **flags) -> tuple[Models, dict]:
+    """A run on one GPU of so many GB in bf16 → its models, and its moments in bytes (memory.py)."""
     own = {"minibatch": 32, "max_new_tokens": ANSWER} if script in ("ppo", "grpo") else {}
     config = SCRIPTS[script].Config(batch_size=32, micro_batch=4, **own, **flags)
     side = np.zeros(PROMPT + ANSWER, int), np.arange(PROMPT + ANSWER) >= PROMPT
     example = side if script in ("sft", "kto") else ([side, side],)
     lengths = np.full(64, PROMPT if own else PROMPT + ANSWER)
     batch = largest(config, script, BatchOrder(lengths, 32, 0), [example] * 64, 1)
-    budget = min(BUDGET["cuda"], CARD * 2**30 // 64)  # of logits, as in kernels.py
+    budget = min(BUDGET["cuda"], card * 2**30 // 64)  # of logits, as in kernels.py
     chunk = 1 << (budget // (4 * shape.vocab_size)).bit_length() - 1
     trained, held = models(script, shape, config)
-    found = moments(config, script, Models.of(trained, held, 2, torch.device("cuda"), chunk), batch)
+    found = Models.of(trained, held, 2, torch.device("cuda"), chunk)
+    return found, moments(config, script, found, batch)
+
+
+def computed(script: str, shape: GPTConfig, **flags) -> int:
+    """Bytes that a run needs at most on a GPU of `CARD` GB."""
+    _, found = on_card(CARD, script, shape, **flags)
     return max(sum(parts.values()) for parts in found.values())
 
 

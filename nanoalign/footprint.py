@@ -39,7 +39,7 @@ def activations(model: GPT, length: int, size: int = 4, fused=False, masked=Fals
         attention += size * d * (2 * H + K)  # q and k rotated; what comes out, before heads are joined
     if config.qk_norm:
         attention += 4 * d * (H + K) * (apart + (size == 2))
-    mlp = 2 * UP[config.mlp] * config.mlp_width  # gate, up, silu and product; or up and gelu
+    mlp = (1 + (rank > 0)) * UP[config.mlp] * config.mlp_width  # adapters: silu and product, or gelu, too
     block = 2 * norm + attention + size * (mlp + 4 * rank)
     return block, 4 * D * (1 + learnt + apart) + size * length * masked
 

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from nanoalign import UserError
+from nanoalign.activations import ActivatedLinear, activation
 from nanoalign.compiler import compile_or_eager
 
 flex = compile_or_eager(flex_attention)
@@ -186,10 +187,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
-        if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * x)
-        return self.down(F.gelu(x, approximate="tanh"))
+        if type(self.down) is nn.Linear:  # no adapters, which keep what comes in anyway
+            return ActivatedLinear.apply(x, self.down.weight, self.down.bias, self.gated)
+        return self.down(activation(x, self.gated))
 
 
 class Block(nn.Module):

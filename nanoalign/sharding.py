@@ -32,11 +32,12 @@ def part(x: Tensor) -> Tensor:
 
 def like(own: dict, values: dict) -> dict:
     """Whole tensors, each cut as that of its name in `own` is."""
-    from torch.distributed.tensor import distribute_tensor
 
     def cut(x, value):
         if not sharded(x) or not value.dim():
             return value
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(x.device), x.device_mesh, x.placements, src_data_rank=None)
 
     return {name: cut(own.get(name), value) for name, value in values.items()}

@@ -14,6 +14,7 @@ from nanoalign.checkpoint import load, load_policy, load_scalar
 from nanoalign.compiler import compile_or_eager
 from nanoalign.lora import add, without
 from nanoalign.model import GPT
+from nanoalign.optimizer import AdamW
 from nanoalign.scalar import ScalarGPT, ScalarHead, same_weights, share_reader
 from nanoalign.sharding import shard, sharded
 from nanoalign.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.0, betas
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=parameters[0].is_cuda or None)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=parameters[0].is_cuda or None)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:

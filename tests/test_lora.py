@@ -216,7 +216,7 @@ def test_the_reference_stands_wherever_a_reference_stands(monkeypatch):
     base = freeze(copy.deepcopy(policy))
     scalar = freeze(ScalarGPT.from_policy(base, reader=True))
     ref = without(add(policy, RANK, ALPHA))
-    flags = type("Flags", (), {"lora": 0, "checkpointing": True, "compile": True})
+    flags = type("Flags", (), {"lora": 0, "checkpointing": True, "compile": True, "shard": False})
     prepare(flags, policy, ref)
     shaken(policy)
 

@@ -1,5 +1,6 @@
 """One optimisation step: decay, clipping, schedule, and gradient accumulation that changes nothing."""
 
+import copy
 import functools
 import json
 import math
@@ -14,6 +15,7 @@ import train_sft
 from nanoalign import UserError
 from nanoalign.checkpoint import load
 from nanoalign.model import GPT, preset
+from nanoalign.optimizer import AdamW
 from nanoalign.packing import segment_mask, segment_positions
 from nanoalign.run import already_finished, fingerprint
 from nanoalign.training import (
@@ -152,3 +154,24 @@ def test_gradient_accumulation_equals_the_one_big_batch(stage, tmp_path, world, 
         )
     for name, whole in weights[0].items():
         torch.testing.assert_close(weights[1][name], whole)  # to fp32's rounding: the weights are stored so
+
+
+def test_the_optimiser_is_torchs_bit_for_bit():
+    """Also where it goes on from a state."""
+    torch.manual_seed(0)
+    start, ended = GPT(preset("world-tiny", vocab_size=64, context=8)), []
+    for kind in (AdamW, torch.optim.AdamW):
+        model, state = copy.deepcopy(start), None
+        for _ in range(2):
+            optimizer = kind(model.parameters(), lr=1e-2, weight_decay=0.1)
+            if state:
+                optimizer.load_state_dict(state)
+            for _ in range(3):
+                model(torch.arange(8)[None]).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = copy.deepcopy(optimizer.state_dict())
+        ended.append(model.state_dict())
+    ours, theirs = ended
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert torch.is_grad_enabled() and not torch.equal(ours["embed.weight"], start.embed.weight)

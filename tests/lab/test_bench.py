@@ -14,7 +14,7 @@ from runs import command, forked
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab.bench import generate, logprobs, scaling, timing, train
+from lab.bench import generate, logprobs, scaling, timing, train, ziegler
 from nanoalign import UserError
 from nanoalign.data import thin
 from nanoalign.model import GPT, GPTConfig
@@ -194,6 +194,17 @@ def test_a_script_runs_whole_and_its_peer_learns_what_it_drew(stage, tmp_path, s
     assert answered == ([3, 3, 3] if stage == "grpo" else [])
     assert [len(step) for step in found["sampled"]] == [6] * len(answered)
     assert found["seconds"] > 0 and found["mb"] > 0
+
+
+def test_prompts_that_are_padded_on_the_left_end_where_the_response_begins():
+    prompts = [np.array([5, 6, 7]), np.array([8])]
+    assert ziegler.left_padded(prompts, 0, CPU).tolist() == [[5, 6, 7], [0, 0, 8]]
+
+
+def test_a_peer_that_is_not_installed_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="`make parity` installs it"):
+        ziegler.load("folder", CPU, 0, 1)
 
 
 @pytest.mark.parametrize(
