@@ -9,7 +9,7 @@ import json
 
 from nanoalign.terminal import visible
 
-VOID = {"input", "meta"}
+VOID = {"input", "meta", "br"}
 
 
 class Html(str):
@@ -18,14 +18,14 @@ class Html(str):
     __slots__ = ()
 
 
-def el(name: str, *parts, **attributes) -> Html:
+def el(name: str, /, *parts, **attributes) -> Html:
     """An element. Parts: markup, text (which is escaped), lists of them, or None. Of the attributes class_
     and for_ lose their end, others have - for _; those that are None or False are left out."""
     words = [name]
     for key, value in attributes.items():
         if value is not None and value is not False:
             key = key.rstrip("_").replace("_", "-")
-            words.append(key if value is True else f'{key}="{html.escape(str(value))}"')
+            words.append(key if value is True else f'{key}="{html.escape(visible(value))}"')
     opened = f"<{' '.join(words)}>"
     return Html(opened if name in VOID else f"{opened}{joined(parts)}</{name}>")
 
@@ -41,7 +41,7 @@ def joined(parts) -> Html:
     return Html(html.escape(visible(parts)))
 
 
-def said(text: str, name: str = "bdi", **attributes) -> Html:
+def said(text: str, name: str = "bdi", /, **attributes) -> Html:
     """What a model or a row says: escaped, its controls visible, its direction kept to itself."""
     return el(name, str(text), **{"dir": "auto", "class_": "said", **attributes})
 
