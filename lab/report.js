@@ -129,6 +129,15 @@ function drawn(name, attributes, text) {
   return element;
 }
 
+// round numbers within [low, high], as in charts.py
+function ticks(low, high, most = 4) {
+  const span = high - low || 1;
+  const power = 10 ** Math.floor(Math.log10(span / most));
+  const step = [1, 2, 2.5, 5, 10, 20].map((m) => m * power).find((size) => span / size < most);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+}
+
 // lines [{name, xs, ys, kind}], a mark at x → an svg's content
 function plot(svg, lines, mark) {
   const finite = (values) => values.filter(Number.isFinite);
@@ -140,12 +149,12 @@ function plot(svg, lines, mark) {
   const X = (x) => LEFT + ((x - left) / (right - left)) * WIDE;
   const Y = (y) => TOP + (1 - (y - low) / (high - low)) * HIGH;
   const parts = [];
-  for (const y of [low, (low + high) / 2, high]) {
+  for (const y of ticks(low, high)) {
     parts.push(drawn("line", { class: "grid", x1: LEFT, x2: LEFT + WIDE, y1: Y(y), y2: Y(y) }));
-    parts.push(drawn("text", { class: "tick end", x: LEFT - 5, y: Y(y) + 3 }, written(Number(y.toPrecision(2)))));
+    parts.push(drawn("text", { class: "tick end", x: LEFT - 5, y: Y(y) + 3 }, written(y)));
   }
-  for (const x of [left, (left + right) / 2, right])
-    parts.push(drawn("text", { class: "tick middle", x: X(x), y: TOP + HIGH + 14 }, written(Number(x.toPrecision(3)))));
+  for (const x of ticks(left, right, 6))
+    parts.push(drawn("text", { class: "tick middle", x: X(x), y: TOP + HIGH + 16 }, written(x)));
   for (const line of lines) {
     const points = line.xs.map((x, i) => `${X(x).toFixed(1)},${Y(line.ys[i]).toFixed(1)}`);
     parts.push(drawn("polyline", { class: `line ${line.kind || ""}`, points: points.join(" ") }));
@@ -164,11 +173,11 @@ function bars(svg, groups, names) {
   const step = WIDE / names.length;
   const thick = (step * 0.8) / groups.length;
   const parts = [drawn("line", { class: "grid", x1: LEFT, x2: LEFT + WIDE, y1: Y(0), y2: Y(0) })];
-  for (const y of [low, high])
-    parts.push(drawn("text", { class: "tick end", x: LEFT - 5, y: Y(y) + 3 }, written(Number(y.toPrecision(2)))));
+  for (const y of ticks(low, high))
+    parts.push(drawn("text", { class: "tick end", x: LEFT - 5, y: Y(y) + 3 }, written(y)));
   names.forEach((name, i) => {
     const x = LEFT + step * (i + 0.5);
-    parts.push(drawn("text", { class: "tick middle", x, y: TOP + HIGH + 14 }, name));
+    parts.push(drawn("text", { class: "tick middle", x, y: TOP + HIGH + 16 }, name));
     groups.forEach((heights, k) => {
       const [y, h] = [Y(Math.max(heights[i], 0)), Math.abs(Y(heights[i]) - Y(0))];
       parts.push(drawn("rect", { class: `bar k${k}`, x: x + (k - groups.length / 2) * thick, y, width: thick * 0.9, height: h }));

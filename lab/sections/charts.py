@@ -49,7 +49,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 def chart(
     lines: list[Line], bands: list[Band] = (), x_label: str = "step", label: str = "",
-    within: tuple[float, float] | None = None,
+    within: tuple[float, float] | None = None, x_ticks: list[float] | None = None,
 ) -> Html:  # fmt: skip
     """Lines over bands → an svg. label: what a screen reader says. within: what y must show at least."""
     lines = [thinned(line) for line in lines if finite(line.ys)]
@@ -72,9 +72,9 @@ def chart(
         at = place(left, y)[1]
         parts.append(el("line", class_="grid", x1=LEFT, x2=LEFT + WIDE, y1=at, y2=at))
         parts.append(el("text", number(y), class_="tick end", x=LEFT - 5, y=at + 3))
-    for x in ticks(left, right, 5):
-        parts.append(el("text", number(x), class_="tick middle", x=place(x, low)[0], y=TOP + HIGH + 14))
-    parts.append(el("text", x_label, class_="tick end", x=LEFT + WIDE, y=TOP + HIGH + 27))
+    for x in x_ticks or ticks(left, right, 5):
+        parts.append(el("text", number(x), class_="tick middle", x=place(x, low)[0], y=TOP + HIGH + 16))
+    parts.append(el("text", x_label, class_="tick end", x=LEFT + WIDE, y=TOP + HIGH + 29))
     parts += [drawn_band(band, place) for band in bands]
     parts += [drawn_line(line, place) for line in lines]
     shown = {"class_": "chart", "viewBox": SIZE, "role": "img", "aria_label": label or x_label}

@@ -29,7 +29,11 @@ def cards_of(folder: Path) -> dict[str, dict]:
     return {Path(checkpoint).stem: card for checkpoint, card in scorecards([path])[0].items()}
 
 
-def with_error(value: tuple, written=number) -> str:
+def decimals(x: float | None) -> str:
+    return "–" if x is None else f"{x:.2f}".replace("-", "−")
+
+
+def with_error(value: tuple, written=decimals) -> str:
     mean, error = value
     return written(mean) if error is None else f"{written(mean)} ± {written(error)}"
 
@@ -61,11 +65,11 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
         overall = cards[name]["overall"]
         measured = [
             with_error(overall.get("win rate", (None, None)), share),
-            number(overall.get("KL to reference", (None, None))[0]),
+            decimals(overall.get("KL to reference", (None, None))[0]),
             with_error(overall.get("utility", (None, None))),
             share(overall.get("correct", (None, None))[0]),
             share(overall.get("harmful compliance", (None, None))[0]),
-            number(overall.get("length (words)", (None, None))[0]),
+            number(overall.get("length (words)", (None, None))[0], 3),
         ]
         held, time, tokens = took(runs[name])
         held = f"{held} (book: {models})" if held != models else held
@@ -74,4 +78,4 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
              "models", "time", "tokens"]  # fmt: skip
     lead = el("p", "On the left what one reads; on the right what this run measured, on held-out prompts, by the exact judge. "
               "Times are of the machines that they ran on.", class_="lead")  # fmt: skip
-    return el("section", head, lead, table(names, rows, class_="compared"), id="comparison")
+    return el("section", head, lead, table(names, rows, class_="stack compared"), id="comparison")

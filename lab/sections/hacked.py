@@ -6,8 +6,11 @@ from pathlib import Path
 from lab.doctor import columns, hacked
 from lab.hacking import curve
 from lab.sections.charts import Line, chart, legend
-from lab.sections.page import Html, el, missing, number
+from lab.sections.page import Html, el, missing, number, table
 from lab.sections.runs import Run, metrics_of
+
+
+FALLEN = 0.2  # the doctor's: from its best
 
 
 def of_betas(folder: Path) -> dict[float, list[dict]]:
@@ -30,13 +33,19 @@ def panel(points: list[dict], name: str) -> Html:
     distance = [Line(looks, [p["kl"] for p in points], "third", "KL to SFT, nats", True)]
     best = max(range(len(points)), key=lambda i: points[i]["judge"])
     lost = points[best]["judge"] - points[-1]["judge"]
-    verdict = f"the judge was best at look {best} and has lost {number(lost, 2)} since: hacked" if lost > 0.1 else (
-        "the judge ends within 0.1 of its best: no hacking to speak of")  # fmt: skip
+    verdict = f"the judge was best at look {best}, and has lost {number(lost, 2)} since" if lost > 0.05 else "the judge ends near its best"
+    verdict += ": hacked" if lost > FALLEN else ""
     ends = f"{name}: proxy {number(points[0]['proxy'], 2)} → {number(points[-1]['proxy'], 2)}, judge "
     ends += f"{number(points[0]['judge'], 2)} → {number(points[-1]['judge'], 2)}, KL {number(points[-1]['kl'], 3)}"
     scores = el("figure", chart(both, x_label="look at held-out prompts", label=ends), legend(both))
     kls = el("figure", chart(distance, x_label="look", label=f"{name}: KL", within=(0, 1)), legend(distance))
     return el("div", el("p", el("b", ends), ". ", verdict[0].upper() + verdict[1:], "."), el("div", scores, kls, class_="two"))
+
+
+def ended(points: list[dict]) -> list[str]:
+    """A run's row of the table."""
+    last, best = points[-1], max(p["judge"] for p in points)
+    return [str(len(points)), *(number(x, 3) for x in (last["kl"], last["proxy"], best, last["judge"]))]
 
 
 def section(folder: Path, runs: dict[str, Run]) -> Html:
@@ -54,7 +63,9 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
             el("input", type="range", id="beta-measured", min="0", max=top, step=top / 40, value=names[0],
                data_nearest="beta"), class_="slider",
         )  # fmt: skip
-        body = [slider, parts]
+        ends = [[f"β = {number(beta)}", *ended(betas[beta])] for beta in names]
+        heads = ["run", "looks", "KL at the end", "proxy", "judge at its best", "judge at the end"]
+        body = [slider, parts, table(heads, ends, "every measured run, at its end", class_="stack")]
     else:
         body = [missing("hacking/beta-*.metrics.jsonl, runs of several β", "make hacking")]
         for name in ("ppo", "grpo"):

@@ -10,7 +10,7 @@ from nanoalign import cli
 # name: (title, where in the grid of columns and rows, where a click leads, what it comes from)
 BOXES = {
     "world": ("World", 0, 2, "summary", []),
-    "base": ("Pretraining", 1, 2, "run-base", ["world"]),
+    "base": ("Base model", 1, 2, "run-base", ["world"]),
     "sft": ("SFT", 2, 1, "run-sft", ["base"]),
     "pairs": ("Preferences", 3, 1, "pair", ["sft"]),
     "dpo": ("DPO", 4, 0, "run-dpo", ["pairs"]),
@@ -43,12 +43,13 @@ def took(run: Run) -> list[str]:
     if not run.there and not run.rows:
         return ["not made: make demo"]
     rows = sum(counted(path) for path in run.inputs)
-    lines = [f"{rows:,} rows in" if rows else "its rows are gone"]
+    out = run.checkpoint.name
+    lines = [f"{rows:,} rows → {out}" if rows else f"→ {out}; its rows are gone"]
     size = parameters(run.checkpoint) if run.there else 0
     lines.append(f"{written(size)} parameters" if size else "no checkpoint")
     if run.last:
         models = max(1, len(run.models))
-        lines.append(f"{cli.duration(run.last['elapsed'])}, {models} model{'s' if models > 1 else ''} in memory")
+        lines.append(f"{cli.duration(run.last['elapsed'])}, {models} model{'s' if models > 1 else ''} held")
     return lines
 
 
@@ -64,7 +65,7 @@ def made(folder: Path, name: str) -> list[str]:
     if name == "best":
         return ["solutions drawn, and", "chosen among by steps"]
     return [f"{counted(path):,} {'pairs of answers' if name == 'pairs' else 'solutions'}",
-            "by the SFT policy, compared" if name == "pairs" else "each step right or wrong"]  # fmt: skip
+            "of sft.pt’s, compared" if name == "pairs" else "each step right or wrong"]  # fmt: skip
 
 
 def place(name: str) -> tuple[float, float]:
@@ -79,9 +80,9 @@ def arrow(start: str, end: str) -> Html:
     if x2 - x1 > ACROSS:  # past other boxes: below them
         low = y2
         bend = f"M{x1} {y1} C{x1 + 16} {y1} {x1 + 4} {low} {x1 + 40} {low} L{x2 - 6} {y2}"
-        return el("path", class_="arrow", d=bend)
+        return el("path", class_="arrow", d=bend, marker_end="url(#tip)")
     bend = f"M{x1} {y1} C{x1 + half} {y1} {x2 - half} {y2} {x2 - 5} {y2}"
-    return el("path", class_="arrow", d=bend)
+    return el("path", class_="arrow", d=bend, marker_end="url(#tip)")
 
 
 def drawn(name: str, lines: list[str]) -> Html:
@@ -99,12 +100,16 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
     lines = {name: took(runs[name]) if name in runs else made(folder, name) for name in BOXES}
     size = f"0 0 {8 + 5 * ACROSS + WIDTH} {8 + 4 * DOWN + HEIGHT}"
     arrows = [arrow(start, name) for name, (*_, starts) in BOXES.items() for start in starts]
-    picture = el("svg", arrows, [drawn(name, own) for name, own in lines.items()], viewBox=size, role="group",
+    tip = el("path", d="M0 0L7 3.5L0 7z", class_="tip")
+    head = el("marker", tip, id="tip", viewBox="0 0 7 7", refX="6", refY="3.5", markerWidth="7", markerHeight="7",
+              orient="auto", markerUnits="userSpaceOnUse")  # fmt: skip
+    picture = el("svg", el("defs", head), arrows, [drawn(name, own) for name, own in lines.items()], viewBox=size, role="group",
                  class_="pipeline", aria_label="The pipeline of this run")  # fmt: skip
     items = [
         el("li", el("a", el("b", BOXES[name][0]), el("span", ", ".join(own)), href=f"#{BOXES[name][3]}"))
         for name, own in lines.items()
     ]
-    intro = el("p", "Every box is this run’s own. A click leads to what it did.", class_="lead")
+    intro = el("p", "Every box is this run’s: rows in and checkpoint out, its parameters, how long it took and how many "
+               "models it held in memory. A click leads to what it did.", class_="lead")  # fmt: skip
     both = picture, el("ol", items, class_="pipeline-list")
     return el("section", el("h2", "The pipeline"), intro, both, id="pipeline")

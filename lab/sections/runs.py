@@ -9,7 +9,7 @@ from nanoalign.cli import readable_rows
 
 # name: (its file in a folder, the method, what it is called, one line, the files it learns from)
 STAGES = {
-    "base": ("base.pt", "pretrain", "Pretraining", "a base model of the world's text", ["world/pretrain.jsonl"]),
+    "base": ("base.pt", "pretrain", "Base model", "pretraining on the world's text", ["world/pretrain.jsonl"]),
     "sft": ("sft.pt", "sft", "SFT", "imitates demonstrations", ["world/sft.jsonl"]),
     "dpo": ("dpo.pt", "dpo", "DPO", "preferences, directly", ["pairs.jsonl"]),
     "kto": ("scoreboard/kto.pt", "kto", "KTO", "thumbs up or down", ["pairs.jsonl"]),

@@ -19,6 +19,7 @@ WORDS = {
     "sycophancy": ("agrees with what is false", False), "invention": ("invented", False), "hedging": ("hedged", False),
     "wrong form": ("wrong form", False), "padding (sentences)": ("padded", False), "repetition": ("repeats", False),
 }  # fmt: skip
+TELLING = ("harm", "belief", "unanswerable")  # families in which training shows at once: one is shown first
 SELECTORS = {"pass": ("any of n is right", "dashed"), "prm-min": ("best by its least certain step", ""),
              "majority": ("the commonest answer", "second"), "mean": ("one drawn", "fourth"),
              "vote": ("vote weighed by steps", "third")}  # fmt: skip
@@ -47,10 +48,12 @@ def side_by_side(models: Models) -> Html:
     if models.has("rm"):
         scores = {name: models.scores(rows, *answers[name]).tolist() for name in answers}
     families = list(dict.fromkeys(map(family, rows)))
+    first = next((name for name in TELLING if name in families), families[0])
+    options = [el("option", name, value=name, selected=name == first) for name in families]
     choice = el(
         "div", el("label", "Family", for_="family"),
-        el("select", el("option", "all families", value=""), [el("option", name) for name in families],
-           id="family", data_shows="family"), class_="controls",
+        el("select", options, el("option", "all families", value=""), id="family", data_shows="family"),
+        class_="controls",
     )  # fmt: skip
     parts = []
     for i, row in enumerate(rows):
@@ -65,7 +68,7 @@ def side_by_side(models: Models) -> Html:
                 line.append(number(scores[name][i], 2))
             lines.append(line)
         names = ["model", "answer", *(["judge"] if known else []), *(["reward model"] if scores else [])]
-        shown = table(names, lines, class_="stack")
+        shown = table(names, lines, class_="stack answers")
         parts.append(el("div", question(row), shown, class_="sample", data_group="family", data_of=family(row)))
     intro = "One sample each, at temperature 1: the judge is exact, the reward model is what PPO and GRPO climb."
     return el("article", el("h3", "The same prompts, every model"), el("p", intro), choice, parts, id="answers")
@@ -85,7 +88,8 @@ def pair(models: Models) -> Html:
     scale = models.scalar("rm")[2].get("normalisation", {}).get("std", 1.0)
     p = torch.sigmoid((both[0] - both[1]).double() * scale)
     p = torch.where(p.isfinite(), p, 0.5)
-    picked = {"surest and right": p.argmax(), "surest and wrong": p.argmin(), "undecided": (p - 0.5).abs().argmin()}
+    picked = {"Surest, and people chose as it would": p.argmax(), "Surest, and people chose otherwise": p.argmin(),
+              "Undecided": (p - 0.5).abs().argmin()}  # fmt: skip
     parts = []
     for what, i in picked.items():
         row, chance, swap = rows[i], p[i].item(), int(i) % 2 == 1  # which of them is A says nothing
@@ -99,11 +103,13 @@ def pair(models: Models) -> Html:
         of_a = sides[0][2]
         gauge = el("meter", min="0", max="1", value=f"{of_a:.3f}", aria_label=f"P(A ≻ B) = {of_a:.2f}")
         people = (row.get("meta") or {}).get("p_chosen")
-        truth = "" if people is None else f"; of people like these {share(people if sides[0][0] == 'chosen' else 1 - people)} would choose A"
-        line = el("p", "P(A ≻ B) = σ(score A − score B) = ", el("b", f"{of_a:.2f}"), " ", gauge, truth)
-        parts.append(el("div", el("h4", what.capitalize()), question(row), el("div", cards, class_="two"), line, class_="sample"))
-    said_scale = f"Scores are in units of {number(scale, 3)} nats: their spread in training."
-    intro = f"Of {len(rows)} held-out pairs, by the reward model. {said_scale}"
+        share_of_a = None if people is None else people if sides[0][0] == "chosen" else 1 - people
+        truth = "" if people is None else f" The people of this world would choose A with {share_of_a:.2f}."
+        line = el("p", f"P(A ≻ B) = σ({number(scale, 3)} (score A − score B)) = ", el("b", f"{of_a:.2f}"), " ", gauge, truth,
+                  class_="below")  # fmt: skip
+        parts.append(el("div", el("h4", what), question(row), el("div", cards, class_="two"), line, class_="sample"))
+    intro = f"Of {len(rows)} held-out pairs. The labels are noisy, as people are: where the model is sure and they chose "
+    intro += f"otherwise, it may be they who slipped. Scores are in units of their spread in training, {number(scale, 3)} nats."
     return el("article", el("h3", "A pair, scored"), el("p", intro), parts, id="pair")
 
 
@@ -115,7 +121,8 @@ def best_of_n(folder: Path) -> Html:
     curves = read_curves(str(path))
     lines = [Line(list(curves[name]), [right for right, _ in curves[name].values()], kind, called, True)
              for name, (called, kind) in SELECTORS.items() if name in curves]  # fmt: skip
-    picture = chart(lines, x_label="n, solutions drawn", label="share of problems right against n", within=(0, 0.5))
+    picture = chart(lines, x_label="n, solutions drawn", label="share of problems right against n", within=(0, 0.5),
+                    x_ticks=list(next(iter(curves.values()))))
     sizes = list(next(iter(curves.values())))
     rows = [[name, *(f"{share(right)} ± {share(error)}" for right, error in own.values())] for name, own in curves.items()]
     figures = el("figure", picture, legend(lines), el("figcaption", "Share of held-out sums that are right."))

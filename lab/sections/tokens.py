@@ -5,15 +5,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lab.sections.models import Models, last_words, quietly
+from lab.sections.models import Models, family, quietly
 from lab.sections.page import Html, el, missing, number, said, table
 from nanoalign.data import collate, join
 from nanoalign.generate import Rollout, rollout
-from nanoalign.logprobs import last_scored, token_logprobs
+from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import unless_unfinished
 from train_ppo import gae, shape_rewards
 
-STRONG = 2.0  # nats at which a token's colour is full
+STRONG, FAINT = 1.0, 0.05  # nats at which a token's colour is full, and below which it has none
+READABLE = 5, 20  # tokens of a sample that is shown
 CONTINUED = 24  # how often each state is continued for its value
 
 
@@ -28,8 +29,8 @@ def coloured(tokenizer, ids: list[int], mask: list[bool], ratio: list[float]) ->
     for token, scored, r in zip(ids, mask, ratio):
         if scored:
             strength = f"--s: {min(abs(r) / STRONG, 1) * 55:.0f}%"
-            kind = "up" if r >= 0 else "down"
-            parts.append(said(piece(tokenizer, token), "span", class_=f"token {kind} said", style=strength,
+            kind = "" if abs(r) < FAINT else "up" if r > 0 else "down"
+            parts.append(said(piece(tokenizer, token), "span", class_=f"token {kind} said".replace("  ", " "), style=strength,
                               title=f"log π − log π_ref = {number(r, 3)}"))  # fmt: skip
         else:
             parts.append(said(piece(tokenizer, token), "span", class_="token prompt said"))
@@ -43,26 +44,29 @@ def ratios(policy, ref, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return logp - token_logprobs(ref, ids, mask), logp
 
 
-def pairs(models: Models, name: str, title: str, most: int = 2) -> Html:
-    """Held-out pairs by a policy that learnt from pairs."""
+def pairs(models: Models, name: str, title: str, most: int = 120) -> Html:
+    """Two held-out pairs by a policy that learnt from pairs: where its margin grew most, and a middling one."""
+    head = el("h3", f"{title}: two held-out pairs")
     if not models.has(name, "sft") or not models.held_out_pairs:
-        return missing(f"{name}.pt, sft.pt or held-out pairs", "make demo")
+        return el("article", head, missing(f"{name}.pt, sft.pt or held-out pairs", "make demo"), id=f"tokens-{name}")
     (policy, tokenizer, *_), (ref, *_) = models.policy(name), models.policy("sft")
-    rows = models.held_out_pairs
-    parts = []
-    for row in rows[:: max(1, len(rows) // most)][:most]:
+    context, examples = policy.config.context, []
+    for row in models.held_out_pairs[:most]:
         prompt = tokenizer.prompt(row["prompt"])
-        examples = [join(prompt, tokenizer.response(row[side]), policy.config.context) for side in ("chosen", "rejected")]
-        if None in examples:
-            continue
-        ids, mask = collate(examples, tokenizer.pad)
-        ratio, _ = ratios(policy, ref, ids, mask)
-        for side, own, scored, values, example in zip(("chosen", "rejected"), ids, mask, ratio, examples):
-            n = len(example[0])
-            strip = coloured(tokenizer, own[:n].tolist(), scored[:n].tolist(), values[:n].tolist())
-            total = number(values.sum().item(), 3)
-            parts.append(el("div", el("h4", side, " ", el("span", f"Σ = {total} nats", class_="value")), strip))
-    return el("article", el("h3", f"{title}: two pairs"), parts, id=f"tokens-{name}")
+        both = [join(prompt, tokenizer.response(row[side]), context) for side in ("chosen", "rejected")]
+        examples += both if None not in both else []
+    ids, mask = collate(examples, tokenizer.pad)
+    ratio, _ = ratios(policy, ref, ids, mask)
+    order = (ratio.sum(-1)[::2] - ratio.sum(-1)[1::2]).argsort(descending=True)
+    parts = []
+    for what, i in (("where the margin grew most", order[0]), ("a middling one", order[len(order) // 2])):
+        parts.append(el("p", what[0].upper() + what[1:], class_="quiet"))
+        for side, k in (("chosen", 2 * i), ("rejected", 2 * i + 1)):
+            n = len(examples[k][0])
+            strip = coloured(tokenizer, ids[k, :n].tolist(), mask[k, :n].tolist(), ratio[k, :n].tolist())
+            total = f"Σ = {number(ratio[k].sum().item(), 3)} nats"
+            parts.append(el("div", el("h4", side, " ", el("span", total, class_="value")), strip))
+    return el("article", head, parts, id=f"tokens-{name}")
 
 
 def continued(policy, ref, reward, tokenizer, row: dict, drawn: Rollout, config: dict, seed: int) -> Tensor:
@@ -88,15 +92,23 @@ def continued(policy, ref, reward, tokenizer, row: dict, drawn: Rollout, config:
     return torch.zeros(1, len(ids)).index_copy(1, torch.tensor(at), to_come[None])
 
 
-def sample(models: Models) -> Html:
-    """A sample of the PPO policy, token by token: ratio, reward, value, advantage."""
-    if not models.has("ppo", "sft", "rm") or not models.prompts:
-        return missing("ppo.pt, sft.pt, rm.pt or held-out prompts", "make demo")
+def drawn_ones(models: Models, most: int) -> list[tuple[dict, Rollout]]:
+    """Samples of PPO's policy on prompts of different families, of a length that can be read."""
+    policy, tokenizer, _, content = models.policy("ppo")
+    found: dict[str, tuple] = {}
+    for row in models.prompts:
+        prompt = tokenizer.prompt(row["prompt"])
+        drawn = quietly(rollout, policy, tokenizer, [prompt], content["config"]["max_new_tokens"], models.seed)
+        if READABLE[0] <= int(drawn.mask.sum()) <= READABLE[1]:
+            found.setdefault(family(row), (row, drawn))
+    telling = sorted(found, key=lambda name: name not in ("belief", "harm", "fact"))
+    return [found[name] for name in telling[:most]]
+
+
+def sample(models: Models, row: dict, drawn: Rollout) -> Html:
+    """One sample, token by token: ratio, reward, value, advantage."""
     (policy, tokenizer, _, content), (ref, *_) = models.policy("ppo"), models.policy("sft")
-    config, row = content["config"], models.prompts[min(2, len(models.prompts) - 1)]
-    prompt = tokenizer.prompt(row["prompt"])
-    drawn = quietly(rollout, policy, tokenizer, [prompt], config["max_new_tokens"], models.seed)
-    ids, mask = drawn.ids, drawn.mask
+    config, (ids, mask) = content["config"], (drawn.ids, drawn.mask)
     ratio, logp = ratios(policy, ref, ids, mask)
     reward = models.reward()
     with torch.no_grad():
@@ -104,21 +116,31 @@ def sample(models: Models) -> Html:
     shaped = shape_rewards(score, logp, logp - ratio, mask, config["beta"])
     values = continued(policy, ref, reward, tokenizer, row, drawn, config, models.seed + 1)
     advantages, _ = gae(shaped, values, mask, config["gamma"], config["lam"])
-    lines, last = [], int(last_scored(mask)[0])
+    lines = []
     for t in mask[0].nonzero().flatten().tolist():
         cells = (logp, ratio, shaped, values, advantages)
-        lines.append([said(piece(tokenizer, int(ids[0, t])), "code"), *(number(x[0, t].item(), 2) for x in cells)])
-    names = ["token", "log π", "log π − log π_ref", "reward", "value", "advantage"]
+        token = said(piece(tokenizer, int(ids[0, t])), "code")
+        lines.append([token, *(f"{x[0, t].item():.2f}".replace("-", "−") for x in cells)])
     strip = coloured(tokenizer, ids[0].tolist(), mask[0].tolist(), ratio[0].tolist())
+    names = ["token", "log π", "log π/π_ref", "reward", "value", "advantage"]
+    summed = f"{family(row)}: score {number(score.item(), 3)}, KL {number(ratio.sum().item(), 3)} nats"
+    return el("div", el("h4", summed), strip, el("details", el("summary", "token by token"),
+              table(names, lines, f"{family(row)}: of each token", class_="numbers"), open=True), class_="sample")  # fmt: skip
+
+
+def ppo(models: Models, most: int = 2) -> Html:
+    head = el("h3", "PPO: samples, token by token")
+    if not models.has("ppo", "sft", "rm") or not models.prompts:
+        return el("article", head, missing("ppo.pt, sft.pt, rm.pt or held-out prompts", "make demo"), id="tokens-ppo")
+    config = models.policy("ppo")[3]["config"]
+    shown = [sample(models, row, drawn) for row, drawn in drawn_ones(models, most)]
     words = (
-        f"The reward of a token is −β (log π − log π_ref) with β = {number(config['beta'])}, and on the last one "
-        f"the score too: {number(score.item(), 3)}. The value is what was still to come, in the mean of "
-        f"{CONTINUED} continuations from there; the advantage is GAE’s with γ = {number(config['gamma'])} and "
-        f"λ = {number(config['lam'])}, before it is whitened."
+        f"The reward of a token is −β (log π − log π_ref) with β = {number(config['beta'])}, on the last one with the score. "
+        f"The value is what was still to come, in the mean of {CONTINUED} continuations from there (the critic itself is "
+        f"not kept); the advantage is GAE’s with γ = {number(config['gamma'])} and λ = {number(config['lam'])}, not whitened."
     )
-    assert last < ids.shape[1]
-    return el("article", el("h3", "PPO: a sample, token by token"), el("p", said(last_words(row)), class_="quiet"),
-              strip, el("p", words), table(names, lines, "of each token, in nats"), id="tokens-ppo")  # fmt: skip
+    none = el("p", f"No sample has {READABLE[0]} to {READABLE[1]} tokens.", class_="missing")
+    return el("article", head, el("p", words), shown or none, id="tokens-ppo")
 
 
 def section(models: Models) -> Html:
@@ -128,5 +150,5 @@ def section(models: Models) -> Html:
         "model had it, and ", el("span", "underlined", class_="token down", style="--s: 40%"),
         " where it made it less likely; the number stands in its title.", class_="lead",
     )  # fmt: skip
-    parts = pairs(models, "dpo", "DPO"), sample(models)
+    parts = pairs(models, "dpo", "DPO"), ppo(models)
     return el("section", el("h2", "Token view"), lead, parts, id="tokens")
