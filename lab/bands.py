@@ -1,11 +1,15 @@
 """Reference bands: where a healthy run's curves lie, by the runs of several seeds.
 
-    python -m lab.bands out/seed0 out/seed1 out/seed2        # writes docs/bands/METHOD.json, a few kB each
+    python -m lab.bands out/seed0 out/seed1 out/seed2        # writes docs/bands/NAME.json, a few kB each
 
-Each folder is a demo's (`make results` makes three). A band is, of every logged metric and step, the mean over
-the seeds (a running median of 3, which leaves a trend as it is and takes off single spikes) and 2 standard
-deviations of a new run from it: sd √(1 + 1/n), the variance between the seeds pooled over five neighbouring
-steps. With the band stands the config that it is of: a run with other settings is told so and gets no verdict.
+Each folder is a demo's (`make results` makes three); where all have them, what `make cai` and `make prm` add is
+taken in too. A band is, of every logged metric and step, the mean over the seeds (a running median of 3, which
+leaves a trend as it is and takes off single spikes) and 2 standard deviations of a new run from it: sd
+√(1 + 1/n), the variance between the seeds pooled over five neighbouring steps. With the band stands the config
+that it is of: a run with other settings is told so and gets no verdict. In best-of-n.json a selector is a metric
+and n the step.
+
+    {"seeds": n, "settings": {flag: value}, "metrics": {name: {"step": […], "low": […], "mean": […], "high": […]}}}
 """
 
 import json
@@ -14,7 +18,8 @@ from pathlib import Path
 from statistics import mean, median, variance
 
 from lab import run_on_paths
-from lab.sections.runs import Run, read_runs
+from lab.plot import read_curves
+from lab.sections.runs import Run, metrics_of, read_runs
 from nanoalign import UserError
 from nanoalign.files import write_text
 
@@ -27,6 +32,7 @@ PLACES = {
     "compile", "checkpointing", "resume", "skip_bad_rows", "fields", "init", "data", "out", "prompts", "reward",
     "reference", "critic", "watch", "doctor", "eval_prompts", "tokenizer", "precision", "base_dtype",
 }  # fmt: skip
+Columns = tuple[list, list]  # the steps at which a metric was logged, and its values
 
 
 def settings(run: Run) -> dict:
@@ -35,50 +41,47 @@ def settings(run: Run) -> dict:
     return {**kept, "steps": run.last.get("step", 0)}
 
 
-def rounded(x: float, digits: int) -> float:
-    return float(f"{x:.{digits}g}")
-
-
-def aligned(columns: list[tuple[list, list]]) -> tuple[list, list[tuple]]:
-    """(steps, values) of every seed → the steps that all have, and the values there of each. The last steps are
-    one, whatever their numbers: worlds of other seeds have a few rows more or fewer."""
+def aligned(columns: list[Columns]) -> tuple[list, list[tuple]]:
+    """A metric of every seed → the steps that all have, and the values there of each. The last steps are one,
+    whatever their numbers: worlds of other seeds have a few rows more or fewer."""
     ends = [steps[-1] for steps, _ in columns]
     found = [
-        {min(ends) if step == end else step: value for step, value in zip(*column) if step == end or step < min(ends)}
+        {
+            min(ends) if step == end else step: value
+            for step, value in zip(*column)
+            if step == end or step < min(ends)
+        }
         for column, end in zip(columns, ends)
     ]
     steps = sorted(set.intersection(*map(set, found)))
     return steps, [tuple(own[step] for own in found) for step in steps]
 
 
-def band(columns: list[tuple[list, list]]) -> dict | None:
-    """A metric's (steps, values) of every seed → {"step", "centre", "spread"}; None if there is none of all."""
+def band(columns: list[Columns]) -> dict | None:
+    """A metric of every seed → {"step", "low", "mean", "high"}; None where a seed lacks it or it is not finite."""
     if not all(steps for steps, _ in columns):
         return None
     steps, rows = aligned(columns)
     if not all(math.isfinite(x) for row in rows for x in row):
         return None
-    centre = [mean(row) for row in rows]
-    smooth = [median(centre[max(0, i - 1) : i + 2]) if 0 < i < len(rows) - 1 else x for i, x in enumerate(centre)]
+    middle = [mean(row) for row in rows]
+    smooth = [
+        median(middle[max(0, i - 1) : i + 2]) if 0 < i < len(rows) - 1 else x for i, x in enumerate(middle)
+    ]
     between = [variance(row) for row in rows]
     new = 2 * math.sqrt(1 + 1 / len(columns))
     spread = [new * math.sqrt(mean(between[max(0, i - 2) : i + 3])) for i in range(len(rows))]
     every = -(-len(rows) // MOST)
     kept = sorted({*range(0, len(rows), every), len(rows) - 1})
-    parts = ("centre", smooth, 4), ("spread", spread, 3)
-    found = {name: [rounded(own[i], digits) for i in kept] for name, own, digits in parts}
+    found = {side: [float(f"{smooth[i] + sign * spread[i]:.4g}") for i in kept]
+             for side, sign in (("low", -1), ("mean", 0), ("high", 1))}  # fmt: skip
     return {"step": [steps[i] for i in kept], **found}
 
 
 def read_band(name: str) -> dict | None:
-    """docs/bands/NAME.json → its content; None where there is none. Metrics logged at the same steps share them."""
+    """docs/bands/NAME.json; None where there is none."""
     path = BANDS / f"{name}.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for own in content["metrics"].values():
-        own["step"] = content["steps"][own["step"]]
-    return content
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def at(steps: list, values: list, step: float) -> float | None:
@@ -93,20 +96,21 @@ def at(steps: list, values: list, step: float) -> float | None:
 
 
 def inside(own: dict, steps: list, values: list) -> float | None:
-    """The share of a run's values that lie in the band of that metric; None where they have no step in common."""
+    """The share of a run's values that lie in a metric's band; None where they have no step in common."""
     hits = []
     for step, value in zip(steps, values):
-        centre, spread = (at(own["step"], own[name], step) for name in ("centre", "spread"))
-        if centre is not None:
-            hits.append(abs(value - centre) <= spread + 1e-3 * abs(centre) + 1e-9)
+        low, high = (at(own["step"], own[side], step) for side in ("low", "high"))
+        if low is not None:
+            rounding = 1e-3 * max(abs(low), abs(high)) + 1e-6
+            hits.append(low - rounding <= value <= high + rounding)
     return sum(hits) / len(hits) if hits else None
 
 
-def different(settings_of_band: dict, run: Run) -> list[str]:
+def different(of_band: dict, run: Run) -> list[str]:
     """What of a run's settings is not the band's: "lr 0.001, not 0.0005". A tenth more or fewer steps is
     another seed's world, not another setting."""
     own, found = settings(run), []
-    for name, value in settings_of_band.items():
+    for name, value in of_band.items():
         alike = own.get(name, value) == value
         if name == "steps" and own[name] and value:
             alike = abs(own[name] / value - 1) < 0.1
@@ -115,27 +119,44 @@ def different(settings_of_band: dict, run: Run) -> list[str]:
     return found
 
 
+def write(name: str, content: dict) -> None:
+    path = BANDS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
+    print(f"docs/bands/{path.name}: {len(content['metrics'])} metrics, {path.stat().st_size / 1000:.1f} kB")
+
+
+def of_runs(name: str, runs: list[Run]) -> None:
+    """Runs of one stage, a seed each → its band."""
+    if not all(run.rows for run in runs):
+        return print(f"{name}: left out, not every folder has its metrics")
+    if any(different(settings(runs[0]), run) for run in runs):
+        raise UserError(f"{name}: the seeds were trained with different settings; a band is of one.")
+    found = {metric: band([run.column(metric) for run in runs]) for metric in runs[0].metrics}
+    found = {metric: own for metric, own in found.items() if own and metric not in COSTS}
+    write(name, {"seeds": len(runs), "settings": settings(runs[0]), "metrics": found})
+
+
 def main(folders: list[str]) -> None:
     if len(folders) < 2:
         raise UserError("name the folders of two seeds or more, such as out/seed0 out/seed1 out/seed2.")
-    seeds = [read_runs(Path(folder)) for folder in folders]
+    paths = [Path(folder) for folder in folders]
+    seeds = [read_runs(path) for path in paths]
     for name in seeds[0]:
-        runs = [seed[name] for seed in seeds]
-        if not all(run.rows for run in runs):
-            print(f"{name}: left out, not every folder has its metrics")
-            continue
-        if any(different(settings(runs[0]), run) for run in runs):
-            raise UserError(f"{name}: the seeds were trained with different settings; a band is of one.")
-        found = {metric: band([run.column(metric) for run in runs]) for metric in runs[0].metrics}
-        found = {metric: own for metric, own in found.items() if own and metric not in COSTS}
-        steps = []
-        for own in found.values():
-            steps += [own["step"]] if own["step"] not in steps else []
-            own["step"] = steps.index(own["step"])
-        content = {"seeds": len(runs), "settings": settings(runs[0]), "steps": steps, "metrics": found}
-        path = BANDS / f"{name}.json"
-        write_text(str(path), json.dumps(content, separators=(",", ":")) + "\n")
-        print(f"{path.relative_to(BANDS.parents[1])}: {len(found)} metrics, {path.stat().st_size / 1000:.1f} kB")
+        of_runs(name, [seed[name] for seed in seeds])
+    ai = [path / "cai/ai.pt" for path in paths]
+    of_runs(
+        "cai",
+        [Run("cai", "dpo", "CAI", "", own, [], metrics_of(own.with_suffix(".metrics.jsonl"))) for own in ai],
+    )
+    tables = [path / "best_of_n.csv" for path in paths]
+    if not all(path.is_file() for path in tables):
+        return print("best-of-n: left out, not every folder has best_of_n.csv")
+    curves = [read_curves(str(path)) for path in tables]
+    columns = {name: [(list(own[name]), [right for right, _ in own[name].values()]) for own in curves]
+               for name in curves[0] if all(name in own for own in curves)}  # fmt: skip
+    found = {name: own for name, column in columns.items() if (own := band(column))}
+    write("best-of-n", {"seeds": len(paths), "settings": {}, "metrics": found})
 
 
 if __name__ == "__main__":

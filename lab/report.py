@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lab import story
-from lab.sections import comparison, curves, explorers, hacked, pipeline, samples, tokens
+from lab.sections import comparison, curves, deployment, explorers, hacked, pipeline, samples, tokens
 from lab.sections.models import Models
 from lab.sections.page import Html, el, missing, number, share
 from lab.sections.runs import Run, read_runs
@@ -28,7 +28,7 @@ from nanoalign.terminal import visible
 HERE = Path(__file__).parent
 CHAPTERS = {
     "summary": "Summary", "pipeline": "Pipeline", "curves": "Curves", "samples": "Samples", "tokens": "Tokens",
-    "hacking": "Hacking", "explorers": "Explorers", "comparison": "Comparison",
+    "hacking": "Hacking", "deployment": "Deployment", "explorers": "Explorers", "comparison": "Comparison",
 }  # fmt: skip
 
 
@@ -49,7 +49,9 @@ def tile(value: str, what: str) -> Html:
 
 def best(cards: dict) -> tuple[str, list] | None:
     """The method with the highest win rate, and that rate with its error."""
-    rates = {name: card["overall"].get("win rate") for name, card in cards.items() if name not in ("base", "sft")}
+    rates = {
+        name: card["overall"].get("win rate") for name, card in cards.items() if name not in ("base", "sft")
+    }
     rates = {name: rate for name, rate in rates.items() if rate and rate[0] is not None}
     return max(rates.items(), key=lambda item: item[1][0]) if rates else None
 
@@ -68,14 +70,27 @@ def summary(folder: Path, runs: dict[str, Run]) -> Html:
         cards, lines = {}, []
     if found := best(cards):
         name, (rate, error) = found
-        tiles.append(tile(f"{name.upper()} {share(rate)} ± {share(error)}", "wins most often against SFT, by the judge"))
-    tiles.append(tile(f"{len(there) - len(ill)} of {len(there)} healthy", f"by the doctor{': not ' + ', '.join(ill) if ill else ''}"))
+        tiles.append(
+            tile(
+                f"{name.upper()} {share(rate)} ± {share(error)}", "wins most often against SFT, by the judge"
+            )
+        )
+    tiles.append(
+        tile(
+            f"{len(there) - len(ill)} of {len(there)} healthy",
+            f"by the doctor{': not ' + ', '.join(ill) if ill else ''}",
+        )
+    )
     tiles.append(tile(f"{usual} of {known}" if known else "–", "have the curves of three reference seeds" if known else
                       "no reference band is of these settings"))  # fmt: skip
     hacking = hacked.told(runs)
     tiles.append(tile(", ".join(hacking) or "none", "of the runs climbed the reward while the judge fell"))
     listed = [part for name, text in lines for part in (el("dt", name.upper()), el("dd", text))]
-    told = el("dl", listed, class_="story") if lines else missing("scorecard.json and rm.report.json", "make demo")
+    told = (
+        el("dl", listed, class_="story")
+        if lines
+        else missing("scorecard.json and rm.report.json", "make demo")
+    )
     return el("section", el("h2", "Summary"), el("div", tiles, class_="tiles"), told, id="summary")
 
 
@@ -88,6 +103,7 @@ def sections(folder: Path, models: Models) -> list[Html]:
         samples.section(folder, models),
         tokens.section(models),
         hacked.section(folder, runs),
+        deployment.section(folder),
         explorers.section(),
         comparison.section(folder, runs),
     ]
@@ -105,9 +121,18 @@ def page(title: str, body: list[Html]) -> str:
     )  # fmt: skip
     top = el("header", el("h1", f"The run in {title}"), el("p", "nanoalign: from a base model to an aligned one, as it went",
              class_="lead"), class_="top")  # fmt: skip
-    foot = el("footer", "Made by python -m lab.report from the files of the run. It loads nothing from anywhere.")
+    foot = el(
+        "footer", "Made by python -m lab.report from the files of the run. It loads nothing from anywhere."
+    )
     skip = el("a", "Skip to the summary", href="#summary", class_="skip")
-    inside = skip, top, el("nav", el("ul", links), aria_label="Sections"), el("main", body), foot, el("script", Html(script))
+    inside = (
+        skip,
+        top,
+        el("nav", el("ul", links), aria_label="Sections"),
+        el("main", body),
+        foot,
+        el("script", Html(script)),
+    )
     return f"<!doctype html>\n{el('html', head, el('body', *inside), lang='en')}\n"
 
 

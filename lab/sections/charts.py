@@ -86,20 +86,26 @@ def drawn_band(band: Band, place) -> Html:
     rows = list(zip(band.xs, band.low, band.high))
     if band.dots:
         ends = [(place(x, low), place(x, high)) for x, low, high in rows]
-        return Html("".join(el("line", class_="whisker", x1=a[0], x2=b[0], y1=a[1], y2=b[1]) for a, b in ends))
+        return Html(
+            "".join(el("line", class_="whisker", x1=a[0], x2=b[0], y1=a[1], y2=b[1]) for a, b in ends)
+        )
     edge = [place(x, high) for x, _, high in rows] + [place(x, low) for x, low, _ in reversed(rows)]
     return el("polygon", class_="band", points=" ".join(f"{x:g},{y:g}" for x, y in edge))
 
 
 def drawn_line(line: Line, place) -> Html:
     points = [place(x, y) for x, y in zip(line.xs, line.ys) if y is not None and math.isfinite(y)]
-    path = el("polyline", class_=f"line {line.kind}".strip(), points=" ".join(f"{x:g},{y:g}" for x, y in points))
+    path = el(
+        "polyline", class_=f"line {line.kind}".strip(), points=" ".join(f"{x:g},{y:g}" for x, y in points)
+    )
     marks = [el("circle", class_=f"dot {line.kind}".strip(), cx=x, cy=y, r=2.6) for x, y in points]
     return Html(path + "".join(marks) if line.dots or len(points) == 1 else path)
 
 
 def legend(lines: list[Line], band: str = "") -> Html:
     """What the lines and the band are."""
-    items = [el("li", el("span", class_=f"key {line.kind}".strip()), line.name) for line in lines if line.name]
+    items = [
+        el("li", el("span", class_=f"key {line.kind}".strip()), line.name) for line in lines if line.name
+    ]
     items += [el("li", el("span", class_="key area"), band)] if band else []
     return el("ul", items, class_="legend")

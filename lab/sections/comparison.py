@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lab.scoreboard import cost
-from lab.sections.page import Html, el, missing, number, share, table
+from lab.sections.page import Html, decimals, el, missing, number, share, table
 from lab.sections.runs import STAGES, Run
 from lab.seeds import scorecards
 from nanoalign import UserError, cli
@@ -27,10 +27,6 @@ def cards_of(folder: Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     return {Path(checkpoint).stem: card for checkpoint, card in scorecards([path])[0].items()}
-
-
-def decimals(x: float | None) -> str:
-    return "–" if x is None else f"{x:.2f}".replace("-", "−")
 
 
 def with_error(value: tuple, written=decimals) -> str:

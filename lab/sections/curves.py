@@ -27,9 +27,7 @@ def charted(run: Run) -> list[str]:
 def band_of(own: dict | None, dots: bool) -> list[Band]:
     if not own:
         return []
-    low = [c - s for c, s in zip(own["centre"], own["spread"])]
-    high = [c + s for c, s in zip(own["centre"], own["spread"])]
-    return [Band(own["step"], low, high, dots)]
+    return [Band(own["step"], own["low"], own["high"], dots)]
 
 
 def where(run: Run, name: str, reference: dict | None) -> float | None:
@@ -59,7 +57,9 @@ def verdict(run: Run, name: str) -> tuple[str, Html]:
 def reading(run: Run, name: str) -> dict:
     """What the page's script reads under the pointer: the training values, or the held-out ones."""
     steps, values = max((run.column(name), run.column(f"eval_{name}")), key=lambda both: len(both[0]))
-    kept = [(x, float(f"{y:.4g}")) for x, y in zip(steps, values) if math.isfinite(y)][:: -(-len(steps) // 240)]
+    kept = [(x, float(f"{y:.4g}")) for x, y in zip(steps, values) if math.isfinite(y)][
+        :: -(-len(steps) // 240)
+    ]
     everything = [*run.column(name)[0], *run.column(f"eval_{name}")[0]]
     ends = {"x0": min(everything), "x1": max(everything)}
     return {"x": [x for x, _ in kept], "y": [y for _, y in kept], **ends}
@@ -73,7 +73,9 @@ def small(run: Run, name: str, reference: dict | None) -> Html:
     for own, (steps, values) in pairs:
         held_out = own != name
         kind = "second" if held_out and len(pairs) > 1 else ""
-        lines.append(Line(steps, values, kind, "held out" if held_out else "training", held_out and len(steps) < 30))
+        lines.append(
+            Line(steps, values, kind, "held out" if held_out else "training", held_out and len(steps) < 30)
+        )
         if reference:
             areas += band_of(reference["metrics"].get(own), held_out and len(pairs) > 1)
     what, range_ = meaning(run.name, name)
@@ -87,12 +89,16 @@ def small(run: Run, name: str, reference: dict | None) -> Html:
     notes = [el("p", what, ".", class_="what") if what else None]
     notes += [el("p", el("b", "Healthy: "), range_, ".") if range_ else None]
     notes += [el("p", said) if said else None]
-    notes += [el("p", f"{share(min(inside))} of its points lie in the band.", class_="quiet") if inside else None]
+    notes += [
+        el("p", f"{share(min(inside))} of its points lie in the band.", class_="quiet") if inside else None
+    ]
     head = el("h4", name.replace("_", " "), " ", el("span", last, class_="value"))
     reader = el("p", class_="reading", aria_hidden="true")
     names = legend([line for line in lines if len(lines) > 1])
     curve = json.dumps(reading(run, name), separators=(",", ":"))
-    return el("figure", head, drawn, reader, names, el("figcaption", notes), class_="metric", data_curve=curve)
+    return el(
+        "figure", head, drawn, reader, names, el("figcaption", notes), class_="metric", data_curve=curve
+    )
 
 
 def health(run: Run) -> tuple[str, list[str]]:
@@ -130,7 +136,12 @@ def one(run: Run) -> Html:
     heading = el("h3", run.title, " ", el("span", run.about, class_="quiet"))
     if not any("step" in row for row in run.rows):
         name = run.checkpoint.with_suffix(".metrics.jsonl").name
-        return el("article", heading, missing(f"{name}, the metrics of {run.title}", "make demo"), id=f"run-{run.name}")
+        return el(
+            "article",
+            heading,
+            missing(f"{name}, the metrics of {run.title}", "make demo"),
+            id=f"run-{run.name}",
+        )
     kind, sentence = against_band(run)
     reference = bands.read_band(run.name) if kind != "none" else None
     state, found = health(run)

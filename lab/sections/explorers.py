@@ -1,5 +1,6 @@
 """The explorers: sliders over the formulas. report.js computes; a test holds it equal to the Python losses."""
 
+import re
 from dataclasses import dataclass, field
 
 from lab.sections.page import Html, data, el
@@ -55,7 +56,8 @@ def explorers(world: dict | None = None) -> list[Explorer]:
         ),
         Explorer(
             "dpo", "DPO and its variants: two log-ratios",
-            "h = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected),  L = −log σ(βh)",
+            "h = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected);  dpo −log σ(βh);  cdpo −(1−ε) log σ(βh) − ε log σ(−βh);  "
+            "robust (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε);  ipo (h − 1/(2β))²;  simpo −log σ(βh − γ)",
             "Every variant is another function of the margin h. IPO’s and SimPO’s log-ratios are per token, and SimPO’s "
             "have no reference. IPO stops at 1/(2β); with label noise cDPO and robust DPO stop too, or turn.",
             [Choice("loss", "variant", LOSSES), Slider("chosen", "log-ratio, chosen", *RATIO, 0.5),
@@ -172,26 +174,51 @@ def control(explorer: Explorer, one) -> Html:
               class_="slider")  # fmt: skip
 
 
+def subscripts(formula: str) -> list:
+    """π_ref → π with ref below the line; several formulas on lines of their own."""
+    lines = []
+    for line in formula.split(";  "):
+        parts = re.split(r"_\(([^)]+)\)|_([\w*]+)", line)
+        words = [el("sub", part) if i % 3 else part for i, part in enumerate(parts) if part]
+        lines += [el("span", words), " "]
+    return lines
+
+
 def drawn(explorer: Explorer) -> Html:
     kinds = {output: kind for output, kind in (explorer.plot or {}).get("lines", [])}
     results = []
     for output, called in explorer.outputs.items():
         key = el("span", class_=f"key {kinds[output]}".strip()) if output in kinds else None
         results += [el("dt", key, called), el("dd", el("output", "…", data_output=output))]
-    left = el("div", [control(explorer, one) for one in explorer.controls], el("dl", results, class_="results"))
+    left = el(
+        "div", [control(explorer, one) for one in explorer.controls], el("dl", results, class_="results")
+    )
     along = (explorer.plot or {}).get("along")
     axis = next((c.label for c in explorer.controls if c.name == along), "")
     label = f"{explorer.title}, over {axis}" if axis else explorer.title
     picture = el("svg", class_="chart", viewBox="0 0 342 190", role="img", aria_label=label)
     caption = el("figcaption", f"Over {axis}; the dots are where the sliders stand.") if axis else None
     inside = data({"plot": explorer.plot, "bars": explorer.bars, "arrays": explorer.arrays})
-    parts = el("h3", explorer.title), el("p", explorer.formula, class_="formula"), el("p", explorer.note, class_="quiet")
+    parts = (
+        el("h3", explorer.title),
+        el("p", subscripts(explorer.formula), class_="formula"),
+        el("p", explorer.note, class_="quiet"),
+    )
     body = left, el("figure", picture, caption), inside
-    return el("article", parts, body, class_="explorer", data_explorer=explorer.name, id=f"explore-{explorer.name}")
+    return el(
+        "article", parts, body, class_="explorer", data_explorer=explorer.name, id=f"explore-{explorer.name}"
+    )
 
 
 def section() -> Html:
     lead = el("p", "Each formula is computed in this page, by functions that a test holds equal to the project’s own "
               "Python losses, values and gradients, to nine digits.", class_="lead")  # fmt: skip
     parts = [drawn(one) for one in explorers(enumerated())]
-    return el("section", el("h2", "Explorers"), lead, el("noscript", "The sliders need JavaScript."), parts, id="explorers")
+    return el(
+        "section",
+        el("h2", "Explorers"),
+        lead,
+        el("noscript", "The sliders need JavaScript."),
+        parts,
+        id="explorers",
+    )

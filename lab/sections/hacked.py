@@ -33,13 +33,21 @@ def panel(points: list[dict], name: str) -> Html:
     distance = [Line(looks, [p["kl"] for p in points], "third", "KL to SFT, nats", True)]
     best = max(range(len(points)), key=lambda i: points[i]["judge"])
     lost = points[best]["judge"] - points[-1]["judge"]
-    verdict = f"the judge was best at look {best}, and has lost {number(lost, 2)} since" if lost > 0.05 else "the judge ends near its best"
+    verdict = (
+        f"the judge was best at look {best}, and has lost {number(lost, 2)} since"
+        if lost > 0.05
+        else "the judge ends near its best"
+    )
     verdict += ": hacked" if lost > FALLEN else ""
     ends = f"{name}: proxy {number(points[0]['proxy'], 2)} → {number(points[-1]['proxy'], 2)}, judge "
     ends += f"{number(points[0]['judge'], 2)} → {number(points[-1]['judge'], 2)}, KL {number(points[-1]['kl'], 3)}"
     scores = el("figure", chart(both, x_label="look at held-out prompts", label=ends), legend(both))
     kls = el("figure", chart(distance, x_label="look", label=f"{name}: KL", within=(0, 1)), legend(distance))
-    return el("div", el("p", el("b", ends), ". ", verdict[0].upper() + verdict[1:], "."), el("div", scores, kls, class_="two"))
+    return el(
+        "div",
+        el("p", el("b", ends), ". ", verdict[0].upper() + verdict[1:], "."),
+        el("div", scores, kls, class_="two"),
+    )
 
 
 def ended(points: list[dict]) -> list[str]:
@@ -55,7 +63,10 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
     betas = of_betas(folder)
     if betas:
         names = sorted(betas)
-        parts = [el("div", panel(betas[beta], f"β = {number(beta)}"), data_group="beta", data_of=beta) for beta in names]
+        parts = [
+            el("div", panel(betas[beta], f"β = {number(beta)}"), data_group="beta", data_of=beta)
+            for beta in names
+        ]
         top = max(names) or 1
         slider = el(
             "div", el("label", "β, the price of a nat", for_="beta-measured"),

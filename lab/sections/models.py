@@ -84,7 +84,8 @@ class Models:
         """The reward model's scores of responses (N,); NaN where there is no room."""
         model, tokenizer, _ = self.scalar("rm")
         with torch.no_grad():
-            return score_texts(self.reward(), rows, texts, tokenizer, model.config.context, "cpu", ended=ended)
+            length = model.config.context
+            return quietly(score_texts, self.reward(), rows, texts, tokenizer, length, "cpu", ended=ended)
 
 
 def family(row: dict) -> str:

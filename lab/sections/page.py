@@ -86,6 +86,11 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{x:.{digits}g}".replace("-", "−")
 
 
+def decimals(x: float | None) -> str:
+    """Two decimals, a minus sign where there is anything below 0 to show; a dash for none."""
+    return "–" if x is None else f"{round(x, 2) + 0.0:.2f}".replace("-", "−")
+
+
 def share(x: float | None) -> str:
     return "–" if x is None or x != x else f"{x:.0%}"
 

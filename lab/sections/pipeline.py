@@ -23,9 +23,11 @@ BOXES = {
     "steps": ("Marked steps", 3, 4, "steps", ["solver"]),
     "prm": ("Process model", 4, 4, "run-prm", ["steps"]),
     "best": ("Best of n", 5, 4, "best-of-n", ["prm"]),
+    "chats": ("After deployment", 5, 0.5, "deployment", ["dpo", "kto"]),
 }
 WIDTH, HEIGHT, ACROSS, DOWN = 164, 78, 190, 100
-FILES = {"world": "world/pretrain.jsonl", "pairs": "pairs.jsonl", "steps": "steps.jsonl", "best": "best_of_8.csv"}
+FILES = {"world": "world/pretrain.jsonl", "pairs": "pairs.jsonl", "steps": "steps.jsonl", "best": "best_of_8.csv",
+         "chats": "chats.jsonl"}  # fmt: skip
 
 
 def parameters(path: Path) -> int:
@@ -57,7 +59,13 @@ def made(folder: Path, name: str) -> list[str]:
     """What the box of a file says."""
     path = folder / FILES[name]
     if not path.is_file():
-        return ["not made: make demo"]
+        return (
+            ["no conversations yet:", "chat.py --log chats.jsonl"]
+            if name == "chats"
+            else ["not made: make demo"]
+        )
+    if name == "chats":
+        return [f"{counted(path):,} answers, logged"]
     if name == "world":
         prompts = counted(folder / "world/prompts.jsonl")
         return [f"{counted(path):,} texts", f"{counted(folder / 'world/sft.jsonl'):,} demonstrations",
@@ -88,7 +96,7 @@ def arrow(start: str, end: str) -> Html:
 def drawn(name: str, lines: list[str]) -> Html:
     title, _, _, goal, _ = BOXES[name]
     x, y = place(name)
-    absent = lines[0].startswith("not made")
+    absent = lines[0].startswith(("not made", "no conv"))
     parts = [el("rect", x=x, y=y, width=WIDTH, height=HEIGHT, rx=9)]
     parts.append(el("text", title, class_="title", x=x + 12, y=y + 22))
     parts += [el("text", line, class_="small", x=x + 12, y=y + 39 + 15 * i) for i, line in enumerate(lines)]

@@ -69,9 +69,15 @@ def side_by_side(models: Models) -> Html:
             lines.append(line)
         names = ["model", "answer", *(["judge"] if known else []), *(["reward model"] if scores else [])]
         shown = table(names, lines, class_="stack answers")
-        parts.append(el("div", question(row), shown, class_="sample", data_group="family", data_of=family(row)))
-    intro = "One sample each, at temperature 1: the judge is exact, the reward model is what PPO and GRPO climb."
-    return el("article", el("h3", "The same prompts, every model"), el("p", intro), choice, parts, id="answers")
+        parts.append(
+            el("div", question(row), shown, class_="sample", data_group="family", data_of=family(row))
+        )
+    intro = (
+        "One sample each, at temperature 1: the judge is exact, the reward model is what PPO and GRPO climb."
+    )
+    return el(
+        "article", el("h3", "The same prompts, every model"), el("p", intro), choice, parts, id="answers"
+    )
 
 
 def joined_cell(value: str, marks: Html) -> Html:
@@ -81,7 +87,7 @@ def joined_cell(value: str, marks: Html) -> Html:
 def pair(models: Models) -> Html:
     """Held-out pairs, the reward model's two scores, P(A ≻ B): where it is surest and right, surest and wrong, and
     nearest to a half."""
-    rows = [row for row in models.held_out_pairs if "chosen" in row][:400]
+    rows = [row for row in models.held_out_pairs if "chosen" in row][:240]
     if not rows or not models.has("rm"):
         return el("article", el("h3", "A pair"), missing("held-out pairs, or rm.pt", "make demo"), id="pair")
     both = torch.stack([models.scores(rows, [row[side] for row in rows]) for side in ("chosen", "rejected")])
@@ -99,7 +105,9 @@ def pair(models: Models) -> Html:
         for letter, (side, score, _) in zip("AB", sides):
             head = el("h4", letter, " ", el("span", f"score {number(score, 2)}", class_="value"),
                       el("span", " people chose this", class_="quiet") if side == "chosen" else None)  # fmt: skip
-            cards.append(el("div", head, said(row[side], "div"), class_="card first" if side == "chosen" else "card"))
+            cards.append(
+                el("div", head, said(row[side], "div"), class_="card first" if side == "chosen" else "card")
+            )
         of_a = sides[0][2]
         gauge = el("meter", min="0", max="1", value=f"{of_a:.3f}", aria_label=f"P(A ≻ B) = {of_a:.2f}")
         people = (row.get("meta") or {}).get("p_chosen")
@@ -107,7 +115,9 @@ def pair(models: Models) -> Html:
         truth = "" if people is None else f" The people of this world would choose A with {share_of_a:.2f}."
         line = el("p", f"P(A ≻ B) = σ({number(scale, 3)} (score A − score B)) = ", el("b", f"{of_a:.2f}"), " ", gauge, truth,
                   class_="below")  # fmt: skip
-        parts.append(el("div", el("h4", what), question(row), el("div", cards, class_="two"), line, class_="sample"))
+        parts.append(
+            el("div", el("h4", what), question(row), el("div", cards, class_="two"), line, class_="sample")
+        )
     intro = f"Of {len(rows)} held-out pairs. The labels are noisy, as people are: where the model is sure and they chose "
     intro += f"otherwise, it may be they who slipped. Scores are in units of their spread in training, {number(scale, 3)} nats."
     return el("article", el("h3", "A pair, scored"), el("p", intro), parts, id="pair")
@@ -121,10 +131,18 @@ def best_of_n(folder: Path) -> Html:
     curves = read_curves(str(path))
     lines = [Line(list(curves[name]), [right for right, _ in curves[name].values()], kind, called, True)
              for name, (called, kind) in SELECTORS.items() if name in curves]  # fmt: skip
-    picture = chart(lines, x_label="n, solutions drawn", label="share of problems right against n", within=(0, 0.5),
-                    x_ticks=list(next(iter(curves.values()))))
+    picture = chart(
+        lines,
+        x_label="n, solutions drawn",
+        label="share of problems right against n",
+        within=(0, 0.5),
+        x_ticks=list(next(iter(curves.values()))),
+    )
     sizes = list(next(iter(curves.values())))
-    rows = [[name, *(f"{share(right)} ± {share(error)}" for right, error in own.values())] for name, own in curves.items()]
+    rows = [
+        [name, *(f"{share(right)} ± {share(error)}" for right, error in own.values())]
+        for name, own in curves.items()
+    ]
     figures = el("figure", picture, legend(lines), el("figcaption", "Share of held-out sums that are right."))
     listed = table(["selector", *(f"n = {n}" for n in sizes)], rows)
     intro = "More samples help only as much as what chooses among them; “any of n” is what a perfect one would reach."
@@ -179,7 +197,9 @@ def revisions(folder: Path, most: int = 3) -> Html:
             items.append(el("li", el("b", f"Round {number_}. "), el("span", one["principle"], class_="quiet"),
                             el("br"), "Critique: ", said(one["critique"]), el("br"), "Revision: ", said(one["revision"])))  # fmt: skip
         parts.append(el("div", question(row), el("ol", items), class_="card"))
-    intro = "The model criticises its own answer by a principle drawn from the constitution, and writes it anew."
+    intro = (
+        "The model criticises its own answer by a principle drawn from the constitution, and writes it anew."
+    )
     return el("article", head, el("p", intro), el("div", parts, class_="two"), id="revisions")
 
 

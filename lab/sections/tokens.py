@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lab.sections.models import Models, family, quietly
-from lab.sections.page import Html, el, missing, number, said, table
+from lab.sections.page import Html, decimals, el, missing, number, said, table
 from nanoalign.data import collate, join
 from nanoalign.generate import Rollout, rollout
 from nanoalign.logprobs import token_logprobs
@@ -15,7 +15,7 @@ from train_ppo import gae, shape_rewards
 
 STRONG, FAINT = 1.0, 0.05  # nats at which a token's colour is full, and below which it has none
 READABLE = 5, 20  # tokens of a sample that is shown
-CONTINUED = 24  # how often each state is continued for its value
+CONTINUED = 16  # how often each state is continued for its value
 
 
 def piece(tokenizer, token: int) -> str:
@@ -48,7 +48,9 @@ def pairs(models: Models, name: str, title: str, most: int = 120) -> Html:
     """Two held-out pairs by a policy that learnt from pairs: where its margin grew most, and a middling one."""
     head = el("h3", f"{title}: two held-out pairs")
     if not models.has(name, "sft") or not models.held_out_pairs:
-        return el("article", head, missing(f"{name}.pt, sft.pt or held-out pairs", "make demo"), id=f"tokens-{name}")
+        return el(
+            "article", head, missing(f"{name}.pt, sft.pt or held-out pairs", "make demo"), id=f"tokens-{name}"
+        )
     (policy, tokenizer, *_), (ref, *_) = models.policy(name), models.policy("sft")
     context, examples = policy.config.context, []
     for row in models.held_out_pairs[:most]:
@@ -82,7 +84,9 @@ def continued(policy, ref, reward, tokenizer, row: dict, drawn: Rollout, config:
     new = quietly(rollout, policy, tokenizer, begun, limit, seed, temperature=1.0)
     start = torch.tensor([at[0]] * len(begun))
     columns = torch.arange(new.ids.shape[1])
-    whole = new.mask | ((columns >= start[:, None]) & (columns < torch.tensor([len(b) for b in begun])[:, None]))
+    whole = new.mask | (
+        (columns >= start[:, None]) & (columns < torch.tensor([len(b) for b in begun])[:, None])
+    )
     answer = replace(new, mask=whole, read={})
     with torch.no_grad():
         score = unless_unfinished(reward([row] * len(begun), answer), answer, config["missing_eos_score"])
@@ -98,7 +102,9 @@ def drawn_ones(models: Models, most: int) -> list[tuple[dict, Rollout]]:
     found: dict[str, tuple] = {}
     for row in models.prompts:
         prompt = tokenizer.prompt(row["prompt"])
-        drawn = quietly(rollout, policy, tokenizer, [prompt], content["config"]["max_new_tokens"], models.seed)
+        drawn = quietly(
+            rollout, policy, tokenizer, [prompt], content["config"]["max_new_tokens"], models.seed
+        )
         if READABLE[0] <= int(drawn.mask.sum()) <= READABLE[1]:
             found.setdefault(family(row), (row, drawn))
     telling = sorted(found, key=lambda name: name not in ("belief", "harm", "fact"))
@@ -120,7 +126,7 @@ def sample(models: Models, row: dict, drawn: Rollout) -> Html:
     for t in mask[0].nonzero().flatten().tolist():
         cells = (logp, ratio, shaped, values, advantages)
         token = said(piece(tokenizer, int(ids[0, t])), "code")
-        lines.append([token, *(f"{x[0, t].item():.2f}".replace("-", "−") for x in cells)])
+        lines.append([token, *(decimals(x[0, t].item()) for x in cells)])
     strip = coloured(tokenizer, ids[0].tolist(), mask[0].tolist(), ratio[0].tolist())
     names = ["token", "log π", "log π/π_ref", "reward", "value", "advantage"]
     summed = f"{family(row)}: score {number(score.item(), 3)}, KL {number(ratio.sum().item(), 3)} nats"
@@ -131,7 +137,12 @@ def sample(models: Models, row: dict, drawn: Rollout) -> Html:
 def ppo(models: Models, most: int = 2) -> Html:
     head = el("h3", "PPO: samples, token by token")
     if not models.has("ppo", "sft", "rm") or not models.prompts:
-        return el("article", head, missing("ppo.pt, sft.pt, rm.pt or held-out prompts", "make demo"), id="tokens-ppo")
+        return el(
+            "article",
+            head,
+            missing("ppo.pt, sft.pt, rm.pt or held-out prompts", "make demo"),
+            id="tokens-ppo",
+        )
     config = models.policy("ppo")[3]["config"]
     shown = [sample(models, row, drawn) for row, drawn in drawn_ones(models, most)]
     words = (

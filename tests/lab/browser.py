@@ -48,7 +48,9 @@ class Browser:
     def hear(self, message: dict) -> None:
         name, found = message.get("method"), message.get("params", {})
         if name == "Runtime.exceptionThrown":
-            self.errors.append(found["exceptionDetails"].get("exception", {}).get("description", "an exception"))
+            self.errors.append(
+                found["exceptionDetails"].get("exception", {}).get("description", "an exception")
+            )
         elif name == "Runtime.consoleAPICalled" and found["type"] in ("error", "warning"):
             self.errors.append(str(found["args"]))
         elif name == "Log.entryAdded" and found["entry"]["level"] == "error":
@@ -69,7 +71,9 @@ class Browser:
             raise RuntimeError(f"{name}: {answer['error']['message']}")
         return answer["result"]
 
-    def open(self, path: str, width: int = 1200, height: int = 900, dark: bool = False, still: bool = False) -> None:
+    def open(
+        self, path: str, width: int = 1200, height: int = 900, dark: bool = False, still: bool = False
+    ) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.ask("Emulation.setDeviceMetricsOverride", **metrics)
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
