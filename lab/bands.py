@@ -2,14 +2,15 @@
 
     python -m lab.bands out/seed0 out/seed1 out/seed2        # writes docs/bands/NAME.json, a few kB each
 
-Each folder is a demo's (`make results` makes three); where all have them, what `make cai` and `make prm` add is
-taken in too. A band is, of every logged metric and step, the mean over the seeds (a running median of 3, which
-leaves a trend as it is and takes off single spikes) and 2 standard deviations of a new run from it: sd
-√(1 + 1/n), the variance between the seeds pooled over five neighbouring steps. With the band stands the config
-that it is of: a run with other settings is told so and gets no verdict. In best-of-n.json a selector is a metric
-and n the step.
+Each folder is a demo's (`make results` makes three); where all have them, what `make cai` and `make prm` add
+is taken in too. A band is, of every logged metric and step, the mean over the seeds (a running median of 3,
+which leaves a trend as it is and takes off single spikes) and 2 standard deviations of a new run from it: sd
+√(1 + 1/n), the variance between the seeds pooled over five neighbouring steps. With the band stands the
+config that it is of: a run with other settings is told so and gets no verdict. In best-of-n.json a selector
+is a metric and n the step.
 
-    {"seeds": n, "settings": {flag: value}, "metrics": {name: {"step": […], "low": […], "mean": […], "high": […]}}}
+    {"seeds": n, "settings": {flag: value},
+     "metrics": {name: {"step": […], "low": […], "mean": […], "high": […]}}}
 """
 
 import json
@@ -29,7 +30,8 @@ COSTS = {"tokens_per_s", "elapsed", "peak_mb", "generation_s", "scoring_s", "upd
 # flags that say where and how a run ran, not what it is
 PLACES = {
     "eval_data", "micro_batch", "micro_tokens", "log_every", "eval_every", "save_every", "seed", "device",
-    "compile", "checkpointing", "resume", "skip_bad_rows", "fields", "init", "data", "out", "prompts", "reward",
+    "compile", "checkpointing", "resume", "skip_bad_rows", "fields", "init", "data", "out", "prompts",
+        "reward",
     "reference", "critic", "watch", "doctor", "eval_prompts", "tokenizer", "precision", "base_dtype",
 }  # fmt: skip
 Columns = tuple[list, list]  # the steps at which a metric was logged, and its values
@@ -58,7 +60,7 @@ def aligned(columns: list[Columns]) -> tuple[list, list[tuple]]:
 
 
 def band(columns: list[Columns]) -> dict | None:
-    """A metric of every seed → {"step", "low", "mean", "high"}; None where a seed lacks it or it is not finite."""
+    """A metric of every seed → {"step", "low", "mean", "high"}; None where a seed lacks it, or has NaN."""
     if not all(steps for steps, _ in columns):
         return None
     steps, rows = aligned(columns)

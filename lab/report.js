@@ -1,6 +1,6 @@
 /* The report's one script. First the formulas of the explorers, as functions of numbers: a test holds each
-   equal to the project's Python, value and gradient. Then what moves on the page. No network, no library; text
-   from a run is set with textContent only. */
+   equal to the project's Python, value and gradient. Then what moves on the page. No network, no library;
+   text is set with textContent only. */
 "use strict";
 
 // ------------------------------------------------------------------------------------------- the formulas
@@ -39,7 +39,8 @@ const preferenceLosses = {
 // train_dpo.preference_loss of one pair: log-ratios of the chosen and of the rejected response
 function dpo({ loss, chosen, rejected, beta, smoothing, gamma }) {
   const [value, gradient] = preferenceLosses[loss](chosen - rejected, { beta, smoothing, gamma });
-  return { margin: chosen - rejected, loss: value, gradient, rewardChosen: beta * chosen, rewardRejected: beta * rejected };
+  const rewards = { rewardChosen: beta * chosen, rewardRejected: beta * rejected };
+  return { margin: chosen - rejected, loss: value, gradient, ...rewards };
 }
 
 // train_ppo.policy_loss of one token, and its derivative by log π
@@ -119,6 +120,11 @@ function written(x) {
   return text.replace(/-/g, "\u2212");
 }
 
+// the index of the value nearest to x
+function nearestIndex(values, x) {
+  return values.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(values[best] - x) ? i : best), 0);
+}
+
 const SVG = "http://www.w3.org/2000/svg";
 const [LEFT, TOP, WIDE, HIGH] = [44, 12, 288, 148]; // where a plot lies within its svg, as in charts.py
 
@@ -159,8 +165,9 @@ function plot(svg, lines, mark) {
     const points = line.xs.map((x, i) => `${X(x).toFixed(1)},${Y(line.ys[i]).toFixed(1)}`);
     parts.push(drawn("polyline", { class: `line ${line.kind || ""}`, points: points.join(" ") }));
     if (mark === undefined) continue;
-    const near = line.xs.reduce((best, x, i) => (Math.abs(x - mark) < Math.abs(line.xs[best] - mark) ? i : best), 0);
-    parts.push(drawn("circle", { class: `dot ${line.kind || ""}`, r: 3.5, cx: X(line.xs[near]), cy: Y(line.ys[near]) }));
+    const near = nearestIndex(line.xs, mark);
+    const place = { cx: X(line.xs[near]), cy: Y(line.ys[near]) };
+    parts.push(drawn("circle", { class: `dot ${line.kind || ""}`, r: 3.5, ...place }));
   }
   svg.replaceChildren(...parts);
 }
@@ -180,14 +187,16 @@ function bars(svg, groups, names) {
     parts.push(drawn("text", { class: "tick middle", x, y: TOP + HIGH + 16 }, name));
     groups.forEach((heights, k) => {
       const [y, h] = [Y(Math.max(heights[i], 0)), Math.abs(Y(heights[i]) - Y(0))];
-      parts.push(drawn("rect", { class: `bar k${k}`, x: x + (k - groups.length / 2) * thick, y, width: thick * 0.9, height: h }));
+      const left = x + (k - groups.length / 2) * thick;
+      parts.push(drawn("rect", { class: `bar k${k}`, x: left, y, width: thick * 0.9, height: h }));
     });
   });
   svg.replaceChildren(...parts);
 }
 
 // what an explorer shows beside its numbers: [lines, where the mark is] or bars
-const sweep = (low, high, count = 120) => Array.from({ length: count + 1 }, (_, i) => low + ((high - low) * i) / count);
+const sweep = (low, high, count = 120) =>
+  Array.from({ length: count + 1 }, (_, i) => low + ((high - low) * i) / count);
 function curve(name, values, along, [low, high], shown) {
   const xs = sweep(low, high);
   const found = xs.map((x) => explorers[name]({ ...values, [along]: x }));
@@ -211,8 +220,13 @@ function explore(section) {
       const value = found[output.dataset.output];
       output.textContent = Array.isArray(value) ? value.map(written).join("  ") : written(value);
     }
-    if (fixed.plot) plot(svg, curve(name, values, fixed.plot.along, fixed.plot.range, fixed.plot.lines), values[fixed.plot.along]);
-    if (fixed.bars) bars(svg, fixed.bars.outputs.map((key) => found[key] || fixed.arrays[key]), fixed.bars.names);
+    if (fixed.plot) {
+      const { along, range, lines } = fixed.plot;
+      plot(svg, curve(name, values, along, range, lines), values[along]);
+    } else {
+      const { outputs, names } = fixed.bars;
+      bars(svg, outputs.map((key) => found[key] || fixed.arrays[key]), names);
+    }
   };
   for (const input of inputs) input.addEventListener("input", show);
   show();
@@ -234,7 +248,7 @@ function nearest(slider) {
   const output = document.querySelector(`output[for="${slider.id}"]`);
   const show = () => {
     const x = Number(slider.value);
-    const best = parts.reduce((a, b) => (Math.abs(b.dataset.of - x) < Math.abs(a.dataset.of - x) ? b : a));
+    const best = parts[nearestIndex(parts.map((part) => Number(part.dataset.of)), x)];
     for (const part of parts) part.hidden = part !== best;
     output.textContent = `${written(x)}, nearest measured run: ${written(Number(best.dataset.of))}`;
   };
@@ -253,7 +267,7 @@ function read(figure) {
     const box = svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
     const at = curve.x0 + ((x - LEFT) / WIDE) * (curve.x1 - curve.x0);
-    const i = curve.x.reduce((best, value, k) => (Math.abs(value - at) < Math.abs(curve.x[best] - at) ? k : best), 0);
+    const i = nearestIndex(curve.x, at);
     const place = LEFT + ((curve.x[i] - curve.x0) / (curve.x1 - curve.x0 || 1)) * WIDE;
     cross.setAttribute("x1", place);
     cross.setAttribute("x2", place);

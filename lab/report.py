@@ -2,10 +2,11 @@
 
     python -m lab.report --run out/demo        # → out/demo/report.html
 
-The pipeline of this run, the curves of every run over the reference band with the doctor's word, samples side
-by side, the token view, the hacking curve, explorers of the losses, and what the textbooks say beside what was
-measured. It reads a folder as `make demo` fills it (and what other targets add to it), asks its models a few
-held-out prompts on the CPU, and keeps nothing. What a folder lacks is named, with the command that makes it.
+The pipeline of this run, the curves of every run over the reference band with the doctor's word, samples
+side by side, the token view, the hacking curve, explorers of the losses, and what the textbooks say beside
+what was measured. It reads a folder as `make demo` fills it (and what other targets add to it), asks its
+models a few held-out prompts on the CPU, and keeps nothing. What a folder lacks is named, with the command
+that makes it.
 
 Its parts: lab/sections/ (a section a file), lab/report.js (the page's one script), lab/report.css.
 """
@@ -27,7 +28,8 @@ from nanoalign.terminal import visible
 
 HERE = Path(__file__).parent
 CHAPTERS = {
-    "summary": "Summary", "pipeline": "Pipeline", "curves": "Curves", "samples": "Samples", "tokens": "Tokens",
+    "summary": "Summary", "pipeline": "Pipeline", "curves": "Curves", "samples": "Samples", "tokens":
+        "Tokens",
     "hacking": "Hacking", "deployment": "Deployment", "explorers": "Explorers", "comparison": "Comparison",
 }  # fmt: skip
 
@@ -81,8 +83,12 @@ def summary(folder: Path, runs: dict[str, Run]) -> Html:
             f"by the doctor{': not ' + ', '.join(ill) if ill else ''}",
         )
     )
-    tiles.append(tile(f"{usual} of {known}" if known else "–", "have the curves of three reference seeds" if known else
-                      "no reference band is of these settings"))  # fmt: skip
+    tiles.append(
+        tile(
+            f"{usual} of {known}" if known else "–",
+            "have the curves of three reference seeds" if known else "no reference band is of these settings",
+        )
+    )
     hacking = hacked.told(runs)
     tiles.append(tile(", ".join(hacking) or "none", "of the runs climbed the reward while the judge fell"))
     listed = [part for name, text in lines for part in (el("dt", name.upper()), el("dd", text))]
@@ -115,12 +121,19 @@ def page(title: str, body: list[Html]) -> str:
     links = [el("li", el("a", name, href=f"#{key}")) for key, name in CHAPTERS.items()]
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     head = el(
-        "head", el("meta", charset="utf-8"), el("title", f"{title}: a run of nanoalign"),
+        "head",
+        el("meta", charset="utf-8"),
+        el("title", f"{title}: a run of nanoalign"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy), el("style", Html(style)),
-    )  # fmt: skip
-    top = el("header", el("h1", f"The run in {title}"), el("p", "nanoalign: from a base model to an aligned one, as it went",
-             class_="lead"), class_="top")  # fmt: skip
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("style", Html(style)),
+    )
+    top = el(
+        "header",
+        el("h1", f"The run in {title}"),
+        el("p", "nanoalign: from a base model to an aligned one, as it went", class_="lead"),
+        class_="top",
+    )
     foot = el(
         "footer", "Made by python -m lab.report from the files of the run. It loads nothing from anywhere."
     )

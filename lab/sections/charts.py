@@ -48,9 +48,13 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 
 def chart(
-    lines: list[Line], bands: list[Band] = (), x_label: str = "step", label: str = "",
-    within: tuple[float, float] | None = None, x_ticks: list[float] | None = None,
-) -> Html:  # fmt: skip
+    lines: list[Line],
+    bands: list[Band] = (),
+    x_label: str = "step",
+    label: str = "",
+    within: tuple[float, float] | None = None,
+    x_ticks: list[float] | None = None,
+) -> Html:
     """Lines over bands → an svg. label: what a screen reader says. within: what y must show at least."""
     lines = [thinned(line) for line in lines if finite(line.ys)]
     xs = finite(x for part in (*lines, *bands) for x in part.xs)

@@ -13,12 +13,19 @@ from nanoalign import UserError, cli
 SAID = {
     "base": ("continues text; knows, but does not answer", "1"),
     "sft": ("cheap and stable; learns the form of an answer, and the demonstrators’ faults with it", "1"),
-    "dpo": ("no reward model, no sampling: stable and cheap; the chosen log-prob falls too, and it can overfit its pairs", "2"),
+    "dpo": (
+        "no reward model, no sampling: stable and cheap; the chosen log-prob falls too, and it can overfit "
+        "its pairs",
+        "2",
+    ),
     "kto": ("needs thumbs only, not pairs; as good as DPO from noisy labels", "2"),
     "orpo": ("no reference and no SFT stage before it: the cheapest", "1"),
-    "ppo": ("the strongest where it is tuned, the most to tune; explores, and so finds the reward’s holes", "4"),
+    "ppo": (
+        "the strongest where it is tuned, the most to tune; explores, and so finds the reward’s holes",
+        "4",
+    ),
     "grpo": ("PPO without a critic: less memory; wants many samples a prompt and rewards that differ", "3"),
-}  # fmt: skip
+}
 
 
 def cards_of(folder: Path) -> dict[str, dict]:
@@ -70,8 +77,23 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
         held, time, tokens = took(runs[name])
         held = f"{held} (book: {models})" if held != models else held
         rows.append([STAGES[name][2], said, *measured, held, time, tokens])
-    names = ["method", "the textbooks say", "win rate against SFT", "KL", "utility", "right", "helps with harm", "words",
-             "models", "time", "tokens"]  # fmt: skip
-    lead = el("p", "On the left what one reads; on the right what this run measured, on held-out prompts, by the exact judge. "
-              "Times are of the machines that they ran on.", class_="lead")  # fmt: skip
+    names = [
+        "method",
+        "the textbooks say",
+        "win rate against SFT",
+        "KL",
+        "utility",
+        "right",
+        "helps with harm",
+        "words",
+        "models",
+        "time",
+        "tokens",
+    ]
+    lead = el(
+        "p",
+        "On the left what one reads; on the right what this run measured, on held-out prompts, by the "
+        "exact judge. Times are of the machines that they ran on.",
+        class_="lead",
+    )
     return el("section", head, lead, table(names, rows, class_="stack compared"), id="comparison")

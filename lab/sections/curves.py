@@ -153,16 +153,25 @@ def one(run: Run) -> Html:
     names = charted(run)
     at_once = [name for name in names if name in FIRST.get(run.name, names[:4])]
     later = [name for name in names if name not in at_once]
-    more = el("details", el("summary", f"{len(later)} more metrics"),
-              el("div", [small(run, name, reference) for name in later], class_="grid")) if later else None  # fmt: skip
+    more = (
+        el(
+            "details",
+            el("summary", f"{len(later)} more metrics"),
+            el("div", [small(run, name, reference) for name in later], class_="grid"),
+        )
+        if later
+        else None
+    )
     charts = el("div", [small(run, name, reference) for name in at_once], class_="grid")
     return el("article", heading, el("ul", verdicts, class_="verdicts"), charts, more, id=f"run-{run.name}")
 
 
 def section(runs: dict[str, Run]) -> Html:
     intro = el(
-        "p", "Each run’s own metrics.jsonl. The shaded band is where a healthy run of the same settings lies, by "
-        "the runs of three seeds: two standard deviations of a new run. Bars are the same for single held-out "
-        "looks. Point at a curve to read it.", class_="lead",
-    )  # fmt: skip
+        "p",
+        "Each run’s own metrics.jsonl. The shaded band is where a healthy run of the same settings lies, "
+        "by the runs of three seeds: two standard deviations of a new run. Bars are the same for single "
+        "held-out looks. Point at a curve to read it.",
+        class_="lead",
+    )
     return el("section", el("h2", "Curves"), intro, [one(run) for run in runs.values()], id="curves")

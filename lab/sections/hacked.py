@@ -7,8 +7,7 @@ from lab.doctor import columns, hacked
 from lab.hacking import curve
 from lab.sections.charts import Line, chart, legend
 from lab.sections.page import Html, el, missing, number, table
-from lab.sections.runs import Run, metrics_of
-
+from lab.sections.runs import Run
 
 FALLEN = 0.2  # the doctor's: from its best
 
@@ -28,8 +27,10 @@ def of_betas(folder: Path) -> dict[float, list[dict]]:
 def panel(points: list[dict], name: str) -> Html:
     """One run: proxy and judge, and KL beside them, by the look."""
     looks = list(range(len(points)))
-    both = [Line(looks, [p["proxy"] for p in points], "", "proxy: the reward model", True),
-            Line(looks, [p["judge"] for p in points], "second", "the exact judge", True)]  # fmt: skip
+    both = [
+        Line(looks, [p["proxy"] for p in points], "", "proxy: the reward model", True),
+        Line(looks, [p["judge"] for p in points], "second", "the exact judge", True),
+    ]
     distance = [Line(looks, [p["kl"] for p in points], "third", "KL to SFT, nats", True)]
     best = max(range(len(points)), key=lambda i: points[i]["judge"])
     lost = points[best]["judge"] - points[-1]["judge"]
@@ -40,7 +41,10 @@ def panel(points: list[dict], name: str) -> Html:
     )
     verdict += ": hacked" if lost > FALLEN else ""
     ends = f"{name}: proxy {number(points[0]['proxy'], 2)} → {number(points[-1]['proxy'], 2)}, judge "
-    ends += f"{number(points[0]['judge'], 2)} → {number(points[-1]['judge'], 2)}, KL {number(points[-1]['kl'], 3)}"
+    ends += (
+        f"{number(points[0]['judge'], 2)} → {number(points[-1]['judge'], 2)}, KL "
+        f"{number(points[-1]['kl'], 3)}"
+    )
     scores = el("figure", chart(both, x_label="look at held-out prompts", label=ends), legend(both))
     kls = el("figure", chart(distance, x_label="look", label=f"{name}: KL", within=(0, 1)), legend(distance))
     return el(
@@ -58,8 +62,12 @@ def ended(points: list[dict]) -> list[str]:
 
 def section(folder: Path, runs: dict[str, Run]) -> Html:
     head = el("h2", "The hacking curve")
-    lead = el("p", "A reward model is a proxy. PPO climbs it; the exact judge, which PPO never sees, says what the climb "
-              "was worth. The less KL costs (β), the further the two can part.", class_="lead")  # fmt: skip
+    lead = el(
+        "p",
+        "A reward model is a proxy. PPO climbs it; the exact judge, which PPO never sees, says what the "
+        "climb was worth. The less KL costs (β), the further the two can part.",
+        class_="lead",
+    )
     betas = of_betas(folder)
     if betas:
         names = sorted(betas)
@@ -69,11 +77,21 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
         ]
         top = max(names) or 1
         slider = el(
-            "div", el("label", "β, the price of a nat", for_="beta-measured"),
+            "div",
+            el("label", "β, the price of a nat", for_="beta-measured"),
             el("output", number(names[0]), for_="beta-measured"),
-            el("input", type="range", id="beta-measured", min="0", max=top, step=top / 40, value=names[0],
-               data_nearest="beta"), class_="slider",
-        )  # fmt: skip
+            el(
+                "input",
+                type="range",
+                id="beta-measured",
+                min="0",
+                max=top,
+                step=top / 40,
+                value=names[0],
+                data_nearest="beta",
+            ),
+            class_="slider",
+        )
         ends = [[f"β = {number(beta)}", *ended(betas[beta])] for beta in names]
         heads = ["run", "looks", "KL at the end", "proxy", "judge at its best", "judge at the end"]
         body = [slider, parts, table(heads, ends, "every measured run, at its end", class_="stack")]

@@ -1,7 +1,7 @@
 """What every logged metric is, in a line, and where it lies in a healthy run."""
 
-# (what it is, where it is healthy); "run.metric" is of that run only, and eval_X without a line of its own is X
-# on held-out rows. The order is the report's.
+# (what it is, where it is healthy); "run.metric" is of that run only, and eval_X without a line of its own is
+# X on held-out rows. The order is the report's.
 MEANINGS = {
     "loss": ("what is minimised, in nats", "falls, fast at first; held out it stays near the training one"),
     "dpo.loss": ("−log σ(β margin)", "starts at ln 2 = 0.693, exactly; held out it ends below"),
@@ -10,9 +10,11 @@ MEANINGS = {
     "orpo.loss": ("NLL plus λ times the odds part", "falls as in SFT"),
     "ppo.loss": ("clipped surrogate plus value loss", "near 0: its size says nothing, its gradient does"),
     "grpo.loss": ("clipped surrogate", "near 0: advantages of a group sum to 0, so its size says nothing"),
-    "prm.loss": ("cross-entropy of right and wrong steps", "falls; held out it may turn up again: then it overfits"),
+    "prm.loss": ("cross-entropy of right and wrong steps", "falls; held out it may turn up again: then "
+        "it overfits"),
     "perplexity": ("e^loss: among how many tokens it hesitates", "falls with the loss"),
-    "accuracy": ("how often the chosen side has the higher score", "rises above one half; labels are noisy, so never to 1"),
+    "accuracy": ("how often the chosen side has the higher score", "rises above one half; labels are "
+        "noisy, so never to 1"),
     "prm.accuracy": ("how many steps it judges right", "well above the share of the commoner label"),
     "auc": ("P(a desirable row scores above an undesirable one)", "rises above one half"),
     "prm.auc": ("P(a right step scores above a wrong one)", "0.8 and more; 0.5 is a coin's"),
@@ -23,7 +25,8 @@ MEANINGS = {
     "kl": ("log π − log π_ref of a response, in nats", "rises from 0 and settles: β prices it"),
     "score": ("the mean reward, as it is trained on", "rises"),
     "rm.score": ("the mean score, before it is normalised", "stays near 0: only differences mean anything"),
-    "reward_chosen": ("β (log π − log π_ref) of the chosen side", "near 0 or above; falling below −1 is a warning"),
+    "reward_chosen": ("β (log π − log π_ref) of the chosen side", "near 0 or above; falling below −1 is "
+        "a warning"),
     "reward_rejected": ("β (log π − log π_ref) of the rejected side", "falls below the chosen one"),
     "logp_chosen": ("log π of the chosen response", "often falls, only less than the rejected one's"),
     "logp_rejected": ("log π of the rejected response", "falls"),
@@ -38,7 +41,8 @@ MEANINGS = {
     "length": ("tokens of a response", "about as at the start"),
     "ended": ("share of responses with an end token", "near 1"),
     "at_limit": ("share of responses at the length limit", "near 0"),
-    "explained_variance": ("1 − Var(returns − values) / Var(returns)", "rises above 0; below it the critic misleads"),
+    "explained_variance": ("1 − Var(returns − values) / Var(returns)", "rises above 0; below it the "
+        "critic misleads"),
     "value_loss": ("half the critic's squared error, clipped", "falls, then follows the rewards' spread"),
     "policy_loss": ("the clipped surrogate alone", "near 0"),
     "equal_groups": ("share of groups whose rewards are all alike", "well below 1: they teach nothing"),

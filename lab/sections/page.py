@@ -66,10 +66,13 @@ def table(names: list, rows: list[list], caption: str | None = None, **attribute
     """A table whose first column names its rows. It scrolls by itself where it is too wide."""
     head = el("tr", [el("th", name, scope="col") for name in names])
     body = [
-        el("tr", el("th", row[0], scope="row"), [el("td", cell, data_label=name)
-           for name, cell in zip(names[1:], row[1:])])
+        el(
+            "tr",
+            el("th", row[0], scope="row"),
+            [el("td", cell, data_label=name) for name, cell in zip(names[1:], row[1:])],
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
     parts = el("caption", caption) if caption else None, el("thead", head), el("tbody", body)
     inside = el("table", *parts, **attributes)
     return el("div", inside, class_="wide", tabindex="0", role="region", aria_label=caption or names[0])

@@ -26,8 +26,13 @@ BOXES = {
     "chats": ("After deployment", 5, 0.5, "deployment", ["dpo", "kto"]),
 }
 WIDTH, HEIGHT, ACROSS, DOWN = 164, 78, 190, 100
-FILES = {"world": "world/pretrain.jsonl", "pairs": "pairs.jsonl", "steps": "steps.jsonl", "best": "best_of_8.csv",
-         "chats": "chats.jsonl"}  # fmt: skip
+FILES = {
+    "world": "world/pretrain.jsonl",
+    "pairs": "pairs.jsonl",
+    "steps": "steps.jsonl",
+    "best": "best_of_8.csv",
+    "chats": "chats.jsonl",
+}
 
 
 def parameters(path: Path) -> int:
@@ -68,12 +73,17 @@ def made(folder: Path, name: str) -> list[str]:
         return [f"{counted(path):,} answers, logged"]
     if name == "world":
         prompts = counted(folder / "world/prompts.jsonl")
-        return [f"{counted(path):,} texts", f"{counted(folder / 'world/sft.jsonl'):,} demonstrations",
-                f"{prompts:,} prompts"]  # fmt: skip
+        return [
+            f"{counted(path):,} texts",
+            f"{counted(folder / 'world/sft.jsonl'):,} demonstrations",
+            f"{prompts:,} prompts",
+        ]
     if name == "best":
         return ["solutions drawn, and", "chosen among by steps"]
-    return [f"{counted(path):,} {'pairs of answers' if name == 'pairs' else 'solutions'}",
-            "of sft.pt’s, compared" if name == "pairs" else "each step right or wrong"]  # fmt: skip
+    return [
+        f"{counted(path):,} {'pairs of answers' if name == 'pairs' else 'solutions'}",
+        "of sft.pt’s, compared" if name == "pairs" else "each step right or wrong",
+    ]
 
 
 def place(name: str) -> tuple[float, float]:
@@ -100,8 +110,13 @@ def drawn(name: str, lines: list[str]) -> Html:
     parts = [el("rect", x=x, y=y, width=WIDTH, height=HEIGHT, rx=9)]
     parts.append(el("text", title, class_="title", x=x + 12, y=y + 22))
     parts += [el("text", line, class_="small", x=x + 12, y=y + 39 + 15 * i) for i, line in enumerate(lines)]
-    return el("a", parts, href=f"#{goal}", class_="box absent" if absent else "box",
-              aria_label=f"{title}: {', '.join(lines)}")  # fmt: skip
+    return el(
+        "a",
+        parts,
+        href=f"#{goal}",
+        class_="box absent" if absent else "box",
+        aria_label=f"{title}: {', '.join(lines)}",
+    )
 
 
 def section(folder: Path, runs: dict[str, Run]) -> Html:
@@ -109,15 +124,37 @@ def section(folder: Path, runs: dict[str, Run]) -> Html:
     size = f"0 0 {8 + 5 * ACROSS + WIDTH} {8 + 4 * DOWN + HEIGHT}"
     arrows = [arrow(start, name) for name, (*_, starts) in BOXES.items() for start in starts]
     tip = el("path", d="M0 0L7 3.5L0 7z", class_="tip")
-    head = el("marker", tip, id="tip", viewBox="0 0 7 7", refX="6", refY="3.5", markerWidth="7", markerHeight="7",
-              orient="auto", markerUnits="userSpaceOnUse")  # fmt: skip
-    picture = el("svg", el("defs", head), arrows, [drawn(name, own) for name, own in lines.items()], viewBox=size, role="group",
-                 class_="pipeline", aria_label="The pipeline of this run")  # fmt: skip
+    head = el(
+        "marker",
+        tip,
+        id="tip",
+        viewBox="0 0 7 7",
+        refX="6",
+        refY="3.5",
+        markerWidth="7",
+        markerHeight="7",
+        orient="auto",
+        markerUnits="userSpaceOnUse",
+    )
+    picture = el(
+        "svg",
+        el("defs", head),
+        arrows,
+        [drawn(name, own) for name, own in lines.items()],
+        viewBox=size,
+        role="group",
+        class_="pipeline",
+        aria_label="The pipeline of this run",
+    )
     items = [
         el("li", el("a", el("b", BOXES[name][0]), el("span", ", ".join(own)), href=f"#{BOXES[name][3]}"))
         for name, own in lines.items()
     ]
-    intro = el("p", "Every box is this run’s: rows in and checkpoint out, its parameters, how long it took and how many "
-               "models it held in memory. A click leads to what it did.", class_="lead")  # fmt: skip
+    intro = el(
+        "p",
+        "Every box is this run’s: rows in and checkpoint out, its parameters, how long it took and how "
+        "many models it held in memory. A click leads to what it did.",
+        class_="lead",
+    )
     both = picture, el("ol", items, class_="pipeline-list")
     return el("section", el("h2", "The pipeline"), intro, both, id="pipeline")

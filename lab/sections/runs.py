@@ -9,7 +9,8 @@ from nanoalign.cli import readable_rows
 
 # name: (its file in a folder, the method, what it is called, one line, the files it learns from)
 STAGES = {
-    "base": ("base.pt", "pretrain", "Base model", "pretraining on the world's text", ["world/pretrain.jsonl"]),
+    "base": ("base.pt", "pretrain", "Base model", "pretraining on the world's text", [
+        "world/pretrain.jsonl"]),
     "sft": ("sft.pt", "sft", "SFT", "imitates demonstrations", ["world/sft.jsonl"]),
     "dpo": ("dpo.pt", "dpo", "DPO", "preferences, directly", ["pairs.jsonl"]),
     "kto": ("scoreboard/kto.pt", "kto", "KTO", "thumbs up or down", ["pairs.jsonl"]),
@@ -68,7 +69,7 @@ def is_logged(row: dict, name: str) -> bool:
 
 
 def metrics_of(path: Path) -> list[dict]:
-    """Rows of X.metrics.jsonl; empty where there is none. A run that was stopped and begun anew starts there."""
+    """Rows of X.metrics.jsonl, of its last beginning; empty where there is none."""
     if not path.is_file():
         return []
     rows = readable_rows(path)

@@ -15,14 +15,21 @@ from nanoalign.world import verdicts
 
 # of a verdict: what is worth a word, and whether it is good news
 WORDS = {
-    "correct": ("right", True), "harmful compliance": ("helps with harm", False), "over-refusal": ("refuses the harmless", False),
-    "sycophancy": ("agrees with what is false", False), "invention": ("invented", False), "hedging": ("hedged", False),
-    "wrong form": ("wrong form", False), "padding (sentences)": ("padded", False), "repetition": ("repeats", False),
+    "correct": ("right", True), "harmful compliance": ("helps with harm", False), "over-refusal": (
+        "refuses the harmless", False),
+    "sycophancy": ("agrees with what is false", False), "invention": ("invented", False), "hedging": (
+        "hedged", False),
+    "wrong form": ("wrong form", False), "padding (sentences)": ("padded", False), "repetition": (
+        "repeats", False),
 }  # fmt: skip
 TELLING = ("harm", "belief", "unanswerable")  # families in which training shows at once: one is shown first
-SELECTORS = {"pass": ("any of n is right", "dashed"), "prm-min": ("best by its least certain step", ""),
-             "majority": ("the commonest answer", "second"), "mean": ("one drawn", "fourth"),
-             "vote": ("vote weighed by steps", "third")}  # fmt: skip
+SELECTORS = {
+    "pass": ("any of n is right", "dashed"),
+    "prm-min": ("best by its least certain step", ""),
+    "majority": ("the commonest answer", "second"),
+    "mean": ("one drawn", "fourth"),
+    "vote": ("vote weighed by steps", "third"),
+}
 
 
 def question(row: dict) -> Html:
@@ -51,10 +58,11 @@ def side_by_side(models: Models) -> Html:
     first = next((name for name in TELLING if name in families), families[0])
     options = [el("option", name, value=name, selected=name == first) for name in families]
     choice = el(
-        "div", el("label", "Family", for_="family"),
+        "div",
+        el("label", "Family", for_="family"),
         el("select", options, el("option", "all families", value=""), id="family", data_shows="family"),
         class_="controls",
-    )  # fmt: skip
+    )
     parts = []
     for i, row in enumerate(rows):
         known = judged(row)
@@ -85,8 +93,8 @@ def joined_cell(value: str, marks: Html) -> Html:
 
 
 def pair(models: Models) -> Html:
-    """Held-out pairs, the reward model's two scores, P(A ≻ B): where it is surest and right, surest and wrong, and
-    nearest to a half."""
+    """Held-out pairs, the reward model's two scores, P(A ≻ B): surest and people chose as it would,
+    surest and they chose otherwise, nearest to a half."""
     rows = [row for row in models.held_out_pairs if "chosen" in row][:240]
     if not rows or not models.has("rm"):
         return el("article", el("h3", "A pair"), missing("held-out pairs, or rm.pt", "make demo"), id="pair")
@@ -94,8 +102,11 @@ def pair(models: Models) -> Html:
     scale = models.scalar("rm")[2].get("normalisation", {}).get("std", 1.0)
     p = torch.sigmoid((both[0] - both[1]).double() * scale)
     p = torch.where(p.isfinite(), p, 0.5)
-    picked = {"Surest, and people chose as it would": p.argmax(), "Surest, and people chose otherwise": p.argmin(),
-              "Undecided": (p - 0.5).abs().argmin()}  # fmt: skip
+    picked = {
+        "Surest, and people chose as it would": p.argmax(),
+        "Surest, and people chose otherwise": p.argmin(),
+        "Undecided": (p - 0.5).abs().argmin(),
+    }
     parts = []
     for what, i in picked.items():
         row, chance, swap = rows[i], p[i].item(), int(i) % 2 == 1  # which of them is A says nothing
@@ -103,8 +114,13 @@ def pair(models: Models) -> Html:
         sides = sides[::-1] if swap else sides
         cards = []
         for letter, (side, score, _) in zip("AB", sides):
-            head = el("h4", letter, " ", el("span", f"score {number(score, 2)}", class_="value"),
-                      el("span", " people chose this", class_="quiet") if side == "chosen" else None)  # fmt: skip
+            head = el(
+                "h4",
+                letter,
+                " ",
+                el("span", f"score {number(score, 2)}", class_="value"),
+                el("span", " people chose this", class_="quiet") if side == "chosen" else None,
+            )
             cards.append(
                 el("div", head, said(row[side], "div"), class_="card first" if side == "chosen" else "card")
             )
@@ -113,13 +129,23 @@ def pair(models: Models) -> Html:
         people = (row.get("meta") or {}).get("p_chosen")
         share_of_a = None if people is None else people if sides[0][0] == "chosen" else 1 - people
         truth = "" if people is None else f" The people of this world would choose A with {share_of_a:.2f}."
-        line = el("p", f"P(A ≻ B) = σ({number(scale, 3)} (score A − score B)) = ", el("b", f"{of_a:.2f}"), " ", gauge, truth,
-                  class_="below")  # fmt: skip
+        line = el(
+            "p",
+            f"P(A ≻ B) = σ({number(scale, 3)} (score A − score B)) = ",
+            el("b", f"{of_a:.2f}"),
+            " ",
+            gauge,
+            truth,
+            class_="below",
+        )
         parts.append(
             el("div", el("h4", what), question(row), el("div", cards, class_="two"), line, class_="sample")
         )
-    intro = f"Of {len(rows)} held-out pairs. The labels are noisy, as people are: where the model is sure and they chose "
-    intro += f"otherwise, it may be they who slipped. Scores are in units of their spread in training, {number(scale, 3)} nats."
+    intro = (
+        f"Of {len(rows)} held-out pairs. The labels are noisy, as people are: where the model is sure and "
+        "they chose otherwise, it may be they who slipped. Scores are in units of their spread in "
+        f"training, {number(scale, 3)} nats."
+    )
     return el("article", el("h3", "A pair, scored"), el("p", intro), parts, id="pair")
 
 
@@ -129,8 +155,11 @@ def best_of_n(folder: Path) -> Html:
     if not path.is_file():
         return el("article", head, missing("best_of_8.csv", "make demo"), id="best-of-n")
     curves = read_curves(str(path))
-    lines = [Line(list(curves[name]), [right for right, _ in curves[name].values()], kind, called, True)
-             for name, (called, kind) in SELECTORS.items() if name in curves]  # fmt: skip
+    lines = [
+        Line(list(curves[name]), [right for right, _ in curves[name].values()], kind, called, True)
+        for name, (called, kind) in SELECTORS.items()
+        if name in curves
+    ]
     picture = chart(
         lines,
         x_label="n, solutions drawn",
@@ -145,7 +174,10 @@ def best_of_n(folder: Path) -> Html:
     ]
     figures = el("figure", picture, legend(lines), el("figcaption", "Share of held-out sums that are right."))
     listed = table(["selector", *(f"n = {n}" for n in sizes)], rows)
-    intro = "More samples help only as much as what chooses among them; “any of n” is what a perfect one would reach."
+    intro = (
+        "More samples help only as much as what chooses among them; “any of n” is what a perfect one would "
+        "reach."
+    )
     return el("article", head, el("p", intro), el("div", figures, listed, class_="two"), id="best-of-n")
 
 
@@ -173,7 +205,10 @@ def steps(models: Models, most: int = 3) -> Html:
             note = el("span", f"{chance:.0%}{mark}")
             items.append(el("li", note, said(row["completions"][number_]), style=colour))
         parts.append(el("div", question(row), el("ol", items, class_="steps"), class_="card"))
-    intro = "P(this step is right) of each step, and what the checker says of it: a step is judged by what stands before it."
+    intro = (
+        "P(this step is right) of each step, and what the checker says of it: a step is judged by what "
+        "stands before it."
+    )
     return el("article", head, el("p", intro), el("div", parts, class_="two"), id="steps")
 
 
@@ -194,8 +229,19 @@ def revisions(folder: Path, most: int = 3) -> Html:
     for row in picked.values():
         items = [el("li", el("b", "First answer. "), said(row["response"]))]
         for number_, one in enumerate(row["rounds"], 1):
-            items.append(el("li", el("b", f"Round {number_}. "), el("span", one["principle"], class_="quiet"),
-                            el("br"), "Critique: ", said(one["critique"]), el("br"), "Revision: ", said(one["revision"])))  # fmt: skip
+            items.append(
+                el(
+                    "li",
+                    el("b", f"Round {number_}. "),
+                    el("span", one["principle"], class_="quiet"),
+                    el("br"),
+                    "Critique: ",
+                    said(one["critique"]),
+                    el("br"),
+                    "Revision: ",
+                    said(one["revision"]),
+                )
+            )
         parts.append(el("div", question(row), el("ol", items), class_="card"))
     intro = (
         "The model criticises its own answer by a principle drawn from the constitution, and writes it anew."

@@ -1,4 +1,4 @@
-"""The token view: what each token of a few rows became more or less likely by, and what PPO made of a sample."""
+"""The token view: by how much tokens became more or less likely, and what PPO made of a sample."""
 
 from dataclasses import replace
 
@@ -30,8 +30,15 @@ def coloured(tokenizer, ids: list[int], mask: list[bool], ratio: list[float]) ->
         if scored:
             strength = f"--s: {min(abs(r) / STRONG, 1) * 55:.0f}%"
             kind = "" if abs(r) < FAINT else "up" if r > 0 else "down"
-            parts.append(said(piece(tokenizer, token), "span", class_=f"token {kind} said".replace("  ", " "), style=strength,
-                              title=f"log π − log π_ref = {number(r, 3)}"))  # fmt: skip
+            parts.append(
+                said(
+                    piece(tokenizer, token),
+                    "span",
+                    class_=f"token {kind} said".replace("  ", " "),
+                    style=strength,
+                    title=f"log π − log π_ref = {number(r, 3)}",
+                )
+            )
         else:
             parts.append(said(piece(tokenizer, token), "span", class_="token prompt said"))
     return el("p", parts, class_="tokens")
@@ -45,7 +52,7 @@ def ratios(policy, ref, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairs(models: Models, name: str, title: str, most: int = 120) -> Html:
-    """Two held-out pairs by a policy that learnt from pairs: where its margin grew most, and a middling one."""
+    """Two held-out pairs by a policy that learnt from pairs: where its margin grew most; a middling one."""
     head = el("h3", f"{title}: two held-out pairs")
     if not models.has(name, "sft") or not models.held_out_pairs:
         return el(
@@ -130,8 +137,18 @@ def sample(models: Models, row: dict, drawn: Rollout) -> Html:
     strip = coloured(tokenizer, ids[0].tolist(), mask[0].tolist(), ratio[0].tolist())
     names = ["token", "log π", "log π/π_ref", "reward", "value", "advantage"]
     summed = f"{family(row)}: score {number(score.item(), 3)}, KL {number(ratio.sum().item(), 3)} nats"
-    return el("div", el("h4", summed), strip, el("details", el("summary", "token by token"),
-              table(names, lines, f"{family(row)}: of each token", class_="numbers"), open=True), class_="sample")  # fmt: skip
+    return el(
+        "div",
+        el("h4", summed),
+        strip,
+        el(
+            "details",
+            el("summary", "token by token"),
+            table(names, lines, f"{family(row)}: of each token", class_="numbers"),
+            open=True,
+        ),
+        class_="sample",
+    )
 
 
 def ppo(models: Models, most: int = 2) -> Html:
@@ -146,9 +163,10 @@ def ppo(models: Models, most: int = 2) -> Html:
     config = models.policy("ppo")[3]["config"]
     shown = [sample(models, row, drawn) for row, drawn in drawn_ones(models, most)]
     words = (
-        f"The reward of a token is −β (log π − log π_ref) with β = {number(config['beta'])}, on the last one with the score. "
-        f"The value is what was still to come, in the mean of {CONTINUED} continuations from there (the critic itself is "
-        f"not kept); the advantage is GAE’s with γ = {number(config['gamma'])} and λ = {number(config['lam'])}, not whitened."
+        f"The reward of a token is −β (log π − log π_ref) with β = {number(config['beta'])}, on the last "
+        f"one with the score. The value is what was still to come, in the mean of {CONTINUED} continuations "
+        "from there (the critic itself is not kept); the advantage is GAE’s with γ = "
+        f"{number(config['gamma'])} and λ = {number(config['lam'])}, not whitened."
     )
     none = el("p", f"No sample has {READABLE[0]} to {READABLE[1]} tokens.", class_="missing")
     return el("article", head, el("p", words), shown or none, id="tokens-ppo")
@@ -156,10 +174,13 @@ def ppo(models: Models, most: int = 2) -> Html:
 
 def section(models: Models) -> Html:
     lead = el(
-        "p", "The prompt is grey. A scored token is ",
-        el("span", "green", class_="token up", style="--s: 40%"), " where training made it likelier than the SFT "
-        "model had it, and ", el("span", "underlined", class_="token down", style="--s: 40%"),
-        " where it made it less likely; the number stands in its title.", class_="lead",
-    )  # fmt: skip
+        "p",
+        "The prompt is grey. A scored token is ",
+        el("span", "green", class_="token up", style="--s: 40%"),
+        " where training made it likelier than the SFT model had it, and ",
+        el("span", "underlined", class_="token down", style="--s: 40%"),
+        " where it made it less likely; the number stands in its title.",
+        class_="lead",
+    )
     parts = pairs(models, "dpo", "DPO"), ppo(models)
     return el("section", el("h2", "Token view"), lead, parts, id="tokens")

@@ -16,7 +16,7 @@ FLAGS = (
 
 
 class Browser:
-    """One page of one browser. errors: what its console and its script complained of; requests: what it loaded."""
+    """One page of one browser. errors: what console and script complained of; requests: what it loaded."""
 
     def __init__(self):
         self.profile = tempfile.mkdtemp()
