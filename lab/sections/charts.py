@@ -44,7 +44,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
     step = 10 ** math.floor(math.log10(span / most))
     step = next(step * m for m in (1, 2, 2.5, 5, 10, 20) if span / (step * m) < most)
     first = math.ceil(low / step - 1e-9)
-    return [i * step + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(

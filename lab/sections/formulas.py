@@ -62,9 +62,9 @@ def explorers(world: dict | None = None) -> list[Explorer]:
         Explorer(
             "dpo",
             "DPO and its variants: two log-ratios",
-            "h = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected);  dpo −log σ(βh);  cdpo "
-            "−(1−ε) log σ(βh) − ε log σ(−βh);  robust (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε);  ipo (h "
-            "− 1/(2β))²;  simpo −log σ(βh − γ)",
+            "h = (log π − log π_ref)(chosen) − (log π − log π_ref)(rejected);  dpo: L = −log σ(βh);  cdpo "
+            "−(1−ε) log σ(βh) − ε log σ(−βh);  robust: L = (−(1−ε) log σ(βh) + ε log σ(−βh)) / (1−2ε);  "
+            "ipo: L = (h − 1/(2β))²;  simpo: L = −log σ(βh − γ)",
             "Every variant is another function of the margin h. IPO’s and SimPO’s log-ratios are per "
             "token, and SimPO’s have no reference. IPO stops at 1/(2β); with label noise cDPO and robust "
             "DPO stop too, or turn.",

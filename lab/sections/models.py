@@ -17,6 +17,8 @@ from nanoalign.rows import read_rows
 from nanoalign.training import freeze
 from nanoalign.world.judge import knows
 
+ROOM = 8  # tokens that an answer is to have at least
+
 
 def quietly(function, *arguments, **options):
     """What a function returns, without what it prints on the way."""
@@ -68,11 +70,19 @@ class Models:
 
     @functools.cached_property
     def prompts(self) -> list[dict]:
-        """Held-out prompt rows, so many of each family, families together."""
+        """Held-out prompt rows that leave room to answer, so many of each family, families together."""
         families: dict[str, list[dict]] = {}
         for row in self.rows("world/prompts_held_out.jsonl", "prompts"):
             families.setdefault(family(row), []).append(row)
-        return [row for rows in families.values() for row in rows[: self.per_family]]
+        return [row for rows in families.values() for row in filter(self.fits, rows[: self.per_family])]
+
+    def fits(self, row: dict) -> bool:
+        """Does a prompt leave room for an answer in every policy's context?"""
+        for name in self.policies:
+            model, tokenizer, chat, _ = self.policy(name)
+            if len(tokenizer.prompt(row["prompt"], not chat)) > model.config.context - ROOM:
+                return False
+        return True
 
     def answers(self, name: str, rows: list[dict], tokens: int = 64) -> tuple[list[str], list[bool]]:
         """One sampled answer of a policy to each row, and whether it ended."""

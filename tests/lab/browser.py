@@ -24,7 +24,7 @@ class Browser:
         command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
         flags = [*FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self.process = subprocess.Popen(
-            ["sh", "-c", command, PATH, *flags], pass_fds=(to_read, to_write),
+            ["bash", "-c", command, PATH, *flags], pass_fds=(to_read, to_write),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read)
