@@ -19,7 +19,7 @@ import torch
 
 from lab import story
 from lab.sections import comparison, curves, deployment, explorers, hacked, pipeline, samples, tokens
-from lab.sections.models import Models
+from lab.sections.models import Models, quietly
 from lab.sections.page import Html, el, missing, number, share
 from lab.sections.runs import Run, read_runs
 from nanoalign import UserError, cli
@@ -155,7 +155,7 @@ def main(config: Config) -> None:
     start, folder = time.perf_counter(), Path(config.run)
     torch.manual_seed(config.seed)
     models = Models(folder, config.prompts, config.seed)
-    text = page(str(folder), sections(folder, models))
+    text = page(str(folder), quietly(sections, folder, models))
     write_text(config.out, text)
     took = number(time.perf_counter() - start, 2)
     print(visible(f"report: {config.out} ({len(text.encode()) / 1e6:.2f} MB, {took} s)"))

@@ -15,7 +15,9 @@ from conftest import ROOT
 EFFECTS = "cat cd cp grep awk make mkdir rm source touch"  # what the scripts call beside python
 NOTE = """python() { printf '%s\\x1f' "$@" >> "$NOTES"; echo >> "$NOTES"; }\n"""
 NOTE += "".join(f"{name}() {{ :; }}\n" for name in EFFECTS.split())
-LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto weak-to-strong reader"
+LAB = (
+    "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto weak-to-strong reader report"
+)
 TARGETS = ["demo", *LAB.split(), "claims", "real", "bench"]
 SPEEDRUN = (ROOT / "speedrun.sh").read_text()
 
@@ -112,7 +114,7 @@ def test_what_make_runs_exists_and_knows_its_flags(target, tmp_path):
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {*re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)}
-    assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "clean"}
+    assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "clean", "browser"}
 
 
 def test_pyproject_bounds_no_version_from_above_and_the_tested_ones_are_those_that_make_installs():

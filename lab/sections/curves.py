@@ -4,7 +4,7 @@ import json
 import math
 
 from lab import bands, doctor
-from lab.sections.charts import Band, Line, chart, legend
+from lab.sections.charts import Band, Line, chart, finite, legend
 from lab.sections.meanings import FIRST, meaning
 from lab.sections.page import Html, el, missing, number, share
 from lab.sections.runs import Run
@@ -82,7 +82,8 @@ def small(run: Run, name: str, reference: dict | None) -> Html:
     last = ", ".join(f"{number(column[1][-1])}{' held out' if own != name else ''}" for own, column in pairs)
     first = number(pairs[0][1][1][0])
     label = f"{run.title}, {name.replace('_', ' ')}: from {first} to {last}"
-    drawn = chart(lines, areas, "step", label) if any(line.ys for line in lines) else Html()
+    lines = [line for line in lines if finite(line.ys)]
+    drawn = chart(lines, areas, "step", label) if lines else el("p", "Never a number.", class_="missing")
     inside = [where(run, own, reference) for own, _ in pairs]
     inside = [x for x in inside if x is not None]
     said = verdict(run, name)[1]
@@ -95,7 +96,7 @@ def small(run: Run, name: str, reference: dict | None) -> Html:
     head = el("h4", name.replace("_", " "), " ", el("span", last, class_="value"))
     reader = el("p", class_="reading", aria_hidden="true")
     names = legend([line for line in lines if len(lines) > 1])
-    curve = json.dumps(reading(run, name), separators=(",", ":"))
+    curve = json.dumps(reading(run, name), separators=(",", ":")) if lines else None
     return el(
         "figure", head, drawn, reader, names, el("figcaption", notes), class_="metric", data_curve=curve
     )

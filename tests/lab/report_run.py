@@ -2,6 +2,7 @@
 bands, and rows of which some are hostile."""
 
 import json
+import math
 from pathlib import Path
 
 from runs import WORLD, write_lines
@@ -44,6 +45,7 @@ def metrics(folder: Path, name: str, off: float = 0.0) -> None:
     for metric, own in band["metrics"].items():
         for step, middle, high in zip(own["step"], own["mean"], own["high"]):
             rows.setdefault(step, {"step": step})[metric] = middle + off * (high - middle)
+    rows[min(rows)]["never"] = math.nan  # a metric without a value
     last = max(rows)
     rows[last] |= {"elapsed": 75.0, "tokens": 120_000, "peak_mb": 500, "tokens_per_s": 1600}
     rows[last]["step"] = band["settings"]["steps"]

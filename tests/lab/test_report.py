@@ -186,6 +186,12 @@ def test_damaged_files_do_not_end_the_report(folder, tmp_path):
     assert "scorecard.json" in page and page.count("<h2>") == 9
 
 
+def test_a_metric_that_was_never_a_number_is_said_to_be_none(tmp_path):
+    metrics(tmp_path, "dpo")
+    shown = curves.one(read_runs(tmp_path)["dpo"])  # its metric "never" is NaN
+    assert shown.count("Never a number.") == 1 and ">never " in shown
+
+
 def test_the_page_stands_alone_and_holds_no_text_as_markup(folder):
     main(Config(run=str(folder)))
     page = (folder / "report.html").read_text(encoding="utf-8")

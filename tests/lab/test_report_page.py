@@ -3,12 +3,14 @@ no scrolling sideways on a phone, and hostile text is text."""
 
 import re
 
+import numpy as np
 import pytest
-from browser import PATH, Browser
 from report_formulas import PYTHON
 from report_run import HOSTILE, write_run
 
+from lab.browser import PATH, Browser
 from lab.report import CHAPTERS, Config, main
+from lab.screenshots import palette
 from lab.sections.explorers import enumerated
 from lab.sections.formulas import Slider, explorers
 from nanoalign.terminal import visible
@@ -137,3 +139,11 @@ def test_a_pointer_reads_a_curve(browser, page):
     browser.ask("Input.dispatchMouseEvent", type="mouseMoved", **browser.run(MIDDLE))
     reading = browser.run("document.querySelector('#run-dpo .reading').textContent")
     assert re.fullmatch(r"step \d+: [\d.]+", reading)
+
+
+def test_a_picture_keeps_its_commonest_colours_and_takes_the_nearest_for_the_others(browser):
+    few = np.array([[[255, 0, 0], [0, 0, 255], [7, 8, 9]]] * 2, np.uint8)
+    assert np.array_equal(browser.pixels(palette(few)), few)
+    common, rare = ([[i, green, 0] for i in range(256)] for green in (0, 1))
+    found = browser.pixels(palette(np.array([common * 2 + rare[:44]], np.uint8)))
+    assert np.array_equal(found, np.array([common * 3])[:, :556])

@@ -1,10 +1,15 @@
 """A headless browser, by its debugging protocol over a pipe: no package, no port, no network."""
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+
+import numpy as np
+
+from nanoalign import UserError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PATH = next(filter(None, map(shutil.which, NAMES)), None)
@@ -15,10 +20,27 @@ FLAGS = (
 )  # fmt: skip
 
 
+PIXELS = """(async () => {
+  const image = new Image();
+  image.src = "data:image/png;base64,%s";
+  await image.decode();
+  const canvas = new OffscreenCanvas(image.width, image.height), context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  const bytes = context.getImageData(0, 0, image.width, image.height).data, parts = [];
+  for (let at = 0; at < bytes.length; at += 32768)
+    parts.push(String.fromCharCode(...bytes.subarray(at, at + 32768)));
+  return btoa(parts.join(""));
+})()"""
+
+
 class Browser:
     """One page of one browser. errors: what console and script complained of; requests: what it loaded."""
 
     def __init__(self):
+        if not PATH:
+            raise UserError(
+                f"there is no browser: one of {', '.join(NAMES)} must be installed (make browser)."
+            )
         self.profile = tempfile.mkdtemp()
         (to_read, self.to), (self.out, to_write) = os.pipe(), os.pipe()
         command = f'exec "$0" "$@" 3<&{to_read} 4>&{to_write}'
@@ -96,11 +118,17 @@ class Browser:
             self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def picture(self, clip: dict | None = None) -> bytes:
-        import base64
-
+        """The page, or a part {"x", "y", "width", "height"} of it → a PNG file."""
         options = {"clip": {**clip, "scale": 1}} if clip else {}
         found = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True, **options)
         return base64.b64decode(found["data"])
+
+    def pixels(self, png: bytes) -> np.ndarray:
+        """A PNG file → (height, width, 3) bytes. On a page of its own: it leaves the one that is open."""
+        self.ask("Page.navigate", url="about:blank")
+        size = [int.from_bytes(png[at : at + 4], "big") for at in (16, 20)]
+        raw = self.run(PIXELS % base64.b64encode(png).decode())
+        return np.frombuffer(base64.b64decode(raw), np.uint8).reshape(size[1], size[0], 4)[..., :3]
 
     def close(self) -> None:
         try:
