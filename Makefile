@@ -42,7 +42,7 @@ demo: .venv/installed  ## world → pretrain → SFT → preferences → every m
 	+@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --no-print-directory -j$(JOBS) $(CHECKPOINTS) $(OUT)/best_of_8.txt
 	+@$(MAKE) --no-print-directory $(OUT)/rm.report.txt $(OUT)/scorecard.txt
 	@echo && $(PY) -m lab.story $(OUT)
-	@echo && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
+	@echo && $(PY) -m lab.report --run $(OUT) && echo "Talk to it:  $(PY) chat.py --checkpoint $(OUT)/ppo.pt"
 
 # --resume goes on with a run that was stopped; one that is finished, on older inputs, makes way
 define train

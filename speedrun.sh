@@ -48,3 +48,4 @@ python train_prm.py --data $out/steps.jsonl --eval-data $out/steps_held_out.json
 python best_of_n.py --policy $out/solver.pt --prm $out/prm.pt --problems $held_out --count 100 --samples 8 --show 2 \
   --checker nanoalign/world/steps.py:check_steps --out $out/best_of_8.csv
 python -m lab.story $out
+python -m lab.report --run $out

@@ -3,17 +3,20 @@
     python -m lab.curves              # draws docs/methods/METHOD.svg, all of them
     python -m lab.curves dpo          # prints the first, the middle and the last value of DPO's curves
 
-A line is the mean of the seeds, the area around it goes from the least to the largest of them.
+A line is the mean of the seeds, the area around it where another seed's run lies, two standard deviations.
 """
 
 import json
 import sys
 from html import escape
 from itertools import chain
+from pathlib import Path
 
 from lab import run_on_paths
-from lab.bands import BANDS
+from lab.bands import BANDS, COSTS, MOST
+from lab.plot import read_curves
 from nanoalign import UserError
+from nanoalign.cli import readable_rows
 from nanoalign.files import write_text
 
 PANELS = {
@@ -38,6 +41,42 @@ def read(method: str) -> dict:
     except (OSError, ValueError, KeyError):
         known = ", ".join(PANELS)
         raise UserError(f"{method} has no band in {BANDS} (lab.bands writes it); known: {known}.") from None
+
+
+def columns(path: Path) -> dict[str, dict[int, float]]:
+    """A run's metrics → {name: {step: value}}; of best_of_n.csv {selector: {n: share right}}."""
+    if path.suffix == ".csv":
+        return {
+            name: {n: right for n, (right, _) in curve.items()} for name, curve in read_curves(path).items()
+        }
+    found: dict[str, dict[int, float]] = {}
+    if not path.exists():
+        raise UserError(f"there is no {path}: make results scoreboard prm cai SEEDS=3 writes it.")
+    for row in readable_rows(path):
+        if "step" in row:
+            for name in row.keys() - COSTS - {"step"}:
+                found.setdefault(name, {})[row["step"]] = row[name]
+    return found
+
+
+def thinned(steps: list[int]) -> list[int]:
+    """At most `MOST` of the steps, evenly, the first and the last among them."""
+    last = min(len(steps), MOST) - 1
+    return [steps[round(i * (len(steps) - 1) / max(1, last))] for i in range(last + 1)]
+
+
+def of_runs(paths: list[Path]) -> dict:
+    """Metrics files → of each metric that all have {"step", "low", "mean", "high"}: the least, the mean
+    and the largest."""
+    runs, metrics = [columns(path) for path in paths], {}
+    for name in sorted(set.intersection(*map(set, runs))):
+        steps = thinned(sorted(set.intersection(*(set(run[name]) for run in runs))))
+        values = [[run[name][step] for run in runs] for step in steps]
+        sides = {"low": min, "mean": lambda own: sum(own) / len(own), "high": max}
+        found = {side: [float(f"{of(own):.4g}") for own in values] for side, of in sides.items()}
+        if steps:
+            metrics[name] = {"step": steps, **found}
+    return metrics
 
 
 def panel(bands: dict, names: list[str], left: int, wide: int = WIDE) -> str:

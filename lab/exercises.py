@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab import run_command
-from lab.bands import band
-from lab.curves import HIGH, WIDE, panel
+from lab.curves import HIGH, WIDE, of_runs, panel
 from nanoalign import UserError
 from nanoalign.files import write_text
 
@@ -161,7 +160,7 @@ def main(config: Config) -> None:
         command = [sys.executable, str(folder / script), *flags, "--out", str(out / f"{name}.pt")]
         if subprocess.run(command, env=where, cwd=folder, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"the {name} run failed; what it needs is made by make demo, see --of.")
-    runs = {name: band([out / f"{name}.metrics.jsonl"])["metrics"] for name in ("healthy", "broken")}
+    runs = {name: of_runs([out / f"{name}.metrics.jsonl"]) for name in ("healthy", "broken")}
     metrics = [name for name in bug.curves.split() if all(name in run for run in runs.values())]
     panels = []
     for i, metric in enumerate(metrics):

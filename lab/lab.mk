@@ -27,6 +27,15 @@ results: .venv/installed  ## the demo over several seeds (by default 3), and its
 $(OUT)/greedy.json: $(PROMPTS) $(CHECKPOINTS) $(EVALUATE)
 	$(SCORECARD) --checkpoints $(CHECKPOINTS) --baseline $(OUT)/sft.pt --temperature 0 --samples 1 --out $@ > /dev/null
 
+# ---------------------------------------------------------------------------------------------- the report
+
+.PHONY: report browser
+report: .venv/installed  ## OUT's runs as one page that opens offline: out/demo/report.html
+	$(PY) -m lab.report --run $(OUT)
+browser:  ## Debian's chromium, for the report's tests, which are skipped without it (as root)
+	@command -v chromium > /dev/null || \
+	  { apt-get update -qq && apt-get install -qq --no-install-recommends chromium fonts-dejavu-core; }
+
 # -------------------------------------------------------------------------------------------- scoreboard
 # Every method from the same SFT checkpoint (ORPO from the base model), on the same prompts and preferences, and
 # with as many responses through the policy's training: RESPONSES, and for ORPO also those that SFT has seen.

@@ -16,7 +16,7 @@ EFFECTS = "cat cd cp grep awk make mkdir rm source touch"  # what the scripts ca
 NOTE = """python() { printf '%s\\x1f' "$@" >> "$NOTES"; echo >> "$NOTES"; }\n"""
 NOTE += "".join(f"{name}() {{ :; }}\n" for name in EFFECTS.split())
 LAB = "results scoreboard sums prm prm-hacking cai hacking iterate red-team pareto gate weak-to-strong reader"
-TARGETS = ["demo", *LAB.split(), "claims", "sweeps", "exercise", "docs-check", "real", "bench"]
+TARGETS = ["demo", *LAB.split(), "report", "claims", "sweeps", "exercise", "docs-check", "real", "bench"]
 SPEEDRUN = (ROOT / "speedrun.sh").read_text()
 
 
@@ -112,7 +112,8 @@ def test_what_make_runs_exists_and_knows_its_flags(target, tmp_path):
 def test_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = {*re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)}
-    assert listed == {*TARGETS, "help", "setup", "test", "lint", "parity", "pretend-gpu", "clean"}
+    others = {"help", "setup", "test", "lint", "parity", "pretend-gpu", "browser", "clean"}
+    assert listed == {*TARGETS, *others}
 
 
 def test_pyproject_bounds_no_version_from_above_and_the_tested_ones_are_those_that_make_installs():
