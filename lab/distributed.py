@@ -179,11 +179,10 @@ def table() -> None:
         cells = [[f"{x / v:,.{0 if x / v >= 10 else 2}f}" for x in both] for v in speeds]
         print(f"| {name} | {P / 1e9:.2f} B | {' | '.join(map(' / '.join, cells))} | {P * WORK:.2g} |")
     print()
-    head("speed, computed", "by", *(f"N = {count}" for count in COUNTS))
-    for how in ("replicated", "sharded"):
-        for link, speed in LINKS.items():
-            cells = [f"{speedup(count, how == 'sharded', speed):.2f}" for count in COUNTS]
-            print(f"| {how} | {link} | {' | '.join(cells)} |")
+    head("speed, computed", *(f"N = {count}" for count in COUNTS), left=1)
+    for link, speed in LINKS.items():
+        cells = [[f"{speedup(count, shard, speed):.2f}" for shard in (False, True)] for count in COUNTS]
+        print(f"| {link} | {' | '.join(map(' / '.join, cells))} |")
 
 
 def main(words: list[str]) -> None:

@@ -1,7 +1,7 @@
 """A PPO iteration against the algorithm of Ziegler et al. (2019) on transformers' models and `generate`.
 
     python -m lab.bench.ppo --init out/demo/sft.pt --prompts out/demo/world/prompts.jsonl
-    python -m lab.bench.ppo --short                      # two rounds of two iterations
+    python -m lab.bench.ppo --short                      # half a minute
 
 An iteration: answer 128 prompts with up to 48 tokens, score the answers, log-probs of policy and reference,
 values, advantages, two epochs over minibatches of 64: the defaults of train_ppo.py. nanoalign's side is that
@@ -48,7 +48,7 @@ class Config:
     max_new_tokens: int = 48  # length limit of a response
     steps: int = 3  # iterations of a run
     rounds: int = 5  # runs of each
-    short: bool = False  # two rounds of two iterations
+    short: bool = False  # two rounds of an iteration of 64 responses
     device: str = "auto"  # auto, cpu, cuda, …
     out: str = ""  # a file to add the results to, instead of printing the table
     seed: int = 0  # of prompts, samples and minibatches
@@ -142,7 +142,7 @@ def check(given: train_ppo.Config, folder: str, prompts: list, tokenizer, device
 
 def main(config: Config) -> None:
     if config.short:
-        config = replace(config, rounds=2, steps=2)
+        config = replace(config, rounds=2, steps=1, batch_size=64, minibatch=32)
     device, results = pick_device(config.device), []
     with tempfile.TemporaryDirectory() as folder:
         given = prepare(config, folder)

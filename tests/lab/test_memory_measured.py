@@ -7,7 +7,7 @@ import pytest
 from lab import memory
 from nanoalign.model import GPT, PRESETS, GPTConfig, parameter_count
 
-SHAPE = GPTConfig(vocab_size=5000, context=1024, layers=2, width=64, heads=2)
+SHAPE = GPTConfig(vocab_size=5000, context=1024, layers=2, width=256, heads=4)
 
 
 LEARNT = [script for script in memory.SCRIPTS if script != "rm"]  # whose largest moment is reading
