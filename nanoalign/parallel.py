@@ -126,5 +126,5 @@ def add_gradients(model: nn.Module) -> None:
         sizes = np.cumsum([g.numel() for g in grads])
         some = grads[: max(1, int(np.searchsorted(sizes, 2**24, "right")))]  # of 64 MB, or one
         grads = grads[len(some) :]
-        summed = total(nn.utils.parameters_to_vector(some))
+        dist.all_reduce(summed := nn.utils.parameters_to_vector(some))
         nn.utils.vector_to_parameters(summed, some)

@@ -51,6 +51,10 @@ def check(config) -> None:
         raise UserError("--temperature must be above 0 (greed has no gradient), --steps at least 1.")
     if getattr(config, "lora", 0) and not hasattr(config, "init"):
         raise UserError("--lora adapts a model that is trained already, and here none is.")
+    if getattr(config, "offload", False) and not config.shard:
+        raise UserError("--offload is for --shard: torchrun … --shard --offload.")
+    if getattr(config, "shard", False) and config.compile:
+        raise UserError("--compile is not for --shard, which gathers blocks one by one; leave one out.")
     for name in ("base_dtype", "precision"):
         if getattr(config, name, "") not in ("", "fp32", "bf16"):
             raise UserError(f"--{name.replace('_', '-')} must be fp32 or bf16.")

@@ -20,6 +20,7 @@ from nanoalign import UserError, parallel
 from nanoalign.checkpoint import load, partial_path
 from nanoalign.pieces import dealt, share
 from nanoalign.run import Flags
+from nanoalign.training import check
 
 ROOT = Path(__file__).parents[1]
 SEVERAL = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -115,7 +116,7 @@ def ran(tiny, tmp_path_factory):
     half = {**runs["sft"][1], "precision": "bf16"}
     jobs += [["half", runs["sft"][0], half, "float32"]]
     more = [
-        [f"{name}-parts", module, {**flags, "shard": True}, dtype]
+        [f"{name}-parts", module, {**flags, "shard": True, "offload": name == "ppo"}, dtype]
         for name, module, flags, dtype in jobs
         if "steps" in flags
     ]
@@ -240,6 +241,15 @@ def test_what_cannot_be_is_said(launched, shared, sentence, monkeypatch):
     monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: launched)
     with pytest.raises(UserError, match=sentence), parallel.joined(Flags(shard=True), shared):
         pass
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [({"offload": True}, "for --shard"), ({"shard": True, "compile": True}, "leave one out")],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check(Flags(**flags))
 
 
 # ---------------------------------------------------------------------------------------- who does what

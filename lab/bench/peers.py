@@ -155,8 +155,8 @@ def run_script(stage: str, given: dict, folder: str) -> dict:
         batches[step] = indices.tolist()
         return indices
 
-    def logged(metrics, step, **values):
-        values = log(metrics, step, **values)
+    def logged(metrics, step, *optional, **values):
+        values = log(metrics, step, *optional, **values)
         clock.log(values["loss"], values["grad_norm"])
         clock.step(step)
         if step == clock.last:
