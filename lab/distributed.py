@@ -117,8 +117,8 @@ def numbers(parameters, trained: bool = False) -> int:
 
 
 def replicated(models: Models, found: dict) -> float:
-    """Bytes of one of several processes: as on one GPU, and the largest gradient twice while it is summed."""
-    summed = 8 * max(p.numel() for p in models.trained.parameters() if p.requires_grad)
+    """Bytes of one of several processes: as on one GPU, and the largest gradient again while it is summed."""
+    summed = 4 * max(p.numel() for p in models.trained.parameters() if p.requires_grad)
     return max(sum(parts.values()) + summed * (moment == "stepping") for moment, parts in found.items())
 
 

@@ -63,10 +63,8 @@ def shard(model: nn.Module, bf16: bool, offload: bool) -> None:
     )  # fmt: skip
 
     mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    options = {
-        "mesh": mesh,
-        "offload_policy": CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy(),
-    }
+    kept = CPUOffloadPolicy(torch.cuda.is_available()) if offload else OffloadPolicy()
+    options = {"mesh": mesh, "offload_policy": kept}
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for gpt in [m for m in model.modules() if hasattr(m, "blocks") and not hasattr(m, "unshard")]:
         for block in gpt.blocks:

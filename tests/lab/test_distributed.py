@@ -98,7 +98,7 @@ def test_a_reward_model_stays_whole_and_adapters_keep_their_base_twice():
 
 def test_gradients_are_summed_the_largest_by_itself():
     got = distributed.replicated(models(GPT(SHAPE)), {"stepping": {"gradients": 4 * P}})
-    assert got == 4 * P + 8 * V * D
+    assert got == 4 * P + 4 * V * D
 
 
 def test_eight_billion_numbers_by_hand():
