@@ -47,10 +47,10 @@ def parse_answer(row: dict) -> dict:
     return {**said, "label": label, "meta": meta}
 
 
-def read_log(path: str, skip_bad_rows: bool = False) -> list[list[dict]]:
+def read_log(path: str, skip_bad_rows: bool = False, fields: str = "") -> list[list[dict]]:
     """→ conversations, in the order of their first answer's time; those without a name are of one answer."""
     talks: dict = {}
-    for number, row in enumerate(read_rows(path, "answers", skip_bad_rows, parse=parse_answer)):
+    for number, row in enumerate(read_rows(path, "answers", skip_bad_rows, fields, parse_answer)):
         talks.setdefault(row["meta"].get("conversation", number), []).append(row)
     return sorted(talks.values(), key=lambda rows: rows[0]["meta"].get("time", ""))
 

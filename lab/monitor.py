@@ -52,6 +52,7 @@ class Config:
     seed: int = 0  # of the draw
     device: str = "auto"  # auto, cpu, cuda, …
     skip_bad_rows: bool = False  # drop and count malformed rows instead of stopping
+    fields: str = ""  # other field names: prompt=question,completion=answer
 
     def outputs(self) -> list[str]:
         return [str(beside(self.log, end)) for end in (".monitor.json", *[".audit.jsonl"] * (self.audit > 0))]
@@ -173,8 +174,9 @@ def main(config: Config) -> None:
         raise UserError("--parts must be at least 1.")
     device, autocast = setup(config)
     checks = load_function(f"{config.checks}:checks") if config.checks else None
-    talks = read_log(config.log, config.skip_bad_rows)
-    reference = read_log(config.against, config.skip_bad_rows) if config.against else None
+    how = config.skip_bad_rows, config.fields
+    talks = read_log(config.log, *how)
+    reference = read_log(config.against, *how) if config.against else None
     with autocast:
         score = scorer(config.reward, device) if config.reward else None
         report = compare(talks, reference, config.parts, checks, score)
