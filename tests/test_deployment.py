@@ -172,9 +172,7 @@ def test_chats_that_share_a_log_do_not_mix_their_lines(tmp_path):
             os._exit(1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-    lines = (
-        Path(path).read_text().splitlines()
-    )  # one that another saw half written looked cut short: it got an end
+    lines = Path(path).read_text().splitlines()  # one seen half written got an end
     rows = [json.loads(line) for line in lines if line]
     assert len(rows) == 4 * rounds
     for who in "abcd":
