@@ -126,7 +126,6 @@ def test_a_process_keeps_sixteen_bytes_a_parameter_and_the_report_says_who_took_
     [row] = readable_rows(out)
     assert row["weights"] == 4 * numbers + buffers and row["gradients"] == 4 * numbers
     assert row["moments"] == 8 * numbers + 4 * len([*model.parameters()])  # and how many steps it has made
-    assert row["steps"] > 12 * numbers
     other = {**row, "rank": 1, "steps": 5 * 2**30}
     write_lines(out, [row, other, {**row, "rank": 2}])
     distributed.main(["--report", str(out)])
