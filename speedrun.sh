@@ -16,7 +16,6 @@ case $size in
   small) dpo='--epochs 0.5 --lr 1e-4 --beta 1' rm='--epochs 4 --lr 5e-4' ;;
   large) micro=0 ;;
 esac
-
 # a world of facts, people and questions; a base model; one that answers
 python -m nanoalign.world --out $out/world --size $size
 python train_pretrain.py --data $out/world/pretrain.jsonl --model world-$size --out $out/base.pt $pretrain
@@ -42,7 +41,7 @@ python evaluate.py --checkpoints $out/{base,sft,dpo,scoreboard/kto,scoreboard/or
 python train_sft.py --data $out/world/solutions.jsonl --init $out/base.pt --out $out/solver.pt --epochs 3 --lr 1e-3 --adam-eps 1e-8
 steps="-m lab.label_steps --by checker --policy $out/solver.pt --temperature 1"
 python $steps --prompts $out/world/problems.jsonl --samples 4 --out $out/steps.jsonl
-held_out="$out/world/problems_held_out.jsonl"
+held_out=$out/world/problems_held_out.jsonl
 python $steps --prompts $held_out --samples 2 --out $out/steps_held_out.jsonl
 python train_prm.py --data $out/steps.jsonl --eval-data $out/steps_held_out.jsonl --init $out/solver.pt --out $out/prm.pt
 python best_of_n.py --policy $out/solver.pt --prm $out/prm.pt --problems $held_out --count 100 --samples 8 --show 2 \

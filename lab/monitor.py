@@ -174,9 +174,8 @@ def main(config: Config) -> None:
         raise UserError("--parts must be at least 1.")
     device, autocast = setup(config)
     checks = load_function(f"{config.checks}:checks") if config.checks else None
-    how = config.skip_bad_rows, config.fields
-    talks = read_log(config.log, *how)
-    reference = read_log(config.against, *how) if config.against else None
+    talks = read_log(config.log, config)
+    reference = read_log(config.against, config) if config.against else None
     with autocast:
         score = scorer(config.reward, device) if config.reward else None
         report = compare(talks, reference, config.parts, checks, score)

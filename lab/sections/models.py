@@ -11,8 +11,8 @@ from torch import Tensor
 from lab.sections.runs import POLICIES, STAGES
 from nanoalign.checkpoint import load_policy, load_scalar
 from nanoalign.data import split_rows
-from nanoalign.generate import respond
 from nanoalign.rewards import make_reward, score_texts
+from nanoalign.rollouts import respond
 from nanoalign.rows import read_rows
 from nanoalign.training import freeze
 from nanoalign.world.judge import knows

@@ -8,9 +8,10 @@ from torch import Tensor
 from lab.sections.models import Models, family, quietly
 from lab.sections.page import Html, decimals, el, missing, number, said, table
 from nanoalign.data import collate, join
-from nanoalign.generate import Rollout, rollout
+from nanoalign.generate import Rollout
 from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import unless_unfinished
+from nanoalign.rollouts import rollout
 from train_ppo import gae, shape_rewards
 
 STRONG, FAINT = 1.0, 0.05  # nats at which a token's colour is full, and below which it has none
