@@ -153,7 +153,7 @@ def main(config: Config) -> None:
     if config.prompts < 1:
         raise UserError("--prompts must be at least 1.")
     start, folder = time.perf_counter(), Path(config.run)
-    if not any(folder.glob("*.metrics.jsonl")):
+    if folder.is_dir() and not any(folder.glob("*.metrics.jsonl")):
         raise UserError(f"{config.run} holds no run: name a folder that training has written to.")
     torch.manual_seed(config.seed)
     models = Models(folder, config.prompts, config.seed)

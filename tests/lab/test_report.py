@@ -162,7 +162,8 @@ def test_data_for_the_script_cannot_end_its_element():
 # ------------------------------------------------------------------------------------------------- the page
 
 
-def test_a_folder_with_nothing_in_it_says_of_every_part_what_makes_it(tmp_path, capsys):
+def test_a_folder_with_next_to_nothing_in_it_says_of_every_part_what_makes_it(tmp_path, capsys):
+    (tmp_path / "base.metrics.jsonl").write_text("")
     main(Config(run=str(tmp_path)))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for command in ("make demo", "make hacking", "make cai"):
@@ -172,7 +173,9 @@ def test_a_folder_with_nothing_in_it_says_of_every_part_what_makes_it(tmp_path, 
         assert f'id="{key}"' in page
 
 
-def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_folder_without_any_run_or_none_at_all_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        main(Config(run=str(tmp_path)))
     with pytest.raises(UserError, match="is no folder"):
         main(Config(run=str(tmp_path / "none")))
 
