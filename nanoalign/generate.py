@@ -205,7 +205,8 @@ def stream(
                     rows, token, position, alive = (x[kept] for x in (rows, token, position, alive))
             # a row at the limit is no longer alive; what it writes is not looked at
             at, length = position.clamp(max=context) - 1, slots if on_gpu else min(P + t + 1, slots)
-            step = decoder(len(rows), slots, not temperature, top_k, top_p) if on_gpu else decode
+            graph = on_gpu and not hasattr(model, "unshard")  # what gathers sharded weights breaks it
+            step = decoder(len(rows), slots, not temperature, top_k, top_p) if graph else decode
             token, logp = step(model, token, cache, at, length, u[rows, t + 1], sampling)
     finally:
         if on_gpu:

@@ -50,7 +50,8 @@ def joined(config, shared: bool) -> Iterator[None]:
     if not launched:
         yield
         return
-    on_gpu, limit = torch.cuda.is_available(), timedelta(minutes=minutes)
+    on_gpu = torch.cuda.is_available() and getattr(config, "device", "auto") != "cpu"
+    limit = timedelta(minutes=minutes)
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://", timeout=limit))
@@ -66,8 +67,8 @@ def joined(config, shared: bool) -> Iterator[None]:
                 raise SystemExit(1) from None  # it has been said
         if not lost:
             raise
-        silent = f"or was silent for {minutes:g} minutes (--timeout)"
-        raise UserError(f"another process of this run has ended, {silent}: all end.") from None
+        why = f"or was silent for {minutes:g} minutes: all end ({str(error)[:200]})"
+        raise UserError(f"another process of this run has ended, {why}.") from None
     dist.destroy_process_group()
 
 
@@ -83,7 +84,7 @@ def everyone(own) -> list:
 def fill(mine, *columns) -> None:
     """Columns (lists or arrays) of all rows, known at `mine`: in place, what the other processes know."""
     if size() > 1:
-        known = [[column[i] for i in mine] for column in columns]
+        known = [c[list(mine)].tolist() if isinstance(c, Tensor) else [c[i] for i in mine] for c in columns]
         for rows, parts in everyone((list(mine), known)):
             for column, part in zip(columns, parts):
                 for i, value in zip(rows, part):
@@ -95,14 +96,13 @@ def gather(mine: np.ndarray, *values: Tensor | None) -> tuple:
     if size() == 1:
         return values
     longest = max(everyone(max([x.shape[1] for x in values if x is not None and x.dim() > 1], default=0)))
-    rows = torch.from_numpy(np.concatenate(everyone(mine)))
+    _, first = np.unique(np.concatenate(everyone(mine)), return_index=True)  # of a row that comes twice, one
 
     def whole(x: Tensor) -> Tensor:
         filled = x if x.dim() == 1 else F.pad(x, (*[0] * (2 * x.dim() - 4), 0, longest - x.shape[1]))
         parts = [torch.empty_like(filled) for _ in range(size())]
         dist.all_gather(parts, filled.contiguous())
-        found = torch.cat(parts)
-        return found.new_empty(int(rows.max()) + 1, *found.shape[1:]).index_copy_(0, rows.to(x.device), found)
+        return torch.cat(parts)[torch.from_numpy(first).to(x.device)]
 
     return tuple(x if x is None else whole(x) for x in values)
 

@@ -14,7 +14,7 @@ from nanoalign.model import GPT
 from nanoalign.parallel import fill
 from nanoalign.pieces import share
 from nanoalign.seeds import derived_seed
-from nanoalign.sharding import whole
+from nanoalign.sharding import home, whole
 from nanoalign.tokenizer import Tokenizer
 
 
@@ -32,7 +32,7 @@ def rollouts(
     order, asked = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), []
     if order and not len(prompts[order[0]]):
         raise UserError("a prompt is empty: there is nothing to answer.")
-    progress, device = Progress(what, len(prompts)) if what else None, model.embed.weight.device
+    progress, device = Progress(what, len(prompts)) if what else None, home(model)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         mine = share(len(batch), group)

@@ -35,7 +35,7 @@ from nanoalign.data import BatchOrder
 from nanoalign.lora import adapters, restore
 from nanoalign.pieces import dealt, micro_batches
 from nanoalign.seeds import derived_seed
-from nanoalign.sharding import full
+from nanoalign.sharding import full, home
 from nanoalign.stopping import CleanStop
 from nanoalign.training import check, in_bf16, learning_rate, optimizer_step
 
@@ -102,7 +102,7 @@ class Run:
         self.first, self.keep = self.state["step"], {}
         if self.first > self.steps:
             raise damaged(partial_path(config.out), f"it is at step {self.first}. Delete it to start afresh")
-        self.device = next(model.parameters()).device
+        self.device = home(model)
         self.bf16 = in_bf16(config, self.device)
         self.metrics = cli.Metrics(config, self.steps, self.device, self.first, shown)
         own = config.lora and not getattr(config, "reference", "")  # the policy with its adapters off
@@ -194,7 +194,7 @@ class Run:
             value, mask = value if isinstance(value, tuple) else (value, None)
             value = 0 * value.detach() if self.idle else value.detach()
             if mask is not None:
-                value = value * mask
+                value = torch.where(mask, value, 0.0)
                 self.masks[name] = self.masks.get(name, 0) + mask.sum() * (not self.idle)
             self.sums[name] = self.sums.get(name, 0) + value.sum()
 

@@ -15,6 +15,12 @@ def sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")  # a DTensor
 
 
+def home(model: nn.Module) -> torch.device:
+    """Where a model computes: with --offload its parts lie elsewhere."""
+    own = next(model.parameters())
+    return torch.device(own.device_mesh.device_type) if sharded(own) else own.device
+
+
 def full(x):
     """A sharded tensor as a whole, on the CPU, one after another where dicts and lists hold several; whatever
     else there is stays as it is. All processes have to ask."""
