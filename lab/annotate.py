@@ -55,35 +55,56 @@ def annotate(comparisons: list[dict], name: str, save: Callable[[], None], seed:
     """Ask for `name`'s vote on every comparison that lacks it, in order, and `save()` after every key.
 
     A vote is {"annotator": name, "p": 1, 0, 1/2 or null (skipped) for the first of the responses, "swapped":
-    whether that one stood on the right}; the sides are drawn at random. "u" takes the last vote back, also
-    one of an earlier session; "q", Ctrl-C and the end of the input leave.
+    whether that one stood on the right}; the sides are drawn at random.
     """
     start, given = time.monotonic(), 0
+
+    def swapped(at: int) -> bool:
+        return random.Random(f"{seed}-{name}-{at}").random() < 0.5
+
+    def show(at: int, done: int) -> str:
+        N, pace = len(comparisons), (time.monotonic() - start) / max(1, given)  # seconds a vote
+        left = f"  {duration(pace * (N - done))} left" if given else ""
+        return f"  {done / N:.0%}{left}\n{question(comparisons[at], swapped(at))}"
+
+    def vote(at: int, key: str) -> dict:
+        nonlocal given
+        given += 1
+        p = LEFT[key] if not swapped(at) or LEFT[key] is None else 1 - LEFT[key]
+        return {"p": p, "swapped": swapped(at)}
+
+    ask_all(comparisons, name, "comparisons", "vote", KEYS, show, vote, save)
+
+
+def ask_all(
+    items: list[dict], name: str, things: str, noun: str, keys: dict[str, str],
+    show: Callable[[int, int], str], vote: Callable[[int, str], dict], save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Ask for `name`'s vote on every item that lacks it, in order, and `save()` after every key.
+
+    things, noun: what items and votes are called; keys: what each is called, "u" and "q" the last of them;
+    show(i, how many are done) → what follows on an item's number; vote(i, key) → the vote but for its name.
+    "u" takes the last one back, also one of an earlier session; "q", Ctrl-C and the end of the input leave.
+    """
     with single_keys(), contextlib.suppress(KeyboardInterrupt):
         while True:
-            voted = [any(vote["annotator"] == name for vote in c["votes"]) for c in comparisons]
+            voted = [any(own["annotator"] == name for own in item["votes"]) for item in items]
             done = sum(voted)
             if done < len(voted):
                 at = voted.index(False)
-                pace = (time.monotonic() - start) / max(1, given)  # seconds a vote
-                left = f"  {duration(pace * (len(voted) - done))} left" if given else ""
-                print(f"\n─── {done + 1:,} of {len(voted):,}  {done / len(voted):.0%}{left}")
-                swapped = random.Random(f"{seed}-{name}-{at}").random() < 0.5
-                print(question(comparisons[at], swapped))
+                print(f"\n─── {done + 1:,} of {len(voted):,}{show(at, done)}")
             else:
-                print(f"\nall {done:,} comparisons have your vote")
-            match key := ask("12tsuq" if done < len(voted) else "uq"):
+                print(f"\nall {done:,} {things} have your {noun}")
+            match key := ask("".join(keys) if done < len(voted) else "uq", keys):
                 case "q":
                     return
                 case "u" if not done:
-                    print("there is no vote to take back")
+                    print(f"there is no {noun} to take back")
                 case "u":
-                    last = comparisons[max(i for i, has in enumerate(voted) if has)]
-                    last["votes"] = [vote for vote in last["votes"] if vote["annotator"] != name]
+                    last = items[max(i for i, has in enumerate(voted) if has)]
+                    last["votes"] = [own for own in last["votes"] if own["annotator"] != name]
                 case _:
-                    p = LEFT[key] if not swapped or LEFT[key] is None else 1 - LEFT[key]
-                    comparisons[at]["votes"].append({"annotator": name, "p": p, "swapped": swapped})
-                    given += 1
+                    items[at]["votes"].append({"annotator": name, **vote(at, key)})
             save()
 
 
@@ -99,7 +120,7 @@ def question(comparison: dict, swapped: bool) -> str:
     return asked + "\n\n" + "\n".join(f"{left:<{column}} │ {right}" for left, right in rows)
 
 
-def ask(keys: str, names: dict[str, str] = KEYS) -> str:
+def ask(keys: str, names: dict[str, str]) -> str:
     """The next of these keys: a key of a terminal, a line (the key or its name) of anything else."""
     print("  ".join(f"{key} {names[key]}" for key in keys), end="  > ", flush=True)
     while True:

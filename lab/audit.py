@@ -10,7 +10,6 @@ lab/monitor.py prints it. Answers with a verdict (the majority's, without ties) 
 train_kto.py reads them.
 """
 
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.annotate import ask, autosave, single_keys
+from lab.annotate import ask_all, autosave
 from lab.chats import mean, parse_answer
 from nanoalign import UserError, cli
 from nanoalign.files import beside
@@ -48,29 +47,13 @@ def parse_audited(row: dict) -> dict:
 
 
 def judge(answers: list[dict], name: str, save: Callable[[], None]) -> None:
-    """Ask for `name`'s verdict on every answer that lacks it, and `save()` after every key. "u" takes the
-    last one back, also one of an earlier session; "q", Ctrl-C and the end of the input leave."""
-    with single_keys(), contextlib.suppress(KeyboardInterrupt):
-        while True:
-            judged = [any(vote["annotator"] == name for vote in a["votes"]) for a in answers]
-            done = sum(judged)
-            if done < len(judged):
-                answer = answers[judged.index(False)]
-                said = "".join(f"{m['role']}: {visible(m['content'])}\n" for m in answer["prompt"])
-                print(f"\n─── {done + 1:,} of {len(judged):,}\n{said}\n→ {visible(answer['completion'])}\n")
-            else:
-                print(f"\nall {done:,} answers have your verdict")
-            match key := ask("gbsuq" if done < len(judged) else "uq", KEYS):
-                case "q":
-                    return
-                case "u" if not done:
-                    print("there is no verdict to take back")
-                case "u":
-                    last = answers[max(i for i, has in enumerate(judged) if has)]
-                    last["votes"] = [vote for vote in last["votes"] if vote["annotator"] != name]
-                case _:
-                    answers[judged.index(False)]["votes"].append({"annotator": name, "p": SAYS[key]})
-            save()
+    """Ask for `name`'s verdict on every answer that lacks it, and `save()` after every key."""
+
+    def show(at: int, done: int) -> str:
+        said = "".join(f"{m['role']}: {visible(m['content'])}\n" for m in answers[at]["prompt"])
+        return f"\n{said}\n→ {visible(answers[at]['completion'])}\n"
+
+    ask_all(answers, name, "answers", "verdict", KEYS, show, lambda at, key: {"p": SAYS[key]}, save)
 
 
 def verdict(answer: dict) -> float:
