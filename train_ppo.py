@@ -209,9 +209,9 @@ def main(config: Config) -> None:
             seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
             found = forward(policy, critic, ids, scored, config.temperature, True, seen)
             ref_logp = drawn.logprobs(ref, scored, config.temperature)
-        known = score, *found[0], found[1], ref_logp, seen
-        drawn, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(*known)
-        ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
+        known = scored, score, *found[0], found[1], ref_logp, seen
+        drawn, scored, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(*known)
+        ids, mask = drawn.ids, drawn.mask  # (B, T)
         kl = (old_logp - ref_logp).sum(-1)  # (B,) nats per response
 
         # 3. Shape: the score and the price of KL, token by token.

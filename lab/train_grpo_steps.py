@@ -109,8 +109,8 @@ def main(config: Config) -> None:
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             found = group_logprobs(policy, ids, scored, own, config, entropy=True)
             ref_logp = group_logprobs(ref, ids, scored, own, config)
-        drawn, score, old_logp, entropy, ref_logp = drawn.together(score, *found, ref_logp)
-        ids, mask, scored = drawn.ids, drawn.mask, drawn.mask.cpu()
+        drawn, scored, score, old_logp, entropy, ref_logp = drawn.together(scored, score, *found, ref_logp)
+        ids, mask = drawn.ids, drawn.mask  # (B, T)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
 
         # 3. Compare: the steps of a group, and the price of KL, at each response's last.
