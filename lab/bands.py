@@ -20,7 +20,7 @@ from statistics import mean, median, variance
 
 from lab import run_on_paths
 from lab.plot import read_curves
-from lab.sections.runs import Run, metrics_of, read_runs
+from lab.sections.runs import Run, metrics_of, read_runs, spaced
 from nanoalign import UserError
 from nanoalign.files import write_text
 
@@ -73,8 +73,7 @@ def band(columns: list[Columns]) -> dict | None:
     between = [variance(row) for row in rows]
     new = 2 * math.sqrt(1 + 1 / len(columns))
     spread = [new * math.sqrt(mean(between[max(0, i - 2) : i + 3])) for i in range(len(rows))]
-    every = -(-len(rows) // MOST)
-    kept = sorted({*range(0, len(rows), every), len(rows) - 1})
+    kept = spaced(len(rows), MOST)
     found = {side: [float(f"{smooth[i] + sign * spread[i]:.4g}") for i in kept]
              for side, sign in (("low", -1), ("mean", 0), ("high", 1))}  # fmt: skip
     return {"step": [steps[i] for i in kept], **found}

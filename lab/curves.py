@@ -14,7 +14,6 @@ from pathlib import Path
 
 from lab import run_on_paths
 from lab.bands import BANDS, COSTS, MOST
-from lab.plot import read_curves
 from nanoalign import UserError
 from nanoalign.cli import readable_rows
 from nanoalign.files import write_text
@@ -44,14 +43,10 @@ def read(method: str) -> dict:
 
 
 def columns(path: Path) -> dict[str, dict[int, float]]:
-    """A run's metrics → {name: {step: value}}; of best_of_n.csv {selector: {n: share right}}."""
-    if path.suffix == ".csv":
-        return {
-            name: {n: right for n, (right, _) in curve.items()} for name, curve in read_curves(path).items()
-        }
+    """A run's metrics → {name: {step: value}}."""
     found: dict[str, dict[int, float]] = {}
     if not path.exists():
-        raise UserError(f"there is no {path}: make results scoreboard prm cai SEEDS=3 writes it.")
+        raise UserError(f"there is no {path}: a run writes it.")
     for row in readable_rows(path):
         if "step" in row:
             for name in row.keys() - COSTS - {"step"}:

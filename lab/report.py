@@ -153,8 +153,6 @@ def main(config: Config) -> None:
     if config.prompts < 1:
         raise UserError("--prompts must be at least 1.")
     start, folder = time.perf_counter(), Path(config.run)
-    if folder.is_dir() and not any(folder.glob("*.metrics.jsonl")):
-        raise UserError(f"{config.run} holds no run: name a folder that training has written to.")
     torch.manual_seed(config.seed)
     models = Models(folder, config.prompts, config.seed)
     text = page(str(folder), quietly(sections, folder, models))

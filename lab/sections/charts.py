@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lab.sections.page import Html, el, number
+from lab.sections.runs import spaced
 
 LEFT, TOP, WIDE, HIGH = 44, 12, 288, 148
 SIZE = f"0 0 {LEFT + WIDE + 10} {TOP + HIGH + 30}"
@@ -33,8 +34,7 @@ def finite(values) -> list[float]:
 
 def thinned(line: Line) -> Line:
     """At most `MOST` points, the first and the last among them."""
-    every = -(-len(line.xs) // MOST)
-    kept = sorted({*range(0, len(line.xs), every), len(line.xs) - 1})
+    kept = spaced(len(line.xs), MOST)
     return Line([line.xs[i] for i in kept], [line.ys[i] for i in kept], line.kind, line.name, line.dots)
 
 

@@ -1,8 +1,8 @@
 """After deployment: what lab/monitor.py makes of the conversations that chat.py has kept."""
 
-import importlib
 from pathlib import Path
 
+from lab import monitor
 from lab.sections.page import Html, el, missing, said, table
 from nanoalign import UserError
 
@@ -13,8 +13,8 @@ def section(folder: Path) -> Html:
     command = f"python chat.py --log {folder}/chats.jsonl, then python -m lab.monitor {folder}/chats.jsonl"
     nothing = el("section", head, lead, missing("chats.monitor.json", command), id="deployment")
     try:
-        shown = importlib.import_module("lab.monitor").section(str(path)) if path.is_file() else None
-    except (ImportError, UserError):
+        shown = monitor.section(str(path)) if path.is_file() else None
+    except UserError:
         shown = None
     if not shown:
         return nothing

@@ -81,6 +81,8 @@ def read_runs(folder: Path) -> dict[str, Run]:
     """The demo's runs in a folder, whether or not they are there."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; `make demo` fills one.")
+    if not any(folder.glob("*.metrics.jsonl")):
+        raise UserError(f"{folder} holds no run: name a folder that training has written to.")
     runs = {}
     for name, (path, method, title, about, inputs) in STAGES.items():
         checkpoint = folder / path
@@ -88,6 +90,11 @@ def read_runs(folder: Path) -> dict[str, Run]:
         files = [folder / own for own in inputs]
         runs[name] = Run(name, method, title, about, checkpoint, files, rows)
     return runs
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Which of so many points are drawn: about `most`, evenly, the first and the last among them."""
+    return sorted({*range(0, count, -(-count // most)), count - 1})
 
 
 def counted(path: Path) -> int:
