@@ -47,13 +47,10 @@ def parse_answer(row: dict) -> dict:
     return {**said, "label": label, "meta": meta}
 
 
-def read_log(path: str, config=None) -> list[list[dict]]:
+def read_log(path: str, config) -> list[list[dict]]:
     """→ conversations, in the order of their first answer's time; those without a name are of one answer."""
     talks: dict = {}
-    if config:
-        rows = read_rows(path, "answers", config.skip_bad_rows, config.fields, parse_answer)
-    else:
-        rows = read_rows(path, "answers", parse=parse_answer)
+    rows = read_rows(path, "answers", config.skip_bad_rows, config.fields, parse_answer)
     for number, row in enumerate(rows):
         talks.setdefault(row["meta"].get("conversation", number), []).append(row)
     return sorted(talks.values(), key=lambda rows: rows[0]["meta"].get("time", ""))

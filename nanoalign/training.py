@@ -85,7 +85,7 @@ def compile_hidden(model: nn.Module) -> None:
     model.hidden = hidden
 
 
-def prepare(config, *models: GPT | None) -> None:
+def prepare(config, *models: nn.Module | None) -> None:
     """--lora, of what is trained, --compile, --checkpointing and --shard, for the models that there are."""
     for model in filter(None, models):
         gpt = getattr(model, "gpt", model)

@@ -146,7 +146,7 @@ def test_a_log_is_compared_with_another_one(shifts, checks, tmp_path):
     [name] = shifts
     metric, own, before = report["metrics"][name], [], []
     for path, values in ((new, own), (old, before)):
-        talks = monitor.read_log(path)
+        talks = monitor.read_log(path, monitor.Config())
         found = chats.measured([row for talk in talks for row in talk])
         scores = [row["meta"]["score"] for talk in talks for row in talk]
         values += scores if name == "reward" else found[name].tolist()
