@@ -53,13 +53,14 @@ def fuzz(request):
     return lambda count: map(random.Random, range(request.config.getoption("fuzz") or count))
 
 
+# before any test or fixture, and whatever nohup or a test runner has ignored
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+
+
 @pytest.fixture(autouse=True)
-def leave_signals_as_they_were():
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in caught}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
-    yield
-    for number, handler in handlers.items():
+def signals_as_an_interpreter_has_them():
+    """Each test starts with these: what came before, a fixture of the session included, may have been a run."""
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
