@@ -54,12 +54,13 @@ def fuzz(request):
 
 
 # before any test or fixture, and whatever nohup or a test runner has ignored
-HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+HANDLERS[signal.SIGINT] = signal.default_int_handler
 
 
 @pytest.fixture(autouse=True)
 def signals_as_an_interpreter_has_them():
-    """Each test starts with these: what came before, a fixture of the session included, may have been a run."""
+    """Each test starts with these: what came before, a fixture of the session too, may have been a run."""
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
