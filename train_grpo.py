@@ -259,7 +259,7 @@ def main(config: Config) -> None:
                 if not run.count:
                     first.append((logp - old).detach()[m])
             if not run.count and step == run.first:
-                run.must_be_on_policy(torch.cat(first), kl)
+                run.must_be_on_policy(torch.cat(first), kl, mask)
             run.update()
             run.count += 1
         run.lap("update_s")

@@ -188,8 +188,7 @@ class Run:
 
     def add(self, **values: Tensor | tuple[Tensor, Tensor]) -> None:
         """Values (B,) or sums () of a piece, logged as their total over the step divided by `count`: the rows
-        of the step, unless the script sets it. Of a pair (values, mask) the mean where mask holds is logged.
-        """
+        of the step, unless the script sets it. Of a pair (values, mask): the mean where mask holds."""
         for name, value in values.items():
             value, mask = value if isinstance(value, tuple) else (value, None)
             value = 0 * value.detach() if self.idle else value.detach()
@@ -218,16 +217,16 @@ class Run:
         if not abs(loss - due) <= tolerance * due:
             raise UserError(f"the loss must start at {due:.6f}: policy and reference disagree.")
 
-    def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor) -> None:
+    def must_be_on_policy(self, log_ratio: Tensor, kl: Tensor, mask: Tensor) -> None:
         """Check of the first minibatch, log_ratio (N,) of its tokens: the policy that updates is the one that
-        sampled. Before the first step that is the reference, too: kl (B,) of its responses is 0."""
+        sampled. Before the first step it is the reference, too: kl (B,) of responses, mask (B, T), is 0."""
         log_ratio = torch.cat(parallel.everyone(log_ratio.cpu()))
         approxkl, off = 0.5 * log_ratio.square().mean().item(), log_ratio.exp().sub(1).abs().max().item()
-        distance = 0.0 if self.step or self.config.reference else kl.abs().max().item()
+        far = 0.0 if self.step or self.config.reference else (kl / mask.sum(-1)).abs().max().item()
         moment = "first minibatch" if self.step else "step-0 check"
-        print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {distance:.1e}")
+        print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {far:.1e} a token")
         tolerance = 1e-3 if self.bf16 else 1e-6  # of the mean: a token in bf16 may be far off
-        if not (approxkl <= tolerance and distance <= 100 * tolerance):  # NaN fails as well
+        if not (approxkl <= tolerance and far <= 0.1 * tolerance**0.5):  # NaN fails as well
             raise UserError("the ratio must start at 1 and KL at 0: log-probs come from two different paths.")
 
     def update(self) -> None:

@@ -402,7 +402,7 @@ def test_the_check_of_the_first_minibatch_stops_a_ratio_off_1_a_kl_off_0_and_nan
 
     def start(ratio, kl, step=0, **flags):
         run = SimpleNamespace(step=step, config=Config(**flags), bf16=False)
-        Run.must_be_on_policy(run, ratio, kl)
+        Run.must_be_on_policy(run, ratio, kl, torch.ones(3, 1))
 
     start(ratio, kl)
     start(ratio, kl + 1, reference="other.pt")  # another reference may be far away

@@ -108,17 +108,18 @@ def test_the_step_0_checks_are_as_sharp_as_the_precision_allows():
 
     def is_on_policy(off, bf16, kl=0.0):
         run = SimpleNamespace(step=0, bf16=bf16, config=SimpleNamespace(reference=""))
-        Run.must_be_on_policy(run, torch.full((5,), off), torch.tensor([0.0, kl]))
+        Run.must_be_on_policy(run, torch.full((5,), off), torch.tensor([0.0, 4 * kl]), torch.ones(2, 4))
 
     starts(1 + 5e-5, False)
     starts(1 + 5e-3, True)
     is_on_policy(1e-3, False)
     is_on_policy(3e-2, True)
-    is_on_policy(0.0, True, kl=0.05)
+    is_on_policy(0.0, False, kl=3e-5)  # a matrix product's rounding, where logits are large
+    is_on_policy(0.0, True, kl=2e-3)
     for check, *given in (
         (starts, 1 + 5e-4, False), (starts, 1.02, True), (starts, math.nan, True),
-        (is_on_policy, 5e-3, False), (is_on_policy, 0.1, True), (is_on_policy, 0.0, False, 0.05),
-        (is_on_policy, 0.0, True, 0.5), (is_on_policy, math.nan, True),
+        (is_on_policy, 5e-3, False), (is_on_policy, 0.1, True), (is_on_policy, 0.0, False, 5e-4),
+        (is_on_policy, 0.0, True, 0.01), (is_on_policy, math.nan, True),
     ):  # fmt: skip
         with pytest.raises(UserError):
             check(*given)
