@@ -57,10 +57,10 @@ class Config:
     out: str = "out/demo/pairs.jsonl"  # pair rows; votes go to X.votes.jsonl, thumbs to X.thumbs.jsonl
     annotator: str = "world"  # who compares: world, rm:PATH, ai:PATH, human or file.py:function
     constitution: str = "constitution.txt"  # of ai:PATH: the principles, one a line
-    own: float = 0.0  # of ai:PATH: what weight its own odds of writing the one, not the other, have
+    own: float = 0.0  # of ai:PATH: the weight of its own odds of writing the one, not the other
     crowd: int = 5  # how many different people the world has
     votes: int = 1  # how many of them compare the responses to each prompt
-    min_agreement: float = 0.0  # leave out pairs on which a smaller share of the votes agree
+    min_agreement: float = 0.0  # leave out pairs on which fewer of the votes agree
     soft: bool = True  # that share is the label's "probability"; --no-soft: no ties, all certain
     resume: bool = False  # vote on what is in X.votes.jsonl, where the annotator has not
     samples: int = 4  # responses per prompt (K)

@@ -51,7 +51,7 @@ from nanoalign.statistics import change, elo, mean_and_error, pairwise_wins, pri
 from nanoalign.training import setup
 
 VALUE = (Real, np.bool_, type(None))  # of a check
-always = cache(lambda: load_function("nanoalign/world/verdicts.py:always"))  # besides
+always = cache(lambda: load_function("nanoalign/world/verdicts.py:always"))
 
 
 @dataclass

@@ -93,7 +93,7 @@ def group_advantages(
     if group_size < 2:
         raise ValueError(f"a group needs at least 2 responses to be its own baseline, not {group_size}.")
     groups = scores.view(-1, group_size)  # (B / G, G)
-    groups = groups - groups[:, :1]  # so that equal scores are exactly 0, rounding or not
+    groups = groups - groups[:, :1]  # equal scores are exactly 0, rounding or not
     worth = groups if penalty is None else groups - penalty.view_as(groups)
     centred = worth - worth.mean(1, keepdim=True)
     if kind == "rloo":  # r_i − (G mean − r_i) / (G − 1)
@@ -211,11 +211,11 @@ def main(config: Config) -> None:
 
     for step in run:
         # 1. Rollout: the policy answers each prompt of a batch G times.
-        indices = order[step].repeat(G)  # (B,) a prompt's answers next to each other
+        indices = order[step].repeat(G)  # (B,) a prompt's answers together
         asked = [prompts[i] for i in indices]
         with autocast:
             drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
-        ids, scored = drawn.ids, drawn.mask.cpu()
+        ids, scored = drawn.ids, drawn.scored
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs.
@@ -232,7 +232,7 @@ def main(config: Config) -> None:
 
         # 3. Compare: what the responses of a group are worth, and the price of KL.
         groups = score.view(-1, G)
-        equal = groups.amax(1) == groups.amin(1)  # of them nothing is learnt but to stay near the reference
+        equal = groups.amax(1) == groups.amin(1)  # nothing is learnt of them but to stay near
         price = config.beta * kl if config.kl == "reward" else None
 
         # 4. Advantages: a response's is that of all its tokens.

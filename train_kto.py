@@ -40,12 +40,12 @@ from nanoalign.training import load_reference, make_optimizer, prepare, setup
 @dataclass(kw_only=True)
 class Config(Flags):
     init: str = "out/demo/sft.pt"  # the checkpoint to start from, and the reference
-    data: str = "out/demo/pairs.thumbs.jsonl"  # rows of prompt, completion, label; or pair rows, split in two
+    data: str = "out/demo/pairs.thumbs.jsonl"  # rows of prompt, completion, label; or pairs, split
     out: str = "out/demo/kto.pt"  # the checkpoint to write; metrics go beside it
-    beta: float = 0.1  # β: how fast gains and losses saturate; a large one ties the policy to the reference
+    beta: float = 0.1  # β: how fast gains and losses saturate; a large one ties it to the reference
     desirable_weight: float = 0.0  # λ_D; 0: by the rule
     undesirable_weight: float = 0.0  # λ_U; 0: by the rule
-    max_length: int = 128  # tokens of prompt and response; longer rows are truncated, and counted
+    max_length: int = 128  # tokens of prompt and response; longer rows are cut, and counted
 
 
 # ---------------------------------------------------------------------------------------------- the loss
@@ -86,7 +86,7 @@ def mismatched(prompts: list, responses: list) -> list[tuple]:
 def sequence_logprobs(model, batch: list, tokenizer, device) -> Tensor:
     """Examples → summed response log-probs (B,)."""
     ids, mask = collate(batch, tokenizer.pad)
-    return token_logprobs(model, ids.to(device, non_blocking=True), mask).sum(-1)  # 0 where not scored
+    return token_logprobs(model, ids.to(device, non_blocking=True), mask).sum(-1)  # 0 elsewhere
 
 
 def sequence_log_ratios(policy, ref, batch: list, tokenizer, device) -> tuple[Tensor, Tensor]:

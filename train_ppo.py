@@ -132,14 +132,16 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- a run
 
 
-def forward(policy, critic, ids: Tensor, mask: Tensor, temperature: float, entropy=False, seen=None):
+def forward(policy, critic, ids, mask, temperature, entropy=False, seen=None, read=None):
     """ids (B, T), mask (B, T) → log-probs (with `entropy`: and entropies), and values, (B, T) each.
 
     The critic is a model of its own, whose reader saw (B, T, 3), or a linear head on the policy's trunk.
+    read(model): its hidden states (B, T, D), if not all rows go through it at once.
     """
-    hidden = policy.hidden(ids)
+    read = read or (lambda model, **more: model.hidden(ids, **more))
+    hidden = read(policy)
     logp = token_logprobs(policy, ids, mask, temperature, entropy, hidden)
-    values = critic(hidden) if isinstance(critic, nn.Linear) else critic(ids, seen)
+    values = critic(hidden) if isinstance(critic, nn.Linear) else critic.score(read(critic, seen=seen))
     return logp, F.pad(values[:, :-1], (1, 0))  # V_t is read at position t − 1
 
 
@@ -186,8 +188,7 @@ def main(config: Config) -> None:
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
     made_from = policy, ref, critic, prompts, reward.files
     models = "policy", "reference", "critic" + " (a head)" * light, *reward.models
-    held = ref, *watch.held
-    options = {"trained": trained, "held": held, "shown": SHOWN}
+    options = {"trained": trained, "held": (ref, *watch.held), "shown": SHOWN}
     run = Run(config, "ppo", policy, tokenizer, optimizer, order, made_from, models, **options)
     beta = run.state.get("beta", config.beta)
     run.keeps("critic", critic)
@@ -199,7 +200,7 @@ def main(config: Config) -> None:
         asked = [prompts[i] for i in indices]
         with autocast:
             drawn = rollout(policy, tokenizer, asked, seed=run.seed, **config.sampling)
-        ids, scored = drawn.ids, drawn.mask.cpu()
+        ids, scored = drawn.ids, drawn.scored
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs and values.
@@ -207,8 +208,8 @@ def main(config: Config) -> None:
             score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
             seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
-            found = forward(policy, critic, ids, scored, config.temperature, True, seen)
-            ref_logp = drawn.logprobs(ref, scored, config.temperature)
+            found = forward(policy, critic, ids, scored, config.temperature, True, seen, drawn.hidden)
+            ref_logp = drawn.logprobs(ref, config.temperature)
         known = scored, score, *found[0], found[1], ref_logp, seen
         drawn, scored, score, old_logp, entropy, old_values, ref_logp, seen = drawn.together(*known)
         ids, mask = drawn.ids, drawn.mask  # (B, T)
@@ -259,8 +260,7 @@ def main(config: Config) -> None:
         )
         watch.warn(row)
         if config.kl_target:
-            now = kl.mean().item()
-            beta = adapt_beta(beta, now, config.kl_target, len(ids), config.kl_horizon)
+            beta = adapt_beta(beta, kl.mean().item(), config.kl_target, len(ids), config.kl_horizon)
         run.keep["beta"] = beta
         if run.looks:
             watch.look()

@@ -38,7 +38,7 @@ from nanoalign.training import make_optimizer, prepare, setup
 
 @dataclass(kw_only=True)
 class Config(Flags):
-    init: str = "out/demo/sft.pt"  # the checkpoint whose trunk the reward model starts from
+    init: str = "out/demo/sft.pt"  # the checkpoint whose trunk it starts from
     data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen, rejected; or HH transcripts
     out: str = "out/demo/rm.pt"  # the checkpoint to write; metrics go beside it
     reader: bool = True  # show it how likely --init finds each token: what a small model needs

@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         asked = [prompts[i] for i in indices]
         with autocast:
             drawn = rollout(policy, tokenizer, asked, seed=run.seed, group=G, **config.sampling)
-        ids, scored = drawn.ids, drawn.mask.cpu()  # (B, T)
+        ids, scored = drawn.ids, drawn.scored  # (B, T)
         run.lap("generation_s")
 
         # 2. Score: the reward of each step, the log-probs of each token.

@@ -79,28 +79,18 @@ def is_base(x) -> bool:
     return known and x["rank"] > 0 and is_finite(x["alpha"])
 
 
+TEXTS = ("stage", "tokenizer", "vocabulary", "chat_format", "system", "checksum", "kind", "data")
 FIELDS = {  # what a field has to be
-    "stage": lambda x: isinstance(x, str),
-    "tokenizer": lambda x: isinstance(x, str),
-    "model_config": are_flags,
-    "model": are_weights,
-    "config": are_flags,
+    **dict.fromkeys(TEXTS, lambda x: isinstance(x, str)),
+    **dict.fromkeys(("model_config", "config", "flags"), are_flags),
+    **dict.fromkeys(("model", "critic"), are_weights),
     "step": is_whole,
-    # what some files have
     "chat": lambda x: isinstance(x, bool),
-    "vocabulary": lambda x: isinstance(x, str),
-    "chat_format": lambda x: isinstance(x, str),
-    "system": lambda x: isinstance(x, str),
-    "checksum": lambda x: isinstance(x, str),
     "lora": is_base,
-    "kind": lambda x: isinstance(x, str),
     "normalisation": is_scale,
     "history": are_rows,
     "beta": lambda x: is_finite(x) and x >= 0,
-    "critic": are_weights,
     "fresh": are_examples,
-    "data": lambda x: isinstance(x, str),
-    "flags": are_flags,
     "optimizer": lambda x: isinstance(x, dict) and {*x} == {"state", "param_groups"},
     "random": lambda x: isinstance(x, dict) and {*x} >= {"torch", "python"},
 }

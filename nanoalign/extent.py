@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     scored: int  # tokens whose log-prob is asked for, with gradient
     pieces: int  # micro-batches of an optimiser step
     read: int  # tokens read at once without gradient
-    judged: int  # of these, tokens whose log-prob is asked for
+    beside: int  # tokens of which a hidden state is kept meanwhile
+    judged: int  # tokens whose log-prob is then asked for
     drawn: int  # answers sampled at once
     asked: int  # tokens of their prompts
     slots: int  # tokens of the longest prompt and its answer
@@ -64,7 +65,7 @@ def off_policy(config, stage: str, order, examples: list, steps: int) -> Batch:
     judged = max(-(-together // count.max()) * scored.max(), drawn * new)
     pieces, apart = max(map(len, split)), count[i].sum() * longest[i].max()
     learnt = rows, length, apart, scored[i].sum(), pieces
-    return Batch(*learnt, read, judged, drawn, drawn * prompt.max(), slots)
+    return Batch(*learnt, read, 0, judged, drawn, drawn * prompt.max(), slots)
 
 
 def on_policy(config, lengths: np.ndarray) -> Batch:
@@ -72,17 +73,16 @@ def on_policy(config, lengths: np.ndarray) -> Batch:
     prompt, new, group = lengths.max(), config.max_new_tokens, getattr(config, "group_size", 1)
     batch, T, n = config.batch_size, prompt + new, min(config.minibatch, config.batch_size)
     pieces = micro_batches(np.arange(n), config.micro_batch, np.full(n, T), config.micro_tokens)
-    n = len(pieces[0])
+    n, own = len(pieces[0]), batch if group > 1 else min(config.micro_batch or batch, batch)
     G = min(n, group)  # answers to a prompt, which they share
     learnt = -(-n // G), prompt + G * new, n * T, n * new, len(pieces)
-    return Batch(*learnt, batch * T, batch * new, batch, batch // group * prompt, T)
+    kept = (group == 1) * (1 + (own < batch)) * batch * T  # by PPO, of policy and critic
+    return Batch(*learnt, own * T, kept, batch * new, batch, batch // group * prompt, T)
 
 
 def largest(config, stage: str, order, examples: list, steps: int) -> Batch:
     """The largest batch of a run's first epoch. order: its `BatchOrder` of the examples, of PPO and GRPO the
     ids of their prompts."""
     if hasattr(config, "minibatch"):
-        found = on_policy(config, order.lengths)
-    else:
-        found = off_policy(config, stage, order, examples, steps)
-    return Batch(*map(int, found))
+        return Batch(*map(int, on_policy(config, order.lengths)))
+    return Batch(*map(int, off_policy(config, stage, order, examples, steps)))

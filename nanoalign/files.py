@@ -18,6 +18,8 @@ import math
 import os
 import platform
 import re
+import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -74,32 +76,24 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
         with open(os.devnull, mode, **text) as file:
             yield file
         return parallel.meet()
-    target = regular(path)
-    temporary = None
+    target, temporary = regular(path), None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(".writing", f".{target.name[:100]}.", target.parent)
-        with open(handle, mode, **text) as file:
+        name = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.writing")
+        with open(name, mode.replace("w", "x"), **text) as file:
+            temporary = name
+            if target.exists():
+                shutil.copymode(target, temporary)
             yield file
-        os.chmod(temporary, permissions(target))
         os.replace(temporary, target)
         parallel.meet()
     except BaseException as error:  # Ctrl-C as well
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             sentence = f"could not write {path} ({reason(error)}); the file before it, if any, is untouched."
             raise UserError(sentence) from None
         raise
-
-
-def permissions(target: Path) -> int:
-    """Those of the file that is replaced; of a new one what the umask leaves."""
-    if target.exists():
-        return stat.S_IMODE(target.stat().st_mode)
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -8,6 +8,7 @@ where the log-prob kernel will find it.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import FunctionType
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from nanoalign import UserError
 from nanoalign.compiler import compile_or_eager
-from nanoalign.logprobs import likelihoods, next_token_logits, token_logprobs
+from nanoalign.logprobs import last_scored, likelihoods, next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
 from nanoalign.parallel import gather
 
@@ -33,6 +34,7 @@ class Rollout:
     logp: Tensor  # (B, T): of the sampled tokens, under the *untruncated* policy at that temperature; else 0
     ended: Tensor  # (B,) bool: an end token was generated
     rows: Sequence[int] | None = None  # which of those asked for a process has, if it shares them
+    size: int = 0  # how many rows `hidden` reads at one time; 0: all
     read: dict = field(default_factory=dict, repr=False)  # what models made of it: `read_by`
 
     def responses(self) -> list[list[int]]:
@@ -42,8 +44,28 @@ class Rollout:
     def read_by(self, reader: GPT | None) -> Tensor | None:
         """`logprobs.likelihoods` (B, T, 3) of a frozen model, computed once for all who ask; None of none."""
         if reader is not None and reader not in self.read:
-            self.read[reader] = likelihoods(reader, self.ids)
+            there = torch.arange(self.ids.shape[1]) <= last_scored(self.scored)[:, None]
+            self.read[reader] = likelihoods(reader, self.ids, self.hidden(reader), there)
         return self.read.get(reader)
+
+    @cached_property
+    def scored(self) -> Tensor:  # the mask, on the CPU
+        return self.mask.cpu()
+
+    @torch.no_grad()
+    def hidden(self, model, **values: Tensor | None) -> Tensor:
+        """`model.hidden` (B, T, D), given values (B, T, …), too: of rows alike in length, `size` at a time,
+        without the padding that they do not need, where it is 0."""
+        last, whole = last_scored(self.scored), None
+        if not 0 < self.size < len(last):
+            return model.hidden(self.ids, **values)
+        for rows in last.argsort(stable=True).split(self.size):
+            at, T = rows.to(self.ids.device, non_blocking=True), int(last[rows].max()) + 1
+            own = {name: x if x is None else x[at, :T] for name, x in values.items()}
+            part = model.hidden(self.ids[at, :T], **own)
+            whole = part.new_zeros(*self.ids.shape, part.shape[-1]) if whole is None else whole
+            whole[at, :T] = part
+        return whole
 
     def together(self, *values: Tensor | None) -> tuple:
         """This process's rows, with values of each → all rows of all processes, likewise."""
@@ -51,11 +73,11 @@ class Rollout:
         ids, mask, logp, ended, *values = gather(self.rows, *own, *values)
         return Rollout(ids, mask, logp, ended), *values
 
-    def logprobs(self, ref: GPT, mask: Tensor, temperature: float) -> Tensor:
-        """log π_ref of what mask (B, T), which may be on the CPU, is True of; (B, T), 0 elsewhere."""
+    def logprobs(self, ref: GPT, temperature: float) -> Tensor:
+        """log π_ref of the responses' tokens (B, T), 0 elsewhere; without gradient."""
         if temperature == 1 and ref in self.read:  # some reader of a reward model was the reference
-            return self.read[ref][..., 0].masked_fill(~mask.to(self.ids.device), 0)
-        return token_logprobs(ref, self.ids, mask, temperature)
+            return self.read[ref][..., 0].masked_fill(~self.mask, 0)
+        return token_logprobs(ref, self.ids, self.scored, temperature, hidden=self.hidden(ref))
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -216,13 +238,13 @@ def stream(
 @torch.no_grad()
 def generate(
     model: GPT, prompts: Tensor, lengths: Tensor, max_new_tokens: int, end_id: int | None, pad_id: int,
-    of: Tensor | None = None, **sampling,
+    of: Tensor | None = None, size: int = 0, **sampling,
 ) -> Rollout:  # fmt: skip
     """Sample a response for every row → Rollout.
 
     prompts (N, P) right-padded, lengths (N,); of (B,): the prompt that each row answers, by default one row a
-    prompt; sampling: temperature, top_k, top_p, seed, stops, numbers. Rows stop at their end token, after
-    `max_new_tokens`, or at the model's context; their masks stop at what they generated.
+    prompt; size: of the Rollout; sampling: temperature, top_k, top_p, seed, stops, numbers. Rows stop at
+    their end token, after `max_new_tokens`, or at the model's context; masks at what was generated.
     """
     P, device = prompts.shape[1], prompts.device
     prompts_of, lengths_of = (x if of is None else x[of] for x in (prompts, lengths))
@@ -242,4 +264,4 @@ def generate(
             ended[rows] |= alive & (token == end_id)
     longest = int((lengths_of + written).max())
     mask = (columns >= lengths_of[:, None]) & (columns < (lengths_of + written)[:, None])
-    return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended)
+    return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended, size=size)

@@ -45,13 +45,13 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def likelihoods(model: nn.Module, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
+def likelihoods(model: nn.Module, ids: Tensor, hidden: Tensor | None = None, mask=None) -> Tensor:
     """What a frozen model makes of each of ids (B, T): log p, the entropy H of the distribution that the
     token was drawn from, and log p + H, in nats, (B, T, 3) fp32. The first token is drawn from none: zeros.
 
     Of the model's own samples E[log p] = −H, so that the sum says by how much a token surprised it.
     """
-    logp, entropy = token_logprobs(model, ids, entropy=True, hidden=hidden)
+    logp, entropy = token_logprobs(model, ids, mask, entropy=True, hidden=hidden)
     return torch.stack((logp, entropy, logp + entropy), -1)
 
 

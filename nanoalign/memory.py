@@ -28,9 +28,9 @@ SAMPLED = ("ppo", "grpo")  # entropies are asked for, too: one more number of ea
 BESIDE = ("dpo", "kto")  # the reference reads a micro-batch when the policy's activations are there
 
 
-def reading(models: Models, tokens: int, scored: int, numbers: int) -> int:
+def reading(models: Models, tokens: int, scored: int, numbers: int, beside: int = 0) -> int:
     """Bytes of a pass without gradient: the residual stream, and a block's numbers or those of logits."""
-    stream = 4 * models.learners[0].config.width * tokens
+    stream = 4 * models.learners[0].config.width * (tokens + beside)
     return stream + max(models.block * tokens, models.head.passing(scored, numbers))
 
 
@@ -66,8 +66,8 @@ def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[
     picking = 32 * head.tokens * batch.drawn + head.copy  # logits, log-probs, in fp64 their cumulative sum
     read, judged, numbers = batch.read, batch.judged, 3 if stage in SAMPLED else 2
     if any(getattr(model, "reader", None) for model in own):  # it asks for all, also while others learn
-        read = judged = max(batch.read, batch.apart)
-        numbers = 3
+        read, numbers = max(batch.read, batch.apart), 3
+        judged = max(read, batch.drawn * batch.slots)
     on_cpu = not models.on_gpu
     always = {"weights": sum(x.nbytes for x in tensors(*own)), "optimiser": 2 * due}
     always |= {"cache": cache} if models.on_gpu else {}  # kept, for CUDA graphs are bound to it
@@ -78,7 +78,7 @@ def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[
         "backward": learn | {"passing": backward},
         "stepping": always | {"gradients": due, "passing": on_cpu * 2 * max(gradients)},
         "sampling": always | {"cache": cache, "passing": halves + max(models.block * batch.asked, picking)},
-        "reading": always | {"passing": halves + reading(models, read, judged, numbers)},
+        "reading": always | {"passing": halves + reading(models, read, judged, numbers, batch.beside)},
     }
 
 

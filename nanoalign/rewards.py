@@ -125,7 +125,7 @@ def model_reward(model: ScalarGPT) -> Reward:
     @torch.no_grad()
     def reward(rows: list[dict], rollout: Rollout) -> Tensor:
         seen = rollout.read_by(model.reader)
-        return response_scores(model, rollout.ids, rollout.mask, model.hidden(rollout.ids, seen=seen))
+        return response_scores(model, rollout.ids, rollout.mask, rollout.hidden(model, seen=seen))
 
     return reward
 

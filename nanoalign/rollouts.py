@@ -9,7 +9,6 @@ from torch.nn.utils.rnn import pad_sequence
 from nanoalign import UserError
 from nanoalign.cli import Progress
 from nanoalign.generate import Rollout, generate, uniform
-from nanoalign.logprobs import token_logprobs
 from nanoalign.model import GPT
 from nanoalign.parallel import fill
 from nanoalign.pieces import share
@@ -63,7 +62,7 @@ def rollout(
     order = np.argsort(asked, kind="stable")
     back = torch.from_numpy(order).to(drawn.ids.device)
     own = drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back]
-    return Rollout(*own, rows=np.array(asked)[order])
+    return Rollout(*own, np.array(asked)[order], drawn.size)
 
 
 def respond(model: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int, **options):
@@ -84,5 +83,5 @@ def sample_kl(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list, max_ne
     """
     kl = torch.zeros(len(prompts))
     for rows, r in rollouts(policy, tokenizer, prompts, max_new_tokens, seed, into=lambda: [kl]):
-        kl[rows] = (r.logp - token_logprobs(ref, r.ids, r.mask)).sum(-1).to(kl)
+        kl[rows] = (r.logp - r.logprobs(ref, 1.0)).sum(-1).to(kl)
     return kl

@@ -127,8 +127,7 @@ class Tokenizer:
         return np.append(so_far, [*self.after, *self.opening["assistant"], *self.answer]).astype(np.int64)
 
     def shift(self, text: str) -> int:
-        """By how many bytes `response` moves a text: the space in front, less the white space that it
-        strips."""
+        """By how many bytes `response` moves a text: the space in front, less the white space it strips."""
         lost = len(text) - len(text.lstrip()) if self.format.trim else 0
         return len(self.lead.encode()) - len(text[:lost].encode())
 
@@ -162,18 +161,15 @@ def get_tokenizer(name: str) -> Tokenizer:
     try:
         return Tokenizer(Vocabulary(tiktoken.get_encoding(name)))
     except Exception as error:  # the download failed: requests raises a family of exceptions
-        raise UserError(
-            f"the vocabulary of {name!r} could not be loaded ({type(error).__name__}): connect once, "
-            "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer world."
-        ) from error
+        what = f"the vocabulary of {name!r} could not be loaded ({type(error).__name__})"
+        how = "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer world"
+        raise UserError(f"{what}: {how}.") from error
 
 
 def world_encoding() -> tiktoken.Encoding:
     """The built-in world's byte-level BPE (made by `python -m nanoalign.world.bpe`)."""
     if not WORLD_BPE.exists():
         raise UserError(f"{WORLD_BPE} is missing; make it with: python -m nanoalign.world.bpe")
-    lines = (
-        line.split() for line in WORLD_BPE.read_bytes().splitlines()
-    )  # tiktoken's own reader caches by name
+    lines = map(bytes.split, WORLD_BPE.read_bytes().splitlines())  # tiktoken's own reader caches by name
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     return tiktoken.Encoding("world", pat_str=WORLD_PATTERN, mergeable_ranks=ranks, special_tokens={})

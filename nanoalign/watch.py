@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanoalign.expressions import parse_rewards
-from nanoalign.logprobs import token_logprobs
 from nanoalign.rewards import load_function, make_reward, total
 from nanoalign.rollouts import Rollout, rollouts
 from nanoalign.run import Flags
@@ -39,7 +38,8 @@ class OnPolicy(Flags):
     @property
     def sampling(self) -> dict:
         """What `rollout` is to know."""
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        length, size = self.max_new_tokens, self.micro_batch
+        return {"max_new_tokens": length, "temperature": self.temperature, "size": size}
 
 
 @torch.no_grad()
@@ -50,12 +50,12 @@ def measure(policy, ref, tokenizer, rows: list[dict], prompts: list, rewards: di
     temperature = sampling.get("temperature", 1.0)
     sampling["into"] = lambda: (texts, scores, *columns.values())
     for indices, drawn in rollouts(policy, tokenizer, prompts, **sampling):
-        ids, mask, batch = drawn.ids, drawn.mask, [rows[i] for i in indices]
+        batch = [rows[i] for i in indices]
         parts = {name: total(reward(batch, drawn)) for name, reward in rewards.items()}
         first = next(iter(parts.values())).tolist()
-        ref_logp = drawn.logprobs(ref, mask, temperature)
-        parts["kl"] = (token_logprobs(policy, ids, mask, temperature) - ref_logp).sum(-1)
-        parts["ended"], parts["length"] = drawn.ended.float(), mask.sum(-1).float()
+        logp, ref_logp = (drawn.logprobs(model, temperature) for model in (policy, ref))
+        parts["kl"] = (logp - ref_logp).sum(-1)
+        parts["ended"], parts["length"] = drawn.ended.float(), drawn.mask.sum(-1).float()
         for name, values in parts.items():
             column = columns.setdefault(name, torch.zeros(len(rows)))
             column[indices] = values.to(column)

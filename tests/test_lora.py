@@ -243,7 +243,7 @@ def test_the_reference_stands_wherever_a_reference_stands(monkeypatch):
     rollout = Rollout(ids, mask, torch.zeros(ids.shape), torch.ones(3, dtype=torch.bool))
     seen = rollout.read_by(ref)
     assert rollout.read_by(scalar.reader) is seen and rollout.read_by(policy) is not seen
-    torch.testing.assert_close(rollout.logprobs(ref, mask, 1.0), token_logprobs(base, ids, mask))
+    torch.testing.assert_close(rollout.logprobs(ref, 1.0), token_logprobs(base, ids, mask))
 
 
 def test_a_compiled_policy_has_a_reference_of_its_own(monkeypatch):

@@ -26,7 +26,7 @@ from train_dpo import Config
 CPU, SMALL = torch.device("cpu"), {"vocab_size": 100, "layers": 3, "width": 64, "heads": 4}
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True}
 FAMILIES = {"llama": {}, "gpt2": GPT2, "grouped": {"kv_heads": 2, "head_dim": 32}, "qwen3": {"qk_norm": True}}
-ONE = Batch(2, 10, 20, 12, 1, 40, 16, 3, 21, 15)
+ONE = Batch(2, 10, 20, 12, 1, 40, 0, 16, 3, 21, 15)
 STAGES = ["pretrain", "sft", "dpo", "kto", "orpo", "rm", "prm", "ppo", "grpo"]
 
 
@@ -187,7 +187,7 @@ LESS = "--max-new-tokens 8"
     ("dpo", f"--batch-size 4 {LESS}"), ("dpo", f"--batch-size 8 --lora 4 --micro-batch 2 {LESS}"),
     ("kto", "--batch-size 8 --micro-tokens 800"), ("rm", "--batch-size 4"), ("prm", "--no-reader"),
     ("rm", "--batch-size 2 --no-reader"), ("rm", "--batch-size 40 --no-reader --checkpointing"),
-    ("ppo", f"{LESS} --lora 4"), ("grpo", f"{LESS} --group-size 4"),
+    ("ppo", f"{LESS} --lora 4"), ("ppo", f"{LESS} --micro-batch 8"), ("grpo", f"{LESS} --group-size 4"),
 ], ids=str)  # fmt: skip
 def test_a_run_takes_what_it_said(stage, flags, folder, capsys):
     script, config = job(folder, stage, flags)

@@ -51,7 +51,7 @@ def test_the_held_out_reward_is_raw_and_has_another_name_than_the_score_that_is_
 def test_training_samples_cannot_be_truncated(stage, job, monkeypatch, capsys):
     """Their log π − log π_ref would be no KL, and an adaptive β would steer by it."""
     script, config = job(stage)
-    assert config.sampling.keys() == {"max_new_tokens", "temperature"}
+    assert config.sampling.keys() == {"max_new_tokens", "temperature", "size"}
     for flag in ("--top-k=5", "--top-p=0.9"):
         monkeypatch.setattr("sys.argv", ["train.py", flag])
         with pytest.raises(SystemExit):

@@ -148,7 +148,7 @@ def test_a_reader_that_is_the_reference_is_one_model_in_memory_and_another_is_no
 def test_a_rollout_is_read_once_by_all_who_share_a_reader_and_by_the_reference(monkeypatch):
     read_by = []
     monkeypatch.setattr(
-        generate, "likelihoods", lambda reader, ids: read_by.append(reader) or likelihoods(reader, ids)
+        generate, "likelihoods", lambda reader, *given: read_by.append(reader) or likelihoods(reader, *given)
     )
     models, ref = [reading_model(), reading_model()], freeze(policy_of())
     for model in models:
@@ -159,15 +159,64 @@ def test_a_rollout_is_read_once_by_all_who_share_a_reader_and_by_the_reference(m
     for model, score in zip(models, scores):
         torch.testing.assert_close(score, response_scores(model, drawn.ids, drawn.mask))
     direct = token_logprobs(ref, drawn.ids, drawn.mask)
-    torch.testing.assert_close(drawn.logprobs(ref, drawn.mask, 1.0), direct)
+    torch.testing.assert_close(drawn.logprobs(ref, 1.0), direct)
     drawn.read[ref] = drawn.read[ref] + 1  # only where it holds is it used
-    torch.testing.assert_close(drawn.logprobs(ref, drawn.mask, 1.0), direct + drawn.mask)
+    torch.testing.assert_close(drawn.logprobs(ref, 1.0), direct + drawn.mask)
     hot = token_logprobs(ref, drawn.ids, drawn.mask, 2.0)
-    torch.testing.assert_close(drawn.logprobs(ref, drawn.mask, 2.0), hot)
+    torch.testing.assert_close(drawn.logprobs(ref, 2.0), hot)
     other = freeze(policy_of(seed=1))
     own = token_logprobs(other, drawn.ids, drawn.mask)
-    torch.testing.assert_close(drawn.logprobs(other, drawn.mask, 1.0), own)
+    torch.testing.assert_close(drawn.logprobs(other, 1.0), own)
     assert read_by == [ref]
+
+
+class Seen(torch.nn.Module):
+    """A model that remembers the shapes of what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.shapes = model, []
+
+    def hidden(self, ids, **more):
+        self.shapes.append(tuple(ids.shape))
+        return self.model.hidden(ids, **more)
+
+
+def ragged(policy, ends=(9, 4, 7, 5, 8), prompt=3, size=2) -> Rollout:
+    """Rows that end at different places, two at a time; what lies beyond is no token of theirs."""
+    ids = torch.randint(policy.config.vocab_size, (len(ends), max(ends)))
+    at, ends = torch.arange(max(ends)), torch.tensor(ends)[:, None]
+    mask = (at >= prompt) & (at < ends)
+    return Rollout(ids, mask, torch.zeros(ids.shape), torch.ones(len(ends), dtype=torch.bool), size=size)
+
+
+def test_rows_alike_in_length_are_read_together_without_the_padding_they_do_not_need(double):
+    drawn = ragged(policy := policy_of())
+    hidden = drawn.hidden(seen := Seen(policy))
+    assert seen.shapes == [(2, 5), (2, 8), (1, 9)]
+    for row, ids, last in zip(hidden, drawn.ids, (8, 3, 6, 4, 7)):
+        torch.testing.assert_close(row[: last + 1], policy.hidden(ids[None, : last + 1])[0])
+    assert hidden.shape == (5, 9, policy.config.width)
+    drawn.size = 0
+    drawn.hidden(seen)
+    assert seen.shapes[3:] == [(5, 9)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7])
+def test_scores_and_log_probs_do_not_depend_on_how_many_rows_are_read_together(double, size):
+    model, ref = reading_model(), freeze(policy_of())
+    drawn = ragged(ref, size=size)
+    alone = [Rollout(*(x[b : b + 1, :T] for x in (drawn.ids, drawn.mask, drawn.logp)), drawn.ended[b : b + 1])
+             for b, T in enumerate((9, 4, 7, 5, 8))]  # fmt: skip
+    score = torch.cat([response_scores(model, one.ids, one.mask) for one in alone])
+    torch.testing.assert_close(model_reward(model)([], drawn), score)
+    logp = torch.cat([token_logprobs(ref, one.ids, one.mask).sum(-1) for one in alone])
+    torch.testing.assert_close(drawn.logprobs(ref, 1.0).sum(-1), logp)
+    seen = drawn.read_by(ref)
+    for row, one in zip(seen, alone):
+        T = one.ids.shape[1]
+        torch.testing.assert_close(row[:T], by_hand(ref, one.ids)[0])
+        assert not row[T:].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -337,8 +337,9 @@ def assert_sampled(config, seen):
     for call, (rows, drawn, _) in zip(seen["rollout"], sampled):
         assert call.model is policy and call.result.rows.tolist() == [*range(len(drawn.ids))]
         assert call.max_new_tokens == config.max_new_tokens
+        assert drawn.size == config.micro_batch
         group = {"group": config.group_size} if hasattr(config, "group_size") else {}
-        assert call.sampling == {"temperature": config.temperature, **group}
+        assert call.sampling == {"temperature": config.temperature, "size": drawn.size, **group}
         for row, ids, mask in zip(rows, drawn.ids, drawn.mask):
             prompt = WORLD.prompt(row["prompt"])
             assert ids[: len(prompt)].tolist() == prompt.tolist() and mask.nonzero()[0] == len(prompt)
