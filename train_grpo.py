@@ -64,7 +64,7 @@ class Config(OnPolicy):
     beta: float = 0.2  # β: the price of a nat of KL
     kl: str = "reward"  # what β multiplies: log π/π_ref off the reward, or k1, k2 or k3 in the loss
     clip_low: float = 0.2  # ε_low: how far a ratio may fall
-    clip_high: float = 0.0  # ε_high: how far it may rise; 0: the paper's (dapo 0.28, others 0.2)
+    clip_high: float = 0.0  # ε_high: how far it may rise; 0: 0.28 for dapo, else 0.2
     lr: float = 1e-4
 
 
@@ -199,14 +199,14 @@ def main(config: Config) -> None:
     (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
-    prepare(config, policy, ref)
+    prepare(config, policy, *watch.held)
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=1e-5)
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
     models = "policy", "reference", *reward.models
-    held = ref, *watch.held
-    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=SHOWN)
+    options = {"held": watch.held, "shown": SHOWN}
+    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, **options)
     watch.begin(run)
 
     for step in run:

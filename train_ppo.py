@@ -47,7 +47,7 @@ class Config(OnPolicy):
     init: str = "out/demo/sft.pt"  # the checkpoint to start from
     reference: str = ""  # the checkpoint that KL is measured to; empty: --init
     reward: str = "out/demo/rm.pt"  # what to maximise (nanoalign/rewards.py)
-    critic: str = ""  # where the critic starts; empty: from the reward model, or --init
+    critic: str = ""  # where the critic starts; empty: the reward model, or --init
     shared_critic: bool = False  # a value head on the policy's trunk instead
     prompts: str = "out/demo/world/prompts.jsonl"  # prompt rows
     out: str = "out/demo/ppo.pt"  # the checkpoint to write; metrics go beside it
@@ -183,12 +183,12 @@ def main(config: Config) -> None:
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
     trained = nn.ModuleList((policy, critic))  # one optimiser, one gradient norm
-    prepare(config, policy, ref, critic)
+    prepare(config, policy, *watch.held, critic)
     optimizer = make_optimizer(trained, config.lr, config.weight_decay, eps=1e-5)
     order = BatchOrder([*map(len, prompts)], config.batch_size, config.seed, pool=1)
     made_from = policy, ref, critic, prompts, reward.files
     models = "policy", "reference", "critic" + " (a head)" * light, *reward.models
-    options = {"trained": trained, "held": (ref, *watch.held), "shown": SHOWN}
+    options = {"trained": trained, "held": watch.held, "shown": SHOWN}
     run = Run(config, "ppo", policy, tokenizer, optimizer, order, made_from, models, **options)
     beta = run.state.get("beta", config.beta)
     run.keeps("critic", critic)

@@ -25,7 +25,6 @@ from nanoalign.model import GPT, PRESETS, GPTConfig, parameter_count, preset
 from nanoalign.pieces import dealt
 from nanoalign.rows import write_rows
 from nanoalign.run import Flags
-from nanoalign.scalar import ScalarGPT
 from nanoalign.sharding import part
 from nanoalign.training import make_optimizer, optimizer_step, prepare, setup
 
@@ -123,19 +122,17 @@ def replicated(models: Models, found: dict) -> float:
 
 
 def sharded(models: Models, found: dict, offload: bool = False) -> float:
-    """Bytes of one of `COUNT` processes that share all weights but a reward model's. What is beside blocks is
-    gathered in fp32 and stays, two blocks at a time in bf16; a gradient is there twice while it is sent."""
-    alone = [m for m in models.own if isinstance(m, ScalarGPT) and not numbers(m.parameters(), True)]
-    shared = [model for model in models.own if model not in alone]
-    gpts = [gpt for model in shared for gpt in model.modules() if isinstance(gpt, GPT)]
-    weights = sum(x.nbytes for model in shared for x in tensors(model))  # those of LoRA's reference twice
+    """Bytes of one of `COUNT` processes that share all weights. What is beside blocks is gathered in fp32 and
+    stays, two blocks at a time in bf16; a gradient is there twice while it is sent."""
+    gpts = [gpt for model in models.own for gpt in model.modules() if isinstance(gpt, GPT)]
+    weights = sum(x.nbytes for model in models.own for x in tensors(model))  # of LoRA's reference twice
     roots = [p for gpt in gpts for name, p in gpt.named_parameters() if not name.startswith("blocks.")]
     block, share, sizes = [*gpts[0].blocks[0].parameters()], (0 if offload else 1 / COUNT), []
     for moment in found:
         blocks = 2 * numbers(gpts[0].blocks.parameters()) if moment == "sampling" else 4 * numbers(block)
         parts = {**found[moment], "gathered": 4 * numbers(roots) + blocks}
         cut = weights + parts.pop("optimiser") + parts.pop("gradients", 0)
-        parts["weights"] = share * cut + sum(x.nbytes for x in tensors(*alone))
+        parts["weights"] = share * cut
         if moment != "stepping":  # copies in bf16, which autocast need not make
             parts["copies"] = -rounded(models.learners, 2, graph=moment in ("forward", "backward"))
         parts["sent"] = (8 * numbers(roots, True) + 6 * numbers(block, True)) * (moment == "backward")

@@ -82,13 +82,13 @@ def main(config: Config) -> None:
     (rows, prompts), held_out = read_prompts(config, tokenizer, policy.config.context)
     watch = Watch(config, (policy, ref, tokenizer), held_out, reward, autocast)
 
-    prepare(config, policy, ref)
+    prepare(config, policy, *watch.held)
     optimizer = make_optimizer(policy, config.lr, config.weight_decay, eps=1e-5)
     G = config.group_size
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
     models, shown = ("policy", "reference", *reward.models), train_grpo.SHOWN
-    held = ref, *watch.held
+    held = watch.held
     run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=shown)
     watch.begin(run)
 

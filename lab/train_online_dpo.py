@@ -156,7 +156,7 @@ def main(config: Config) -> None:
     rows, prompts = prompt_examples(one_per_prompt(rows), tokenizer, room)
     check_answers(config.reward, rows)
 
-    prepare(config, policy, ref)
+    prepare(config, policy, ref, *reward.held)
     optimizer = make_optimizer(policy, config.lr, config.weight_decay)
     order = Collections(prompts, config)
     files = [Path(path).read_bytes() for path in reward.files]

@@ -69,7 +69,7 @@ class Watch:
 
     models: policy, reference and tokenizer. held_out: prompt rows and their ids. --watch names rewards beside
     the one that is maximised; --doctor a function(metrics) → [(sickness, cause, remedy)…]. What is shown is
-    the mean "reward" as it is; in the "score" that is trained on there is --missing-eos-score, too.
+    the mean "reward" as it is, without the "score"'s --missing-eos-score. held: all frozen models, ref first.
     """
 
     def __init__(self, config: OnPolicy, models: tuple, held_out: tuple, reward, autocast):
@@ -81,7 +81,7 @@ class Watch:
         self.asked, self.rows = (*models, *held_out, rewards), held_out[0]
         self.sampling = {**config.sampling, "batch_size": config.batch_size, "seed": config.seed}
         self.diagnose = load_function(config.doctor) if config.doctor else lambda rows: ()
-        self.warned, self.held = set(), [model for one in rewards.values() for model in one.held]
+        self.warned, self.held = set(), (ref, *(model for one in rewards.values() for model in one.held))
         self.autocast, self.seen, self.count, self.every = autocast, [], 0, 1  # every so-manieth is seen
 
     def begin(self, run) -> None:

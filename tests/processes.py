@@ -16,10 +16,20 @@ import torch
 from nanoalign import parallel, run
 from nanoalign.checkpoint import partial_path
 from nanoalign.files import beside
-from nanoalign.sharding import full
+from nanoalign.sharding import full, sharded
 
 torch.set_num_threads(1)
-original = run.finish, run.save_partial
+original = run.finish, run.save_partial, run.memory.plan
+
+
+def plan(config, stage, trained, held, *rest):
+    """With --shard no model is whole, a reward model included; without it all are."""
+    own = [p for model in (trained, *filter(None, held)) for p in model.parameters()]
+    assert {sharded(p) for p in own} == {config.shard}, f"{stage}: in part whole, in part sharded"
+    return original[2](config, stage, trained, held, *rest)
+
+
+run.memory.plan = plan
 
 
 def keep(path: Path) -> None:

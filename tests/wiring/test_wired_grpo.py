@@ -153,7 +153,7 @@ def test_grpo_resumes_only_what_was_made_from_the_same_files(config, monkeypatch
     others = {"init": f"{tiny}/reference.pt", "reference": f"{tiny}/policy.pt", "reward": f"{tiny}/critic.pt"}
     others["prompts"] = write_lines(tmp_path / "others.jsonl", asked(5, first=1))
     wires.assert_made_from(monkeypatch, train_grpo, config, **others)
-    wires.assert_prepared(monkeypatch, train_grpo, config, "GPT", "GPT")
+    wires.assert_prepared(monkeypatch, train_grpo, config, "GPT", "GPT", "GPT")
 
 
 def test_grpo_refuses_what_it_cannot_do(config, monkeypatch, tiny):

@@ -226,7 +226,7 @@ def test_ppo_resumes_only_what_was_made_from_the_same_files(config, monkeypatch,
               ("critic", "rm"), ("reward", "critic")]}  # fmt: skip
     others["prompts"] = write_lines(tmp_path / "others.jsonl", asked(9, first=1))
     wires.assert_made_from(monkeypatch, train_ppo, config, **others)
-    wires.assert_prepared(monkeypatch, train_ppo, config, "GPT", "GPT", "GPT")
+    wires.assert_prepared(monkeypatch, train_ppo, config, *4 * ["GPT"])  # policy, reference, reward, critic
 
 
 def test_ppo_starts_its_critic_from_the_reward_model_or_else_from_the_policy(config, monkeypatch, tiny):
