@@ -33,8 +33,7 @@ def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
-    """This process's number: 0 prints and writes."""
+def rank() -> int:  # this process's number: 0 prints and writes
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -52,8 +51,10 @@ def joined(config, shared: bool) -> Iterator[None]:
         return
     on_gpu = torch.cuda.is_available() and getattr(config, "device", "auto") != "cpu"
     limit = timedelta(minutes=minutes)
+    if on_gpu and (own := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+        raise UserError(f"this machine has no GPU {own}: --nproc-per-node is more than it has.")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
     store, number, count = next(dist.rendezvous("env://", timeout=limit))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # what is on the CPU waits for no GPU
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
@@ -123,8 +124,7 @@ def add_gradients(model: nn.Module) -> None:
     """Gradients → their sums over all processes, in place. (Those of sharded weights are sums already.)"""
     grads = [p.grad for p in model.parameters() if p.grad is not None and not sharded(p)]
     while size() > 1 and grads:
-        sizes = np.cumsum([g.numel() for g in grads])
-        some = grads[: max(1, int(np.searchsorted(sizes, 2**24, "right")))]  # of 64 MB, or one
-        grads = grads[len(some) :]
+        most = int(np.searchsorted(np.cumsum([g.numel() for g in grads]), 2**24, "right"))  # of 64 MB
+        some, grads = grads[: max(1, most)], grads[max(1, most) :]
         dist.all_reduce(summed := nn.utils.parameters_to_vector(some))
         nn.utils.vector_to_parameters(summed, some)

@@ -243,6 +243,15 @@ def test_what_cannot_be_is_said(launched, shared, sentence, monkeypatch):
         pass
 
 
+def test_more_processes_than_gpus_are_a_sentence(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="no GPU 2"), parallel.joined(Flags(), shared=True):
+        pass
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [({"offload": True}, "for --shard"), ({"shard": True, "compile": True}, "leave one out")],
