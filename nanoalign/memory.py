@@ -20,6 +20,7 @@ import torch.nn as nn
 from nanoalign.extent import Batch, largest
 from nanoalign.footprint import Models, activations, from_files, in_fp32, rounded, tensors
 from nanoalign.packing import FLEX_FROM
+from nanoalign.sharding import home
 from nanoalign.training import in_bf16
 
 SUMMED = ("base", "sft")  # their losses are sums over tokens: the gradient is formed in the forward pass
@@ -61,8 +62,7 @@ def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[
     gradients = [p.nbytes for p in tensors(models.trained) if p.requires_grad]
     due, halves = sum(gradients), rounded(models.learners, models.size, graph=False)
     saved, forward, backward = learning(config, stage, models, batch)
-    token = 2 * models.size * shape.layers * shape.kv_heads * shape.head_dim  # its keys and values
-    cache = token * batch.drawn * batch.slots
+    cache = 2 * models.size * shape.layers * shape.kv_heads * shape.head_dim * batch.drawn * batch.slots
     picking = 32 * head.tokens * batch.drawn + head.copy  # logits, log-probs, in fp64 their cumulative sum
     read, judged, numbers = batch.read, batch.judged, 3 if stage in SAMPLED else 2
     if any(getattr(model, "reader", None) for model in own):  # it asks for all, also while others learn
@@ -85,7 +85,7 @@ def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[
 def plan(config, stage: str, trained: nn.Module, held, order, made_from, steps: int) -> dict:
     """Say what a run needs at most → that, in bytes by name, and when. With --plan say all, and stop. The
     examples: what of made_from has as many parts as the order."""
-    device, N = next(trained.parameters()).device, len(order.lengths)
+    device, N = home(trained), len(order.lengths)
     examples = next(x for x in made_from if isinstance(x, (list, np.ndarray)) and len(x) == N)
     batch = largest(config, stage, order, examples, steps)
     models = Models.of(trained, held, 2 if in_bf16(config, device) else 4, device)
