@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     scored: int  # tokens whose log-prob is asked for, with gradient
     pieces: int  # micro-batches of an optimiser step
     read: int  # tokens read at once without gradient
-    beside: int  # tokens of which a hidden state is kept meanwhile
+    beside: int  # hidden states that are kept meanwhile
     judged: int  # tokens whose log-prob is then asked for
     drawn: int  # answers sampled at once
     asked: int  # tokens of their prompts

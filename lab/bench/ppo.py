@@ -19,15 +19,15 @@ import contextlib
 import io
 import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
 
 import train_ppo
 from lab.bench import ziegler
-from lab.bench.timing import alternate, finish, timed
+from lab.bench.timing import alternate, finish
 from nanoalign import UserError, cli, hf
 from nanoalign.checkpoint import load_policy, load_scalar, save
 from nanoalign.data import BatchOrder, read_prompts
@@ -35,6 +35,7 @@ from nanoalign.rollouts import rollout
 from nanoalign.scalar import ScalarGPT, response_scores
 from nanoalign.training import learning_rate, pick_device
 
+PARTS = "sampling", "scoring", "update"
 KEPT = ("logp", "ref_logp", "values", "rewards", "advantages", "returns")
 
 
@@ -70,13 +71,13 @@ def prepare(config: Config, folder: str) -> train_ppo.Config:
     return train_ppo.Config(**{name: getattr(config, name) for name in alike}, **more)
 
 
-def run_script(given: train_ppo.Config) -> tuple[list[float], float]:
-    """main of train_ppo.py → the seconds of its iterations, and response tokens."""
+def run_script(given: train_ppo.Config) -> tuple[list[tuple], float]:
+    """main of train_ppo.py → the seconds of each iteration's `PARTS`, and response tokens."""
     with contextlib.redirect_stdout(io.StringIO()):
         train_ppo.main(given)
     rows = cli.readable_rows(Path(given.out).with_suffix(".metrics.jsonl"))
     rows = [row for row in rows if "update_s" in row]
-    laps = [sum(row[f"{name}_s"] for name in ("generation", "scoring", "update")) for row in rows]
+    laps = [tuple(row[f"{name}_s"] for name in ("generation", "scoring", "update")) for row in rows]
     return laps, given.batch_size * sum(row["length"] for row in rows)
 
 
@@ -87,7 +88,7 @@ def run_peer(given: train_ppo.Config, folder: str, batches: list, tokenizer, dev
     laps, tokens = [], 0
     for step, prompts in enumerate(batches):
         lr = learning_rate(step, given.steps, given.lr, given.warmup)
-        seconds, said = timed(partial(ziegler.iterate, models, prompts, optimizer, lr, given), device)
+        said, seconds = ziegler.iterate(models, prompts, optimizer, lr, given)
         laps.append(seconds)
         tokens += said
     return laps, tokens
@@ -158,11 +159,13 @@ def main(config: Config) -> None:
         for run in runs.values():
             run()  # compiles, imports
         for name, found in alternate(runs, config.rounds, "PPO").items():
-            seconds = [sum(laps) / len(laps) for laps, _ in found]
-            rates = [tokens / sum(laps) for laps, tokens in found]
+            seconds = [sum(map(sum, laps)) / len(laps) for laps, _ in found]
+            rates = [tokens / sum(map(sum, laps)) for laps, tokens in found]
+            parts = zip(PARTS, zip(*(lap for laps, _ in found for lap in laps)))
             length = sum(tokens for _, tokens in found) / (len(found) * given.steps * given.batch_size)
             row = {"case": f"PPO iteration, {config.batch_size} responses", "name": name}
-            row["note"] = f"{length:.1f} tokens a response"
+            row["note"] = f"{length:.1f} tokens a response; median s: "
+            row["note"] += ", ".join(f"{part} {median(seconds):.2f}" for part, seconds in parts)
             results.append({**row, "seconds": seconds, "rates": rates})
     finish(results, device, config.out)
 

@@ -6,12 +6,14 @@ loop over time for the advantages, two trunks that are trained. `ids` are (B, P 
 N of responses; what is of responses alone is (B, N). `given` are train_ppo.py's flags.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lab.bench.timing import timed
 from nanoalign import UserError
 
 
@@ -120,13 +122,8 @@ def loss(models: Models, ids: Tensor, P: int, old: dict[str, Tensor], given) -> 
     return policy_loss + given.vf_coef * value_loss
 
 
-def iterate(models: Models, prompts: list[np.ndarray], optimizer, lr: float, given) -> int:
-    """One iteration → the number of response tokens."""
-    asked = left_padded(prompts, models.pad, models.policy.device)
-    P, ids = asked.shape[1], respond(models, asked, given)
-    old = experience(models, ids, P, given)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def update(models: Models, ids: Tensor, P: int, old: dict, optimizer, given) -> None:
+    """Epochs over minibatches of what `experience` gave."""
     for _ in range(given.epochs):
         for rows in torch.randperm(len(ids), device=ids.device).split(given.minibatch):
             own = {name: value[rows] for name, value in old.items()}
@@ -134,4 +131,16 @@ def iterate(models: Models, prompts: list[np.ndarray], optimizer, lr: float, giv
             nn.utils.clip_grad_norm_(models.trained, given.clip)
             optimizer.step()
             optimizer.zero_grad()
-    return int(old["mask"].sum())
+
+
+def iterate(models: Models, prompts: list[np.ndarray], optimizer, lr: float, given) -> tuple[int, tuple]:
+    """One iteration → the number of response tokens; the seconds of sampling, scoring, update."""
+    device = models.policy.device
+    asked = left_padded(prompts, models.pad, device)
+    P = asked.shape[1]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    sampling, ids = timed(partial(respond, models, asked, given), device)
+    scoring, old = timed(partial(experience, models, ids, P, given), device)
+    updating, _ = timed(partial(update, models, ids, P, old, optimizer, given), device)
+    return int(old["mask"].sum()), (sampling, scoring, updating)
