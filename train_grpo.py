@@ -141,11 +141,11 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 # -------------------------------------------------------------------------------------------------- a run
 
 
-def group_logprobs(model, ids: Tensor, mask: Tensor, group: np.ndarray, config, entropy=False):
+def group_logprobs(model, ids, mask, group: np.ndarray, temperature: float) -> Tensor:
     """`token_logprobs` of responses; group (B,), ascending: the number of each one's prompt, read once."""
     _, sizes = np.unique(group, return_counts=True)
     hidden = packed_hidden(model, ids, mask, sizes.tolist())
-    return token_logprobs(model, ids, mask, config.temperature, entropy, hidden)
+    return token_logprobs(model, ids, mask, temperature, hidden=hidden)
 
 
 def losses(logp, old_logp, ref_logp, advantages, weight, share, mask, config) -> dict[str, Tensor]:
@@ -219,13 +219,12 @@ def main(config: Config) -> None:
         run.lap("generation_s")
 
         # 2. Score: the reward of each response, its tokens' log-probs.
-        group = np.arange(len(asked)) // G
-        own = group[drawn.rows]
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices[drawn.rows]], drawn)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            found = group_logprobs(policy, ids, scored, own, config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, own, config)
+            hidden = drawn.hidden(policy)
+            found = token_logprobs(policy, ids, scored, config.temperature, True, hidden)
+            ref_logp = drawn.logprobs(ref, config.temperature)
         drawn, scored, score, old_logp, entropy, ref_logp = drawn.together(scored, score, *found, ref_logp)
         ids, mask = drawn.ids, drawn.mask  # (B, T)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
@@ -251,7 +250,7 @@ def main(config: Config) -> None:
                 weight = weights[piece, :T].to(device, non_blocking=True)
                 share = weight / weights[minibatch].sum()
                 with autocast:
-                    logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
+                    logp = group_logprobs(policy, x, scored[piece, :T], piece // G, config.temperature)
                 found = losses(logp, old, reference, advantages[at], weight, share, m, config)
                 run.backward(found["loss"], 1)
                 run.add(**found)

@@ -207,7 +207,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B,), or dense (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            seen = drawn.read_by(getattr(critic, "reader", None))  # (B, T, 3), or None
+            seen = drawn.read_by(getattr(critic, "reader", None))
             found = forward(policy, critic, ids, scored, config.temperature, True, seen, drawn.hidden)
             ref_logp = drawn.logprobs(ref, config.temperature)
         known = scored, score, *found[0], found[1], ref_logp, seen

@@ -13,7 +13,6 @@ terms stand on the last token. The rest is train_grpo.py's: surrogate, weights o
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ import train_grpo
 from nanoalign import UserError, cli
 from nanoalign.checkpoint import load_policy
 from nanoalign.data import BatchOrder, read_prompts
-from nanoalign.logprobs import masked_sum
+from nanoalign.logprobs import masked_sum, token_logprobs
 from nanoalign.rewards import make_reward, on_last_token, total, unless_unfinished
 from nanoalign.rollouts import rollout
 from nanoalign.run import Run, already_finished
@@ -102,13 +101,12 @@ def main(config: Config) -> None:
         run.lap("generation_s")
 
         # 2. Score: the reward of each step, the log-probs of each token.
-        group = np.arange(len(asked)) // G
-        own = group[drawn.rows]
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            found = group_logprobs(policy, ids, scored, own, config, entropy=True)
-            ref_logp = group_logprobs(ref, ids, scored, own, config)
+            hidden = drawn.hidden(policy)  # which reads a group's prompt once
+            found = token_logprobs(policy, ids, scored, config.temperature, True, hidden)
+            ref_logp = drawn.logprobs(ref, config.temperature)
         drawn, scored, score, old_logp, entropy, ref_logp = drawn.together(scored, score, *found, ref_logp)
         ids, mask = drawn.ids, drawn.mask  # (B, T)
         kl = masked_sum(old_logp - ref_logp, mask)  # (B,) nats per response
@@ -137,7 +135,7 @@ def main(config: Config) -> None:
                 weight = weights[piece, :T].to(device, non_blocking=True)
                 share = weight / weights[minibatch].sum()
                 with autocast:
-                    logp = group_logprobs(policy, x, scored[piece, :T], group[piece], config)
+                    logp = group_logprobs(policy, x, scored[piece, :T], piece // G, config.temperature)
                 found = losses(logp, old, reference, a, weight, share, m, config)
                 run.backward(found["loss"], 1)
                 run.add(**found)

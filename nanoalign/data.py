@@ -189,9 +189,7 @@ def _made(what: str, rows: list[dict], make: Callable, max_length: int) -> tuple
         line += f", {dropped:,} dropped (no room for a response, or the two sides alike)"
     print(line)
     if not kept:
-        raise UserError(
-            f"none of the {len(rows):,} {what} can be used at --max-length {max_length}; raise it."
-        )
+        raise UserError(f"none of {len(rows):,} {what} can be used at --max-length {max_length}; raise it.")
     return [example for example, _ in kept], [row for _, row in kept]
 
 

@@ -83,9 +83,7 @@ def read_constitution(path: str) -> list[str]:
 
 
 @torch.no_grad()
-def choice_logprobs(
-    model: GPT, tokenizer: Tokenizer, asked: list[list[dict]], batch_size: int = 256
-) -> Tensor:
+def choice_logprobs(model: GPT, tokenizer: Tokenizer, asked: list[list[dict]], batch_size=256) -> Tensor:
     """Requests for a judgement → the model's log-probs of answering "A" and of answering "B", (N, 2) on the
     CPU; NaN where a request leaves no room for an answer."""
     a, b = (tokenizer.response(letter)[0] for letter in "AB")

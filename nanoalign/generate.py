@@ -19,6 +19,7 @@ from nanoalign import UserError
 from nanoalign.compiler import compile_or_eager
 from nanoalign.logprobs import last_scored, likelihoods, next_token_logits, token_logprobs
 from nanoalign.model import GPT, GPTConfig, KVCache
+from nanoalign.packing import packed_hidden
 from nanoalign.parallel import gather
 
 CHECK_EVERY = 16  # steps between two looks at which rows have ended: each look is a sync on a GPU
@@ -34,6 +35,7 @@ class Rollout:
     logp: Tensor  # (B, T): of the sampled tokens, under the *untruncated* policy at that temperature; else 0
     ended: Tensor  # (B,) bool: an end token was generated
     rows: Sequence[int] | None = None  # which of those asked for a process has, if it shares them
+    group: int = 1  # so many rows that follow each other answer one prompt
     size: int = 0  # how many rows `hidden` reads at one time; 0: all
     read: dict = field(default_factory=dict, repr=False)  # what models made of it: `read_by`
 
@@ -54,8 +56,11 @@ class Rollout:
 
     @torch.no_grad()
     def hidden(self, model, **values: Tensor | None) -> Tensor:
-        """`model.hidden` (B, T, D), given values (B, T, …), too: of rows alike in length, `size` at a time,
-        without the padding that they do not need, where it is 0."""
+        """`model.hidden` (B, T, D), given values (B, T, …), too. A group's prompt is read once; other rows
+        are read `size` at a time, alike in length, without the padding that they do not need."""
+        if self.group > 1:
+            sizes = [self.group] * (len(self.ids) // self.group)
+            return packed_hidden(model, self.ids, self.scored, sizes, **values)
         last, whole = last_scored(self.scored), None
         if not 0 < self.size < len(last):
             return model.hidden(self.ids, **values)
@@ -238,13 +243,13 @@ def stream(
 @torch.no_grad()
 def generate(
     model: GPT, prompts: Tensor, lengths: Tensor, max_new_tokens: int, end_id: int | None, pad_id: int,
-    of: Tensor | None = None, size: int = 0, **sampling,
+    of: Tensor | None = None, group: int = 1, size: int = 0, **sampling,
 ) -> Rollout:  # fmt: skip
     """Sample a response for every row → Rollout.
 
     prompts (N, P) right-padded, lengths (N,); of (B,): the prompt that each row answers, by default one row a
-    prompt; size: of the Rollout; sampling: temperature, top_k, top_p, seed, stops, numbers. Rows stop at
-    their end token, after `max_new_tokens`, or at the model's context; masks at what was generated.
+    prompt; group, size: the Rollout's; sampling: temperature, top_k, top_p, seed, stops, numbers. Rows stop
+    at their end token, after `max_new_tokens`, or at the model's context; masks at what was generated.
     """
     P, device = prompts.shape[1], prompts.device
     prompts_of, lengths_of = (x if of is None else x[of] for x in (prompts, lengths))
@@ -264,4 +269,4 @@ def generate(
             ended[rows] |= alive & (token == end_id)
     longest = int((lengths_of + written).max())
     mask = (columns >= lengths_of[:, None]) & (columns < (lengths_of + written)[:, None])
-    return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended, size=size)
+    return Rollout(ids[:, :longest], mask[:, :longest], logps[:, :longest], ended, None, group, size)

@@ -20,12 +20,13 @@ from nanoalign.logprobs import likelihoods
 FLEX_FROM = {"cuda": 1024}  # tokens in a row from which skipping what is masked pays
 
 
-def packed_hidden(model: nn.Module, ids: Tensor, own: Tensor, sizes: list[int]) -> Tensor:
+def packed_hidden(model: nn.Module, ids: Tensor, own: Tensor, sizes: list[int], seen=None) -> Tensor:
     """`model.hidden(ids)` (B, T, D), computed in fewer rows: `sizes[0]` rows of ids become one, and so on.
 
     own (B, T) bool, on the CPU: in each row one run of tokens. Those before it are a prompt, the same for all
     the rows that become one, which it then opens, once; their own tokens follow. With no prompt it is whole
-    rows that are packed. Beyond a row's own tokens what comes back means nothing.
+    rows that are packed. Beyond a row's own tokens what comes back means nothing. seen (B, T, 3): what a
+    scalar model's reader makes of ids, if it is known already.
     """
     (B, T), packs = ids.shape, torch.tensor(sizes)
     row, position = torch.arange(B)[:, None], torch.arange(T)
@@ -43,10 +44,9 @@ def packed_hidden(model: nn.Module, ids: Tensor, own: Tensor, sizes: list[int]) 
     rank = kept.flatten().cumsum(0).view(B, T)
     place = pack * max(counts) + torch.where(prompt, position, rank - rank[first, 0])
     positions = segment_positions(segments).clamp(max=model.config.context - 1)  # of padding
-    more = {}
-    if reader := getattr(model, "reader", None):  # a scalar model's, which reads the same rows
+    if seen is None and (reader := getattr(model, "reader", None)):  # it reads the same rows
         seen = likelihoods(reader, ids, packed_hidden(reader, ids, own, sizes))
-        more = {"seen": seen.flatten(0, 1)[source]}
+    more = {} if seen is None else {"seen": seen.flatten(0, 1)[source]}
     hidden = model.hidden(ids.flatten()[source], positions, segment_mask(segments), **more)
     return hidden.flatten(0, 1)[place.to(ids.device, non_blocking=True)]
 

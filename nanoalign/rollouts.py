@@ -43,7 +43,7 @@ def rollouts(
         ids = pad_sequence(read, True, tokenizer.pad).to(device)
         lengths = torch.tensor([len(prompt) for prompt in read], device=device)
         own = uniform(len(batch), max_new_tokens, derived_seed(seed, "batch", start), device)
-        how = {"of": of, "numbers": own[torch.from_numpy(mine).to(device)], **sampling}
+        how = {"of": of, "group": group, "numbers": own[torch.from_numpy(mine).to(device)], **sampling}
         with whole(model):
             drawn = generate(model, ids, lengths, max_new_tokens, tokenizer.end, tokenizer.pad, **how)
         yield rows, drawn
@@ -62,7 +62,7 @@ def rollout(
     order = np.argsort(asked, kind="stable")
     back = torch.from_numpy(order).to(drawn.ids.device)
     own = drawn.ids[back], drawn.mask[back], drawn.logp[back], drawn.ended[back]
-    return Rollout(*own, np.array(asked)[order], drawn.size)
+    return Rollout(*own, np.array(asked)[order], drawn.group, drawn.size)
 
 
 def respond(model: GPT, tokenizer: Tokenizer, prompts: list, max_new_tokens: int, seed: int, **options):

@@ -156,8 +156,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     known = ["world", *tiktoken.list_encoding_names()]
     if name not in known:
         raise UserError(f"there is no tokenizer {name[:40]!r}; choose from {', '.join(known)}.")
-    if name == "gpt2":
-        name = "r50k_base"  # the same vocabulary, in one file
+    name = {"gpt2": "r50k_base"}.get(name, name)  # the same vocabulary, in one file
     try:
         return Tokenizer(Vocabulary(tiktoken.get_encoding(name)))
     except Exception as error:  # the download failed: requests raises a family of exceptions

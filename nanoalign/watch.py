@@ -38,8 +38,8 @@ class OnPolicy(Flags):
     @property
     def sampling(self) -> dict:
         """What `rollout` is to know."""
-        length, size = self.max_new_tokens, self.micro_batch
-        return {"max_new_tokens": length, "temperature": self.temperature, "size": size}
+        own = {"max_new_tokens": self.max_new_tokens, "size": self.micro_batch}
+        return {**own, "temperature": self.temperature}
 
 
 @torch.no_grad()

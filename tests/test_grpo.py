@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import train_grpo
-from nanoalign import UserError
+from nanoalign import UserError, generate
 from nanoalign.checkpoint import load, save
 from nanoalign.data import BatchOrder
-from nanoalign.logprobs import masked_sum, token_logprobs
+from nanoalign.logprobs import likelihoods, masked_sum, token_logprobs
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.rollouts import rollout
 from nanoalign.rows import write_rows
 from nanoalign.run import Run
+from nanoalign.scalar import ScalarGPT, response_scores
 from nanoalign.tokenizer import get_tokenizer
 from train_grpo import (
     KINDS,
@@ -465,7 +466,7 @@ def test_a_group_stays_together_though_prompts_of_one_length_are_sampled_togethe
 
 
 @pytest.mark.parametrize("picked", [range(28), (0, 1, 2, 5, 11, 12, 14), (3,)])
-def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor_gradients(double, picked):
+def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_nor_gradients(double, picked):
     """Of whole groups, and of what a micro-batch cuts out of them."""
     asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS for _ in range(4)]
     model, rows = talker(), torch.tensor(picked)
@@ -473,16 +474,35 @@ def test_a_prompt_read_once_for_its_group_changes_neither_logprobs_entropies_nor
     ids, mask, group = drawn.ids[rows], drawn.mask[rows], np.array(picked) // 4
     read, results = [], []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2]))
-    plain = token_logprobs(model, ids, mask, 0.7, entropy=True)
-    shared = group_logprobs(model, ids, mask, group, Config(temperature=0.7), entropy=True)
+    plain = token_logprobs(model, ids, mask, 0.7)
+    shared = group_logprobs(model, ids, mask, group, 0.7)
     for found in (plain, shared):
-        weighed = sum((torch.arange(1.0, 1 + x.numel()).view(x.shape) * x).sum() for x in found)
-        results.append((*found, *torch.autograd.grad(weighed, list(model.parameters()))))
+        weighed = (torch.arange(1.0, 1 + found.numel()).view(found.shape) * found).sum()
+        results.append((found, *torch.autograd.grad(weighed, list(model.parameters()))))
     for plain, shared in zip(*results):
         torch.testing.assert_close(shared, plain)
     torch.testing.assert_close(results[1][0], drawn.logp[rows].double(), rtol=1e-5, atol=1e-5)  # of fp32
     whole = [mask[group == g].sum() + int(mask[group == g][0].int().argmax()) for g in sorted({*group})]
     assert read == [ids.shape, (len(whole), max(whole))]
+
+
+def test_a_rollout_of_groups_is_scored_with_each_prompt_read_once(double):
+    """By the policy, and by a reward model, whether its reader is known already or not."""
+    asked = [TOKENIZER.prompt(row["prompt"]) for row in ROWS[:3] for _ in range(4)]
+    model, read = talker(), []
+    drawn = rollout(model, TOKENIZER, asked, 20, seed=0, group=4)
+    ids, mask = drawn.ids, drawn.mask
+    reward, told = ScalarGPT.from_policy(model, reader=True), drawn.read_by(model)
+    due = [*token_logprobs(model, ids, mask, 0.7, entropy=True), response_scores(reward, ids, mask)]
+    torch.testing.assert_close(told[mask], likelihoods(model, ids)[mask])
+    for one in (model, reward.gpt):
+        one.blocks[0].register_forward_pre_hook(lambda _, inputs: read.append(len(inputs[0])))
+    found = [*token_logprobs(model, ids, mask, 0.7, True, drawn.hidden(model))]
+    for seen in (None, told):
+        score = response_scores(reward, ids, mask, drawn.hidden(reward, seen=seen))
+        for x, y in zip((*found, score), due):
+            torch.testing.assert_close(x, y)
+    assert read == [3, 3, 3]
 
 
 class LongestFirst(BatchOrder):
@@ -553,7 +573,8 @@ def test_reading_each_prompt_once_changes_nothing(double, trained, kind, monkeyp
 
 def test_minibatches_are_whole_groups(trained, monkeypatch):
     read, packed = [], train_grpo.packed_hidden
-    monkeypatch.setattr(train_grpo, "packed_hidden", lambda *a: read.append(a[-1]) or packed(*a))
+    for module in (train_grpo, generate):
+        monkeypatch.setattr(module, "packed_hidden", lambda *a: read.append(a[3]) or packed(*a))
     trained(by_content, epochs=3)
     # all of them are scored, by policy and reference; there are two minibatches an epoch
     assert read == [[4] * 6] * 2 + [[4] * 3] * 6

@@ -174,7 +174,7 @@ def check(kind: str, rows: list[dict]) -> None:
                     known = labels[labels != UNLABELLED]
                     assert len(known) and (known >= 0).all() and (known <= 1).all()
     except UserError as error:
-        assert str(error).startswith(("none of the", "no step of the")) and "\n" not in str(error)
+        assert str(error).startswith(("none of ", "no step of the")) and "\n" not in str(error)
 
 
 def test_the_kind_of_any_row_is_recognised_or_refused(fuzz):
