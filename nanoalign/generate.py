@@ -47,6 +47,7 @@ class Rollout:
         """`logprobs.likelihoods` (B, T, 3) of a frozen model, computed once for all who ask; None of none."""
         if reader is not None and reader not in self.read:
             there = torch.arange(self.ids.shape[1]) <= last_scored(self.scored)[:, None]
+            there &= self.scored | (torch.arange(len(there)) % self.group == 0)[:, None]  # a prompt once
             self.read[reader] = likelihoods(reader, self.ids, self.hidden(reader), there)
         return self.read.get(reader)
 

@@ -54,9 +54,7 @@ def recognise(row: dict) -> str:
         if any(sign <= row.keys() for sign in signs):
             return kind
     known = " · ".join(sorted({field for *signs, _ in READERS.values() for sign in signs for field in sign}))
-    raise RowError(
-        f"no kind of rows is known by the fields {names_of(row)}: name some of {known} by --fields"
-    )
+    raise RowError(f"no kind of rows has the fields {names_of(row)}: name some of {known} by --fields")
 
 
 def kind_of(path: str, fields: str) -> str:
