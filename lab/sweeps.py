@@ -1,6 +1,7 @@
 """One knob at a time: what a flag or other data change, measured on finished runs, for docs/methods.
 
     python -m lab.sweeps out/seed0 out/seed1 out/seed2       # writes docs/figures/sweeps.json
+    python -m lab.sweeps --add out/demo                      # adds to it what it lacks and this folder has
     python -m lab.sweeps dpo                                 # prints DPO's table
 
 Of each run its last held-out evaluation, and from the scorecard of its folder the win rate against SFT and
@@ -141,7 +142,29 @@ def measured(folders: list[Path]) -> dict:
     return found
 
 
+def added(figures: dict, folder: Path) -> dict:
+    """Figures with the rows that they lack, of one folder, behind its own first row to compare with."""
+    found = {}
+    for page, (columns, rows) in SWEEPS.items():
+        first, *_ = rows
+        have = figures.get(page, {})
+        own = {what: figures_of([folder], run, columns, page) for what, run in rows.items()}
+        new = {what: row for what, (row, seeds) in own.items() if seeds and what not in have}
+        if new and first in have:
+            new = {first: have[first], f"{first} ({folder.name} alone)": own[first][0], **new}
+        found[page] = {**new, **have}
+    return found
+
+
 def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--add"]:
+        if len(arguments) != 2:
+            raise UserError("name one folder: --add out/demo.")
+        before = {page: read_report(FIGURES, page, "python -m lab.sweeps") for page in SWEEPS}
+        figures = added(before, Path(arguments[1]))
+        write_text(FIGURES, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+        print(f"wrote {FIGURES}", file=sys.stderr)
+        return
     pages = [name for name in arguments if name in SWEEPS]
     for page in pages:
         rows = read_report(FIGURES, page, "python -m lab.sweeps")

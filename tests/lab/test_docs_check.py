@@ -154,3 +154,19 @@ def test_a_sweep_says_how_many_seeds_it_is_of_and_what_to_compare_one_seed_with(
         "as in the demo (seed0 alone)": ("0.500", "1"),
         "--lr 1.5e-4": ("0.900", "1"),
     }
+
+
+def test_a_folder_adds_the_rows_that_are_missing_and_its_own_first_one(tmp_path):
+    for name, value in (("sft", 0.5), ("sweeps/sft-slow", 0.9), ("sweeps/sft-fast", 0.8)):
+        path = tmp_path / f"demo/{name}.metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{"step": 1, "eval_loss": {value}}}\n')
+    have = {"as in the demo": {"held-out loss": "0.6"}, "--lr 1.5e-4": {"held-out loss": "0.7"}}
+    found = sweeps.added({"sft": have}, tmp_path / "demo")["sft"]
+    assert {what: row["held-out loss"] for what, row in found.items()} == {
+        "as in the demo": "0.6",
+        "as in the demo (demo alone)": "0.500",
+        "--lr 1.5e-3": "0.800",
+        "--lr 1.5e-4": "0.7",
+    }
+    assert [*found][:3] == ["as in the demo", "as in the demo (demo alone)", "--lr 1.5e-3"]
