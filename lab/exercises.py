@@ -3,10 +3,12 @@
     python -m lab.exercises                                     # the twelve, as the page has them
     python -m lab.exercises plant --n 3 --of out/demo --out out/exercise3
     make exercise N=3 SIZE=tiny                                 # the same, from whatever size is built
+    python -m lab.exercises gather --of out                     # what all twelve showed, for the page
 
 Nothing here is changed: the copy is under --out, with the two runs and their curves, exercise3.svg.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ from nanoalign import UserError
 from nanoalign.files import write_text
 
 ROOT = Path(__file__).parents[1]
+FIGURES = ROOT / "docs/figures/exercises.json"
 FROM_SFT = "--init {of}/sft.pt --data {of}/pairs.jsonl --lr 1e-4 --steps 60 --log-every 2 --eval-every 20"
 ON_PROMPTS = (
     "--init {of}/sft.pt --reward {of}/rm.pt --prompts {of}/world/prompts.jsonl --watch judge --lr 2e-4"
@@ -58,8 +61,8 @@ BUGS = [
         "tests/test_dpo.py::test_a_run_takes_sums_for_the_dpos_and_means_per_token_for_ipo_and_simpo"),
     Bug("the policy is its own reference", "dpo", "train_dpo.py",
         "ref_logps = pair_logprobs(ref, batch", "ref_logps = pair_logprobs(policy, batch",
-        "loss eval_kl", "the loss is ln 2 for ever, and the KL grows without end: the gradient is there, the "
-        "brake is not",
+        "loss eval_kl", "the loss is ln 2 for ever, and the KL grows all the same: the gradient is there, "
+        "the brake is not",
         "tests/wiring/test_wired_dpo.py::test_dpo_is_its_formulas_from_pairs_to_weights_and_log"),
     Bug("the reference point is clamped before the mean", "kto", "train_kto.py",
         "[joined[i] for i in piece], tokenizer, device)[1]",
@@ -68,11 +71,11 @@ BUGS = [
         "tests/test_kto.py::test_the_reference_point_is_the_mean_over_rebuilt_pairs_clamped_after"),
     Bug("a thumb down is taken for a thumb up", "kto", "train_kto.py",
         "torch.where(desirable, gain, -gain)", "torch.where(desirable, gain, gain)",
-        "reward_rejected eval_auc", "both rewards rise together, and the AUC stays where it was",
+        "reward_rejected eval_auc", "both rewards rise together, and the AUC stays nearer to one half",
         "tests/test_kto.py::test_the_loss_is_its_closed_form_one_value_per_row"),
     Bug("odds of sums", "orpo", "train_orpo.py",
         "masked_mean(logp, mask).view(-1, 2).T", "(logp * mask.to(logp.device)).sum(-1).view(-1, 2).T",
-        "log_odds_ratio odds_loss", "the log odds ratio is ten times as large and as noisy: length decides",
+        "log_odds_ratio odds_loss", "the log odds ratio starts ten times as large: length decides",
         "tests/test_orpo.py::test_the_nll_is_over_prompt_and_response_or_the_response_only_and_odds_are_of_"
         "response_means"),
     Bug("the score is read at the first token", "rm", "nanoalign/scalar.py",
@@ -94,8 +97,8 @@ BUGS = [
         "tests/test_ppo.py::test_a_value_is_read_before_its_token_is_emitted"),
     Bug("the hopeful side of the clip", "ppo", "train_ppo.py",
         "torch.maximum(-advantages * ratio", "torch.minimum(-advantages * ratio",
-        "policy_loss ratio_max", "the policy loss is lower, and ratios may run away: what has moved too far "
-        "gets no push back, and what pays goes on",
+        "policy_loss ratio_max", "next to nothing in twelve iterations. Ratios may run away: what has moved "
+        "too far gets no push back, and what pays goes on",
         "tests/test_ppo.py::test_the_clipped_surrogate_by_cases"),
     Bug("groups are not groups", "grpo", "train_grpo.py",
         "indices = order[step].repeat(G)", "indices = np.tile(order[step], G)",
@@ -117,15 +120,44 @@ class Config:
     out: str = ""  # the folder to work in; empty: out/exerciseN
 
 
+@dataclass
+class Gathered:
+    of: str = "out"  # the folder with exercise1 to exercise12
+    out: str = "docs/figures/exercises.json"  # the figures to write
+
+
+def curves_of(bug: Bug, folder: Path) -> tuple[dict, list[str]]:
+    """The two runs' curves by name; the metrics to look at that both have."""
+    runs = {name: of_runs([folder / f"{name}.metrics.jsonl"]) for name in ("healthy", "broken")}
+    return runs, [name for name in bug.curves.split() if all(name in run for run in runs.values())]
+
+
+def moved(bug: Bug, folder: Path) -> list[str]:
+    """First and last value of each of these metrics, in both runs."""
+    (runs, metrics), said = curves_of(bug, folder), []
+    for metric in metrics:
+        ends = [[f"{run[metric]['mean'][end]:.3g}" for end in (0, -1)] for run in runs.values()]
+        healthy, broken = (" → ".join(both) for both in ends)
+        said.append(f"{metric}: healthy {healthy}, broken {broken}")
+    return said
+
+
+def gather(config: Gathered) -> None:
+    found = {bug.name: moved(bug, Path(config.of) / f"exercise{n}") for n, bug in enumerate(BUGS, 1)}
+    write_text(config.out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+
 def listed() -> str:
     """The twelve as the page has them."""
-    parts = []
+    parts, figures = [], json.loads(FIGURES.read_text(encoding="utf-8"))
     for n, bug in enumerate(BUGS, 1):
         title, test = f"{n}. {bug.name[0].upper()}{bug.name[1:]}", bug.test.split("::")[1]
         look = f"**Look at** `{'`, `'.join(bug.curves.split())}`: {bug.seen}."
         where = f"[{bug.file}](../{bug.file}), the {bug.run} run:"
         change = f"```diff\n- {bug.was}\n+ {bug.becomes}\n```"
-        parts.append(f"### {title}\n\n{where}\n\n{change}\n\n{look}\n\n**What falls**: `{test}`")
+        seen = f"First and last values: {'; '.join(figures[bug.name])}."
+        told = look, seen, f"**What falls**: `{test}`"
+        parts.append("\n\n".join((f"### {title}", where, change, *told)))
     return "\n\n".join(parts)
 
 
@@ -161,19 +193,15 @@ def main(config: Config) -> None:
         command = [sys.executable, str(folder / script), *flags, "--out", str(out / f"{name}.pt")]
         if subprocess.run(command, env=where, cwd=folder, stdout=subprocess.DEVNULL).returncode:
             raise UserError(f"the {name} run failed; what it needs is made by make demo, see --of.")
-    runs = {name: of_runs([out / f"{name}.metrics.jsonl"]) for name in ("healthy", "broken")}
-    metrics = [name for name in bug.curves.split() if all(name in run for run in runs.values())]
-    panels = []
+    (runs, metrics), panels = curves_of(bug, out), []
     for i, metric in enumerate(metrics):
         both = {f"{name}: {metric}": run[metric] for name, run in runs.items()}
         panels.append(panel(both, list(both), i * 2 * WIDE, 2 * WIDE))
-        first, last = ([run[metric]["mean"][end] for run in runs.values()] for end in (0, -1))
-        moved = [f"{a:.3g} → {b:.3g}" for a, b in zip(first, last)]
-        print(f"{metric}: healthy {moved[0]}, broken {moved[1]}")
     size = f'width="{2 * WIDE * len(metrics)}" height="{HIGH}" font-family="sans-serif" font-size="9"'
     back = '<rect width="100%" height="100%" fill="#fff"/>'
     picture = out / f"exercise{config.n}.svg"
     write_text(picture, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{back}{"".join(panels)}</svg>\n')
+    print(*moved(bug, out), sep="\n")
     print(f"{bug.name}: {bug.seen}\ncurves: {picture}")
     print(f"the test that falls, in {out}: python -m pytest {bug.test}")
 
@@ -182,4 +210,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(listed())
     else:
-        run_command({"plant": (main, Config)}, __doc__)
+        run_command({"plant": (main, Config), "gather": (gather, Gathered)}, __doc__)

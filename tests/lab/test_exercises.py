@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -60,11 +61,15 @@ def test_an_exercise_draws_the_healthy_run_beside_the_broken_one(world, pairs, t
     brief = "train_dpo.py --data {of}/pairs.jsonl --init {of}/sft.pt --steps 3 --log-every 1 --eval-every 3"
     few = held_out(pairs, tmp_path)
     monkeypatch.setitem(RUNS, "dpo", f"{brief} --eval-data {few} --lr 1e-2 --warmup 0 --max-new-tokens 4")
-    exercises.main(Config(n=2, of=str(world), out=str(tmp_path / "exercise")))
+    exercises.main(Config(n=2, of=str(world), out=str(tmp_path / "exercise1")))
     said = capsys.readouterr().out
     assert "loss: healthy 0.693 → 0." in said and "broken 0.693 → 0.693" in said
-    picture = (tmp_path / "exercise/exercise2.svg").read_text(encoding="utf-8")
+    picture = (tmp_path / "exercise1/exercise2.svg").read_text(encoding="utf-8")
     assert picture.count("<polyline") == 4 and "healthy: eval_kl" in picture and "broken: loss" in picture
+    monkeypatch.setattr(exercises, "BUGS", BUGS[1:2])
+    exercises.gather(exercises.Gathered(of=str(tmp_path), out=str(tmp_path / "figures.json")))
+    [(name, lines)] = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")).items()
+    assert name == BUGS[1].name and all(line in said for line in lines) and len(lines) == 2
     assert "ref_logps = pair_logprobs(ref, batch" in (ROOT / "train_dpo.py").read_text(encoding="utf-8")
 
 
