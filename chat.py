@@ -1,7 +1,6 @@
 """Talk to a checkpoint: several turns, streaming. /reset forgets the conversation, /quit (or Ctrl-D) leaves.
 
-python chat.py --checkpoint out/demo/dpo.pt
-python chat.py --log chats.jsonl            # keeps every answer; /good and /bad label the last: train_kto.py
+python chat.py --checkpoint out/demo/dpo.pt --log chats.jsonl   # keeps answers; /good and /bad label the last
 python chat.py --gate out/demo/rm.pt:-1.5   # what scores less is held back (docs/deployment.md)
 """
 
@@ -82,6 +81,8 @@ def typed(log: Log, interactive: bool):
             return
         if text in ("/good", "/bad"):
             print(f"({log.rate(text == '/good')})")
+        elif text[:1] == "/" and text != "/reset":
+            print("(there are /good, /bad, /reset and /quit)")
         elif text:
             yield text
 
@@ -94,8 +95,7 @@ def main(config: Config) -> None:
     policy, tokenizer, checkpoint = load_policy(config.checkpoint, device)
     opening = [{"role": "system", "content": config.system}] if config.system else []
     messages, interactive = list(opening), sys.stdin.isatty()
-    context = policy.config.context
-    limit = context - min(config.max_new_tokens, context // 2)
+    limit = (context := policy.config.context) - min(config.max_new_tokens, context // 2)
     gate = make_gate(config.gate, tokenizer, device, context)
     print(visible(f"{config.checkpoint} ({checkpoint['stage']}). /reset forgets, /quit leaves."))
     with Log(config.log, config.checkpoint) as log:

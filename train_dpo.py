@@ -21,7 +21,7 @@ one; its β is therefore per token. SimPO's γ is subtracted as it is: not the r
 
 A healthy run: dpo, cdpo and robust start at ln 2, ipo at 1/(4β²) (checked); the accuracy rises above one
 half, the margin grows. The log-prob of the chosen responses usually *falls*, only less than that of the
-rejected: watch logp_chosen and logp_rejected. In the demo held-out accuracy reaches 67 % at a KL of 0.4.
+rejected: watch logp_chosen and logp_rejected. In the demo accuracy reaches two thirds at a KL of 0.3.
 """
 
 import math
@@ -49,7 +49,7 @@ class Config(Flags):
     data: str = "out/demo/pairs.jsonl"  # pair rows: prompt, chosen and rejected, or HH transcripts
     out: str = "out/demo/dpo.pt"  # the checkpoint to write; metrics go beside it
     loss: str = "dpo"  # dpo; cdpo or robust for labels that may be wrong; ipo; simpo
-    beta: float = 0.0  # β: how strongly the policy is held to the reference; 0: the papers' 0.1, for simpo 2
+    beta: float = 0.0  # β: how strongly it is held to the reference; 0: the papers' 0.1, for simpo 2
     gamma: float = 1.0  # γ of simpo: the margin that is asked for
     label_smoothing: float = 0.1  # ε of cdpo and robust: the share of labels thought to be flipped
     sft_weight: float = 0.0  # α: weight of the chosen response's mean negative log-prob
@@ -89,7 +89,7 @@ class Loss(NamedTuple):
     of: Callable  # (margins h (B,), config) → loss (B,)
     means: bool = False  # h is of per-token means, not of sums
     reference: bool = True  # h is measured from the reference
-    start: Callable = lambda beta: math.log(2)  # L(0), where a policy that is its reference must start
+    start: Callable = lambda beta: math.log(2)  # L(0), where a run must start
     beta: float = 0.1  # the paper's
 
 
@@ -127,7 +127,7 @@ def pair_logprobs(model, batch: list, tokenizer, device) -> tuple[Tensor, Tensor
     ids, mask = collate([side for pair in batch for side in pair], tokenizer.pad)  # (2B, T)
     ids = ids.to(device, non_blocking=True)
     hidden = packed_hidden(model, ids, mask, [2] * len(batch))
-    logp = token_logprobs(model, ids, mask, hidden=hidden).sum(-1)  # of the scored tokens; the others are 0
+    logp = token_logprobs(model, ids, mask, hidden=hidden).sum(-1)  # 0 elsewhere
     tokens = mask.sum(-1).float().to(device, non_blocking=True)
     return logp.view(-1, 2).T, tokens.view(-1, 2).T
 
@@ -195,7 +195,7 @@ def main(config: Config) -> None:
             run.backward(found["loss"])
             run.add(**found)
             run.metrics.tokens += sum(len(side[0]) for pair in batch for side in pair)
-        if step == 0 and ref and not config.sft_weight:  # policy and reference are the same model: h = 0
+        if step == 0 and ref and not config.sft_weight:  # the same model: h = 0
             run.must_start_at(loss.start(config.beta), "L(0)")
         run.update()
         run.log()

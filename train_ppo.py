@@ -16,7 +16,7 @@ reward model with its head set to zero. V_t is what the critic expects before to
     python train_ppo.py --init out/sft.pt --reward out/rm.pt --prompts hh.jsonl --lr 1e-6
 
 A healthy run: ratio 1 and approxkl 0 at the first minibatch (checked), KL rising from 0 to where β holds it
-(0.8 nats in the demo), explained variance above 0, the end-token rate near 1. `score` is what is trained
+(0.7 nats in the demo), explained variance above 0, the end-token rate near 1. `score` is what is trained
 on, --missing-eos-score in it; the held-out `reward` has none. A reward that rises while a second opinion
 (`--watch`) falls is reward hacking: docs/reward-hacking.md.
 """

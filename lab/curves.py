@@ -116,7 +116,7 @@ def picture(method: str) -> str:
 def table(method: str) -> None:
     """Print the first, the middle and the last value of what is drawn."""
     bands = read(method)
-    print("| mean of the seeds (least to largest) | at first | half way | at last |\n|---|---|---|---|")
+    print("| mean of the seeds (band of a healthy run) | at first | half way | at last |\n|---|---|---|---|")
     for name in chain(*map(str.split, PANELS[method])):
         cells = []
         for i in (0, len(bands[name]["step"]) // 2, -1):

@@ -203,7 +203,8 @@ def main(config: Config) -> None:
     write_text(picture, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{back}{"".join(panels)}</svg>\n')
     print(*moved(bug, out), sep="\n")
     print(f"{bug.name}: {bug.seen}\ncurves: {picture}")
-    print(f"the test that falls, in {out}: python -m pytest {bug.test}")
+    command = f"PYTHONPATH=.:tests {sys.executable} -m pytest {bug.test}"
+    print(f"the test that falls:  cd {out} && {command}")
 
 
 if __name__ == "__main__":

@@ -160,8 +160,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--add"]:
         if len(arguments) != 2:
             raise UserError("name one folder: --add out/demo.")
-        before = {page: read_report(FIGURES, page, "python -m lab.sweeps") for page in SWEEPS}
-        figures = added(before, Path(arguments[1]))
+        figures = added(json.loads(FIGURES.read_text(encoding="utf-8")), Path(arguments[1]))
         write_text(FIGURES, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
         print(f"wrote {FIGURES}", file=sys.stderr)
         return

@@ -104,8 +104,7 @@ def main(config: Config) -> None:
         with torch.no_grad(), autocast:
             score = reward([rows[i] for i in indices[drawn.rows]], drawn)  # (B, T)
             score = unless_unfinished(score, drawn, config.missing_eos_score)
-            hidden = drawn.hidden(policy)  # which reads a group's prompt once
-            found = token_logprobs(policy, ids, scored, config.temperature, True, hidden)
+            found = token_logprobs(policy, ids, scored, config.temperature, True, drawn.hidden(policy))
             ref_logp = drawn.logprobs(ref, config.temperature)
         drawn, scored, score, old_logp, entropy, ref_logp = drawn.together(scored, score, *found, ref_logp)
         ids, mask = drawn.ids, drawn.mask  # (B, T)

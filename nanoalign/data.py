@@ -189,7 +189,7 @@ def _made(what: str, rows: list[dict], make: Callable, max_length: int) -> tuple
         line += f", {dropped:,} dropped (no room for a response, or the two sides alike)"
     print(line)
     if not kept:
-        raise UserError(f"none of {len(rows):,} {what} can be used at --max-length {max_length}; raise it.")
+        raise UserError(f"none of {len(rows):,} {what} fit {max_length} tokens: raise --max-length.")
     return [example for example, _ in kept], [row for _, row in kept]
 
 
@@ -199,7 +199,7 @@ def prompt_examples(rows: list[dict], tokenizer: Tokenizer, room: int, count: in
     room: the model's context less the tokens that a response may take, or has to have.
     count: how many of these to take (see `thin`); 0: all.
     """
-    ids = [tokenizer.prompt(row["prompt"]) for row in rows]
+    ids, room = [tokenizer.prompt(row["prompt"]) for row in rows], max(0, room)
     kept = [i for i, prompt in enumerate(ids) if len(prompt) <= room]
     if len(kept) < len(rows):
         print(f"data: {len(rows) - len(kept):,} of {len(rows):,} prompts dropped: longer than {room} tokens")

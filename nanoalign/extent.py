@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     read: int  # tokens read at once without gradient
     beside: int  # hidden states that are kept meanwhile
     judged: int  # tokens whose log-prob is then asked for
+    told: int  # and of which a reader says how likely it finds them
     drawn: int  # answers sampled at once
     asked: int  # tokens of their prompts
     slots: int  # tokens of the longest prompt and its answer
@@ -52,9 +53,8 @@ def off_policy(config, stage: str, order, examples: list, steps: int) -> Batch:
     for i in map(order.__getitem__, range(min(steps, order.steps_per_epoch))):
         split.append(micro_batches(i, config.micro_batch, cost[i], config.micro_tokens))
     i = max((i for step in split for i in step), key=lambda i: len(i) * whole[i].max())
-    rows, length = len(i), whole[i].max()
-    if getattr(config, "packing", False):
-        rows, length = 1, whole[i].sum()
+    packed = getattr(config, "packing", False)
+    rows, length = (1, whole[i].sum()) if packed else (len(i), whole[i].max())
 
     held = 10**6 if config.eval_data else len(examples) // 19 + 1  # held-out rows: one in twenty
     there = count.sum() if stage == "rm" else held * count.max()  # rm scores what it was trained on
@@ -65,7 +65,7 @@ def off_policy(config, stage: str, order, examples: list, steps: int) -> Batch:
     judged = max(-(-together // count.max()) * scored.max(), drawn * new)
     pieces, apart = max(map(len, split)), count[i].sum() * longest[i].max()
     learnt = rows, length, apart, scored[i].sum(), pieces
-    return Batch(*learnt, read, 0, judged, drawn, drawn * prompt.max(), slots)
+    return Batch(*learnt, read, 0, judged, read, drawn, drawn * prompt.max(), slots)
 
 
 def on_policy(config, lengths: np.ndarray) -> Batch:
@@ -73,16 +73,16 @@ def on_policy(config, lengths: np.ndarray) -> Batch:
     prompt, new, group = lengths.max(), config.max_new_tokens, getattr(config, "group_size", 1)
     batch, T, n = config.batch_size, prompt + new, min(config.minibatch, config.batch_size)
     pieces = micro_batches(np.arange(n), config.micro_batch, np.full(n, T), config.micro_tokens)
-    n, own = len(pieces[0]), batch if group > 1 else min(config.micro_batch or batch, batch)
-    G = min(n, group)  # answers to a prompt, which they share
+    n, own = len(pieces[0]), min(config.micro_batch or batch, batch)
+    G, packed = min(n, group), batch // group * (prompt + group * new)  # answers to a prompt share it
     learnt = -(-n // G), prompt + G * new, n * T, n * new, len(pieces)
-    kept = (group == 1) * (1 + (own < batch)) * batch * T  # by PPO, of policy and critic
-    return Batch(*learnt, own * T, kept, batch * new, batch, batch // group * prompt, T)
+    read, kept = (packed, 1) if group > 1 else (own * T, 1 + (own < batch))  # of PPO, of policy and critic
+    told = batch * new + batch // group * lengths.mean()
+    return Batch(*learnt, read, kept * batch * T, batch * new, told, batch, batch // group * prompt, T)
 
 
 def largest(config, stage: str, order, examples: list, steps: int) -> Batch:
-    """The largest batch of a run's first epoch. order: its `BatchOrder` of the examples, of PPO and GRPO the
-    ids of their prompts."""
+    """The largest batch of a run's first epoch. order: of the examples, or of PPO's and GRPO's prompts."""
     if hasattr(config, "minibatch"):
         return Batch(*map(int, on_policy(config, order.lengths)))
     return Batch(*map(int, off_policy(config, stage, order, examples, steps)))

@@ -80,7 +80,8 @@ def writing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         name = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.writing")
-        with open(name, mode.replace("w", "x"), **text) as file:
+        kept = 0o600 if target.exists() else 0o666  # who may not read the old one may not read this one
+        with open(name, mode.replace("w", "x"), opener=lambda *at: os.open(*at, kept), **text) as file:
             temporary = name
             if target.exists():
                 shutil.copymode(target, temporary)

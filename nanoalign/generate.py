@@ -36,7 +36,7 @@ class Rollout:
     ended: Tensor  # (B,) bool: an end token was generated
     rows: Sequence[int] | None = None  # which of those asked for a process has, if it shares them
     group: int = 1  # so many rows that follow each other answer one prompt
-    size: int = 0  # how many rows `hidden` reads at one time; 0: all
+    size: int = 0  # how many rows `hidden` reads at one time, where they are no groups; 0: all
     read: dict = field(default_factory=dict, repr=False)  # what models made of it: `read_by`
 
     def responses(self) -> list[list[int]]:
@@ -56,20 +56,21 @@ class Rollout:
         return self.mask.cpu()
 
     @torch.no_grad()
-    def hidden(self, model, **values: Tensor | None) -> Tensor:
-        """`model.hidden` (B, T, D), given values (B, T, …), too. A group's prompt is read once; other rows
-        are read `size` at a time, alike in length, without the padding that they do not need."""
+    def hidden(self, model, ids: Tensor | None = None, **values: Tensor | None) -> Tensor:
+        """`model.hidden` (B, T, D), also of other ids, and with values (B, T, …). A group's prompt is read
+        once; other rows `size` at a time, alike in length, without the padding that they do not need."""
+        ids, last, whole = self.ids if ids is None else ids, last_scored(self.scored), None
+        if self.group > 1 and ids.shape[1] > model.config.context:
+            raise UserError(f"{ids.shape[1]} tokens exceed a model's context of {model.config.context}.")
         if self.group > 1:
-            sizes = [self.group] * (len(self.ids) // self.group)
-            return packed_hidden(model, self.ids, self.scored, sizes, **values)
-        last, whole = last_scored(self.scored), None
+            return packed_hidden(model, ids, self.scored, [self.group] * (len(ids) // self.group), **values)
         if not 0 < self.size < len(last):
-            return model.hidden(self.ids, **values)
+            return model.hidden(ids, **values)
         for rows in last.argsort(stable=True).split(self.size):
             at, T = rows.to(self.ids.device, non_blocking=True), int(last[rows].max()) + 1
             own = {name: x if x is None else x[at, :T] for name, x in values.items()}
-            part = model.hidden(self.ids[at, :T], **own)
-            whole = part.new_zeros(*self.ids.shape, part.shape[-1]) if whole is None else whole
+            part = model.hidden(ids[at, :T], **own)
+            whole = part.new_zeros(*ids.shape, part.shape[-1]) if whole is None else whole
             whole[at, :T] = part
         return whole
 
@@ -122,7 +123,7 @@ def sample(logits: Tensor, u: Tensor, temperature: float | Tensor, top_k: int, t
 def decode(model: GPT, token: Tensor, cache: KVCache, position: Tensor, length: int, u: Tensor, how: tuple):
     """The last token (B,), written at position (B,) → the next one and its log-prob, (B,) each."""
     written = torch.arange(length, device=token.device) <= position[:, None, None, None]  # (B, 1, 1, length)
-    hidden = model.hidden(token[:, None], position[:, None], written, cache)[:, -1]
+    hidden = model.hidden(token[:, None], position[:, None], written, cache=cache)[:, -1]  # not compiled
     return sample(next_token_logits(model, hidden), u, *how)
 
 

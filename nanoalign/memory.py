@@ -65,9 +65,9 @@ def moments(config, stage: str, models: Models, batch: Batch) -> dict[str, dict[
     cache = 2 * models.size * shape.layers * shape.kv_heads * shape.head_dim * batch.drawn * batch.slots
     picking = 32 * head.tokens * batch.drawn + head.copy  # logits, log-probs, in fp64 their cumulative sum
     read, judged, numbers = batch.read, batch.judged, 3 if stage in SAMPLED else 2
-    if any(getattr(model, "reader", None) for model in own):  # it asks for all, also while others learn
-        read, numbers = max(batch.read, batch.apart), 3
-        judged = max(read, batch.drawn * batch.slots)
+    if any(getattr(model, "reader", None) for model in own):  # it asks for all, also while rm and prm learn
+        apart, numbers = 0 if stage in SAMPLED else batch.apart, 3
+        read, judged = max(batch.read, apart), max(batch.told, apart)
     on_cpu = not models.on_gpu
     always = {"weights": sum(x.nbytes for x in tensors(*own)), "optimiser": 2 * due}
     always |= {"cache": cache} if models.on_gpu else {}  # kept, for CUDA graphs are bound to it

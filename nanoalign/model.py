@@ -248,10 +248,8 @@ class GPT(nn.Module):
         T, context = ids.shape[1], self.config.context
         if positions is None:
             if context < T:
-                raise UserError(
-                    f"a sequence of {T} tokens exceeds the model's context of {context}: shorten it, or use "
-                    "a model with a longer context."
-                )
+                what = f"a sequence of {T} tokens exceeds the model's context of {context}"
+                raise UserError(f"{what}: shorten it, or use a model with a longer context.")
             positions = torch.arange(T, device=ids.device)[None]
         x = self.embed(ids) if extra is None else self.embed(ids) + extra
         rope = None

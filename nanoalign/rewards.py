@@ -131,7 +131,7 @@ def model_reward(model: ScalarGPT) -> Reward:
 
 
 def _process_scores(model: ScalarGPT, how: str, tokenizer: Tokenizer, rows: list, rollout: Rollout) -> Tensor:
-    p, ends = step_probabilities(model, rollout.ids, rollout.mask, tokenizer)
+    p, ends = step_probabilities(model, rollout, tokenizer)
     return p.masked_fill(~ends, 0.0) if how == "steps" else aggregate(p, ends, how)
 
 

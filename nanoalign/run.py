@@ -222,7 +222,7 @@ class Run:
         sampled. Before the first step it is the reference, too: kl (B,) of responses, mask (B, T), is 0."""
         log_ratio = torch.cat(parallel.everyone(log_ratio.cpu()))
         approxkl, off = 0.5 * log_ratio.square().mean().item(), log_ratio.exp().sub(1).abs().max().item()
-        far = 0.0 if self.step or self.config.reference else (kl / mask.sum(-1)).abs().max().item()
+        far = 0.0 if self.step or self.config.reference else (kl.abs().sum() / mask.sum()).item()
         moment = "first minibatch" if self.step else "step-0 check"
         print(f"{moment}: ratio 1, off by at most {off:.1e}, approxkl {approxkl:.1e}, KL {far:.1e} a token")
         tolerance = 1e-3 if self.bf16 else 1e-6  # of the mean: a token in bf16 may be far off

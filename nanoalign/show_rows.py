@@ -83,9 +83,8 @@ def examples(kind: str, rows: list[dict], tokenizer: Tokenizer, length: int) -> 
             yield row, "thumb up" if row["label"] else "thumb down", *example
     elif kind == "steps":
         for row in rows:
-            ids, marks, _ = step_example(
-                tokenizer.prompt(row["prompt"]), row["completions"], tokenizer, length
-            )
+            asked = tokenizer.prompt(row["prompt"])
+            ids, marks, _ = step_example(asked, row["completions"], tokenizer, length)
             yield row, f"{len(row['completions'])} steps", ids, marks
     elif kind == "text":
         for row in rows:
@@ -121,7 +120,7 @@ def main(config: Config) -> None:
         number = next(i for i, other in enumerate(rows, 1) if other is row)
         print(f"\n── row {number}, {what}: {int(mask.sum()):,} of {len(ids):,} tokens scored ──")
         print(marked(ids, mask, tokenizer, colours))
-        for field in row.keys() & {
+        for field in {*row} & {
             "probability",
             "margin",
             "labels",

@@ -59,10 +59,11 @@ def step_ends(ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.no_grad()
-def step_probabilities(model: ScalarGPT, ids: Tensor, mask: Tensor, tokenizer: Tokenizer) -> tuple:
-    """Sampled ids and response mask (B, T) → P(step is right) (B, T) and where steps end, bool (B, T)."""
-    ends = step_ends(ids, mask, tokenizer)
-    return model(ids.masked_fill(ends, tokenizer.step)).float().sigmoid(), ends
+def step_probabilities(model: ScalarGPT, drawn, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """A Rollout → P(step is right) (B, T) and where steps end, bool (B, T)."""
+    ends = step_ends(drawn.ids, drawn.mask, tokenizer)
+    hidden = drawn.hidden(model, drawn.ids.masked_fill(ends, tokenizer.step))
+    return model.score(hidden).float().sigmoid(), ends
 
 
 def aggregate(p: Tensor, ends: Tensor, how: str) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from nanoalign.chat_formats import FORMATS
 from nanoalign.data import chat_examples, labelled_examples, pair_examples
 from nanoalign.feedback import choice_logprobs
+from nanoalign.generate import Rollout
 from nanoalign.model import GPT, GPTConfig
 from nanoalign.steps import aggregate, step_ends, step_example, step_probabilities
 from nanoalign.tokenizer import Tokenizer, world_encoding
@@ -82,11 +83,16 @@ def test_steps_are_read_in_a_sample_where_they_were_taught(tokenizer):
         step_ends(sample, mask, tokenizer)[0].nonzero().flatten().tolist() == np.flatnonzero(marks).tolist()
     )
 
-    def model(read):
-        assert read[0].tolist() == ids.tolist()
-        return torch.where(read == tokenizer.step, torch.arange(read.shape[1]) - float(len(drawn) - 1), 9.0)
+    class Model:
+        def hidden(self, read):
+            assert read[0].tolist() == ids.tolist()
+            last = float(len(drawn) - 1)
+            return torch.where(read == tokenizer.step, torch.arange(read.shape[1]) - last, 9.0)
 
-    p, ends = step_probabilities(model, sample, mask, tokenizer)
+        def score(self, hidden):
+            return hidden
+
+    p, ends = step_probabilities(Model(), Rollout(sample, mask, 0.0 * sample, mask[:, -1]), tokenizer)
     assert aggregate(p, ends, "last").item() == 0.5  # the end token's logit is 0
     assert aggregate(p, ends, "min").item() == pytest.approx(1 / (1 + np.exp(len(drawn) - 1 - spans[0][2])))
 

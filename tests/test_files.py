@@ -67,6 +67,20 @@ def test_two_writers_of_one_file_never_share_a_temporary_name(tmp_path):
     assert (tmp_path / "x").read_text(encoding="utf-8") == "one"  # the last to finish
 
 
+def test_what_replaces_a_private_file_is_private_from_the_start(tmp_path, monkeypatch):
+    (tmp_path / "old").touch(0o600)
+    modes, opened = [], os.open
+
+    def spy(path, *rest):
+        handle = opened(path, *rest)
+        modes.append(os.fstat(handle).st_mode & 0o077)
+        return handle
+
+    monkeypatch.setattr(os, "open", spy)
+    write_text(tmp_path / "old", "secret")
+    assert modes == [0]
+
+
 def test_a_file_has_the_permissions_of_the_old_one_or_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

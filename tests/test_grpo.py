@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -503,6 +504,14 @@ def test_a_rollout_of_groups_is_scored_with_each_prompt_read_once(double):
         for x, y in zip((*found, score), due):
             torch.testing.assert_close(x, y)
     assert read == [3, 3, 3]
+
+
+def test_a_reward_model_of_a_shorter_context_is_a_sentence_for_groups_as_for_rows(double):
+    drawn = rollout(talker(), TOKENIZER, [TOKENIZER.prompt(ROWS[0]["prompt"])] * 4, 20, seed=0, group=4)
+    short = ScalarGPT(replace(talker().config, context=drawn.ids.shape[1] - 1))
+    for drawn.group in (4, 1):
+        with pytest.raises(UserError, match="context of"):
+            drawn.hidden(short)
 
 
 class LongestFirst(BatchOrder):

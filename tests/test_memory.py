@@ -26,7 +26,7 @@ from train_dpo import Config
 CPU, SMALL = torch.device("cpu"), {"vocab_size": 100, "layers": 3, "width": 64, "heads": 4}
 GPT2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": True}
 FAMILIES = {"llama": {}, "gpt2": GPT2, "grouped": {"kv_heads": 2, "head_dim": 32}, "qwen3": {"qk_norm": True}}
-ONE = Batch(2, 10, 20, 12, 1, 40, 0, 16, 3, 21, 15)
+ONE = Batch(2, 10, 20, 12, 1, 40, 0, 16, 40, 3, 21, 15)
 STAGES = ["pretrain", "sft", "dpo", "kto", "orpo", "rm", "prm", "ppo", "grpo"]
 
 

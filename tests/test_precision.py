@@ -108,7 +108,7 @@ def test_the_step_0_checks_are_as_sharp_as_the_precision_allows():
 
     def is_on_policy(off, bf16, kl=0.0):
         run = SimpleNamespace(step=0, bf16=bf16, config=SimpleNamespace(reference=""))
-        Run.must_be_on_policy(run, torch.full((5,), off), torch.tensor([0.0, 4 * kl]), torch.ones(2, 4))
+        Run.must_be_on_policy(run, torch.full((5,), off), torch.tensor([0.0, -8 * kl]), torch.ones(2, 4))
 
     starts(1 + 5e-5, False)
     starts(1 + 5e-3, True)

@@ -12,6 +12,7 @@ from conftest import SHARED
 import train_prm
 from nanoalign import UserError
 from nanoalign.data import join
+from nanoalign.generate import Rollout
 from nanoalign.rewards import make_reward, on_last_token
 from nanoalign.rows import read_rows, write_rows
 from nanoalign.scalar import ScalarGPT
@@ -96,11 +97,16 @@ def test_a_sampled_solution_is_read_exactly_as_a_training_row_is():
     )
     seen = []
 
-    def model(x):
-        seen.append(x)
-        return torch.arange(x.shape[1]).float().expand(x.shape)
+    class Model:
+        def hidden(self, x):
+            seen.append(x)
+            return torch.arange(x.shape[1]).float().expand(x.shape)
 
-    p, ends = step_probabilities(model, ids, written, WORLD)
+        def score(self, hidden):
+            return hidden
+
+    drawn = Rollout(ids, written, 0.0 * ids, written[:, -1])
+    p, ends = step_probabilities(Model(), drawn, WORLD)
     assert seen[0][0].tolist() == trained.tolist() and ends[0].tolist() == mask.tolist()
     assert torch.equal(p, torch.arange(ids.shape[1]).float()[None].sigmoid())  # no shift
 

@@ -12,8 +12,9 @@ import torch
 import train_dpo
 import train_pretrain
 import train_sft
-from nanoalign import UserError
+from nanoalign import UserError, training
 from nanoalign.checkpoint import load
+from nanoalign.generate import generate
 from nanoalign.model import GPT, preset
 from nanoalign.optimizer import AdamW
 from nanoalign.packing import segment_mask, segment_positions
@@ -85,6 +86,19 @@ def test_a_compiled_forward_still_separates_the_responses_that_share_a_row(monke
     compile_hidden(model)
     torch.testing.assert_close((model.hidden(ids), model.hidden(ids, **packed)), due)
     assert not torch.allclose(*due)
+
+
+def test_sampling_leaves_the_compiled_forward_alone(monkeypatch):
+    """A cache that grows would use up dynamo's graphs of one function, and training run eager."""
+    model, calls = GPT(TINY), []
+    monkeypatch.setattr(
+        training, "compile_or_eager", lambda f: lambda *a, **more: calls.append(1) or f(*a, **more)
+    )
+    compile_hidden(model)
+    generate(model, torch.ones(2, 3, dtype=torch.long), torch.tensor([3, 2]), 5, None, 0, seed=0)
+    assert not calls
+    model.hidden(torch.ones(1, 3, dtype=torch.long))
+    assert calls
 
 
 def test_a_frozen_model_has_no_gradients():

@@ -10,7 +10,8 @@ from nanoalign import UserError
 def section(folder: Path) -> Html:
     head, path = el("h2", "After deployment"), folder / "chats.monitor.json"
     lead = el("p", "What people asked, what the model said, and what they thought of it.", class_="lead")
-    command = f"python chat.py --log {folder}/chats.jsonl, then python -m lab.monitor {folder}/chats.jsonl"
+    command = f"python chat.py --checkpoint {folder}/ppo.pt --log {folder}/chats.jsonl, then "
+    command += f"python -m lab.monitor {folder}/chats.jsonl"
     nothing = el("section", head, lead, missing("chats.monitor.json", command), id="deployment")
     try:
         shown = monitor.section(str(path)) if path.is_file() else None

@@ -39,7 +39,8 @@ def panel(points: list[dict], name: str) -> Html:
         if lost > 0.05
         else "the judge ends near its best"
     )
-    verdict += ": hacked" if lost > FALLEN else ""
+    climbed = points[-1]["proxy"] > points[0]["proxy"]
+    verdict += ": hacked" if lost > FALLEN and climbed else ""
     ends = f"{name}: proxy {number(points[0]['proxy'], 2)} → {number(points[-1]['proxy'], 2)}, judge "
     ends += (
         f"{number(points[0]['judge'], 2)} → {number(points[-1]['judge'], 2)}, KL "

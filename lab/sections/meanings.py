@@ -51,7 +51,7 @@ MEANINGS = {
     "approxkl": ("half the mean squared log-ratio within an iteration", "below 0.02"),
     "ratio": ("mean π/π_old over the minibatches", "near 1"),
     "ratio_error": ("how far the first minibatch's ratios are off 1", "rounding: below 0.001"),
-    "ratio_max": ("the largest π/π_old of the iteration", "below 3 or so"),
+    "ratio_max": ("the largest π/π_old of the iteration", "below 2"),
     "kl_error": ("standard error of the batch's KL", "well below the KL, later on"),
     "kl_loss": ("the KL term of the loss", "0 where KL is priced in the reward"),
     "beta": ("the price of a nat of KL", "as set, unless adaptive"),

@@ -36,11 +36,14 @@ FILES = {
 
 
 def parameters(path: Path) -> int:
-    """The numbers in a checkpoint's weights; 0 where it cannot be read."""
+    """The numbers in a checkpoint's weights, shared ones once; 0 where it cannot be read."""
     from nanoalign.checkpoint import load
 
     try:
-        return sum(weights.numel() for weights in load(path)["model"].values())
+        own = load(path)["model"]
+        heads = {name: own.get(name.replace("head.", "embed."), own[name]) for name in own}
+        shared = sum(x.numel() for name, x in heads.items() if x is not own[name] and x.equal(own[name]))
+        return sum(weights.numel() for weights in own.values()) - shared
     except (Exception, SystemExit):  # a picture is drawn whatever lies in a folder
         return 0
 
@@ -65,7 +68,7 @@ def made(folder: Path, name: str) -> list[str]:
     path = folder / FILES[name]
     if not path.is_file():
         return (
-            ["no conversations yet:", "chat.py --log chats.jsonl"]
+            ["no conversations yet", "chat.py --log chats.jsonl"]
             if name == "chats"
             else ["not made: make demo"]
         )
