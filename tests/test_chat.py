@@ -39,6 +39,12 @@ def test_a_chat_remembers_its_turns_until_reset(converse):
     ]
 
 
+def test_a_line_that_opens_with_a_slash_and_is_no_command_is_no_question(converse, tmp_path, capsys):
+    log = tmp_path / "chats.jsonl"
+    seen, _ = converse("/help", "one", "/good answer", "/good", log=str(log))
+    assert len(seen) == 1 and log.read_text().count("\n") == 1 and '"label": true' in log.read_text()
+
+
 def test_a_long_message_gets_a_sentence_and_the_chat_goes_on(converse):
     seen, errors = converse("one", "long " * 500, "two")
     assert "at most 64 fit" in errors and "forgetting" not in errors

@@ -14,6 +14,7 @@ from nanoalign.data import (
     join,
     labelled_examples,
     pair_examples,
+    prompt_examples,
     without_ties,
 )
 from nanoalign.pieces import micro_batches
@@ -421,3 +422,9 @@ def test_collating_pads_on_the_right_and_never_scores_padding():
     assert ids.tolist() == [[1, 2, pad, pad], [pad] * 4, [5, 6, 7, 8]]
     assert mask.tolist() == [[False, True, True, False], [False] * 4, [False, False, True, True]]
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool
+
+
+def test_prompts_without_any_room_are_a_sentence_of_no_negative_number(capsys):
+    with pytest.raises(UserError, match="beside a response 0 fit"):
+        prompt_examples([{"prompt": [{"role": "user", "content": "Hi"}]}], get_tokenizer("world"), -272)
+    assert "longer than 0 tokens" in capsys.readouterr().out

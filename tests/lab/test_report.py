@@ -16,7 +16,7 @@ from report_run import HOSTILE, metrics, write_run
 import train_dpo
 from lab import bands
 from lab.report import Config, main
-from lab.sections import curves
+from lab.sections import curves, hacked, pipeline
 from lab.sections.charts import ticks
 from lab.sections.explorers import enumerated
 from lab.sections.formulas import GAE, LOSSES, Slider, explorers
@@ -24,6 +24,9 @@ from lab.sections.meanings import FIRST, meaning
 from lab.sections.page import Html, data, el, said
 from lab.sections.runs import STAGES, read_runs
 from nanoalign import UserError
+from nanoalign.checkpoint import save
+from nanoalign.model import GPT, GPTConfig, parameter_count
+from nanoalign.tokenizer import get_tokenizer
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(not NODE, reason="no node, which runs the page's script outside a page")
@@ -210,3 +213,19 @@ def test_the_page_stands_alone_and_holds_no_text_as_markup(folder):
         for word in ("src=", "@import", "url(http", 'href="http', "fetch(")
         if word in page.replace("src=x", "")
     ]
+
+
+@pytest.mark.parametrize("end, found", [(0.6, True), (0.2, False)])
+def test_a_run_is_hacked_where_the_judge_fell_while_the_proxy_rose(end, found):
+    looks = [(0.3, 0.1, 0.0), (0.5, 0.6, 0.2), (end, 0.1, 0.9)]
+    points = [dict(zip(("proxy", "judge", "kl"), look)) for look in looks]
+    text = str(hacked.panel(points, "GRPO"))
+    assert "has lost 0.5" in text and (": hacked" in text) == found
+
+
+def test_parameters_that_models_share_are_counted_once(tmp_path):
+    for tied in (True, False):
+        model = GPT(GPTConfig(2048, 16, 1, 8, 1, tied=tied))
+        more = {"config": train_dpo.Config(), "stage": "sft", "step": 1}
+        save(tmp_path / "x.pt", model, tokenizer=get_tokenizer("world"), **more)
+        assert pipeline.parameters(tmp_path / "x.pt") == parameter_count(model)
