@@ -87,8 +87,9 @@ def main(config: Config) -> None:
     order = BatchOrder([*map(len, prompts)], config.batch_size // G, config.seed, pool=1)
     made_from = policy, ref, prompts, reward.files
     models, shown = ("policy", "reference", *reward.models), train_grpo.SHOWN
-    held = watch.held
-    run = Run(config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=held, shown=shown)
+    run = Run(
+        config, "grpo", policy, tokenizer, optimizer, order, made_from, models, held=watch.held, shown=shown
+    )
     watch.begin(run)
 
     for step in run:

@@ -8,7 +8,6 @@ where the log-prob kernel will find it.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import FunctionType
 
 import torch
@@ -51,7 +50,7 @@ class Rollout:
             self.read[reader] = likelihoods(reader, self.ids, self.hidden(reader), there)
         return self.read.get(reader)
 
-    @cached_property
+    @functools.cached_property
     def scored(self) -> Tensor:  # the mask, on the CPU
         return self.mask.cpu()
 
@@ -60,9 +59,9 @@ class Rollout:
         """`model.hidden` (B, T, D), also of other ids, and with values (B, T, …). A group's prompt is read
         once; other rows `size` at a time, alike in length, without the padding that they do not need."""
         ids, last, whole = self.ids if ids is None else ids, last_scored(self.scored), None
-        if self.group > 1 and ids.shape[1] > model.config.context:
-            raise UserError(f"{ids.shape[1]} tokens exceed a model's context of {model.config.context}.")
         if self.group > 1:
+            if ids.shape[1] > model.config.context:
+                raise UserError(f"{ids.shape[1]} tokens exceed a model's context of {model.config.context}.")
             return packed_hidden(model, ids, self.scored, [self.group] * (len(ids) // self.group), **values)
         if not 0 < self.size < len(last):
             return model.hidden(ids, **values)
